@@ -1,0 +1,117 @@
+"""The operators, as Python calls on pending activations; each is one `torch.ops.fused_resnet` operator with autograd.
+
+Activations are [N, C, H, W] in channels_last, of one dtype and device, weights of the same dtype; the vectors of a norm are
+[C]. Every argument is checked, and an error names it. A `Pending` that is handed out must be consumed by another operator of
+this module: the gradients that flow through its tensors follow the convention in docs/design.md and are not the derivatives
+of y, mean and invstd by themselves.
+
+The backend is resolved once per call, before the operator is entered, and handed to it, so that backward takes the same one.
+"""
+
+import torch
+from torch import Tensor
+
+from ..backends import resolve
+from ..reference import Conv, ConvGeometry, Norm, Pending, Source, unpack_mask
+from . import norm as _norm  # noqa: F401  (registers the operators)
+from .convolve import OPERATORS
+from .library import overload
+
+__all__ = [
+    "Conv",
+    "ConvGeometry",
+    "Norm",
+    "Pending",
+    "conv_stats",
+    "conv_stats_pair",
+    "norm_act_conv",
+    "norm_act_max_pool",
+    "norm_add_act",
+    "norm_add_act_avg_pool",
+    "norm_add_act_conv",
+    "norm_add_act_conv_pair",
+    "relu_mask",
+    "source",
+]
+
+
+def _backend(x: Tensor) -> str:
+    """The backend for x. Where PyTorch's own modules are the choice, the operators themselves run on ATen."""
+    choice = resolve(x.device, x.dtype)
+    return "eager" if choice == "off" else choice
+
+
+def _flat(source: Source, arity: int, *convs: Conv) -> list:
+    args = list(source[:arity])
+    for conv in convs:
+        args += [conv.weight, *conv.norm, *conv.geometry]
+    return args
+
+
+def source(x: Pending, residual: Pending | Tensor | None = None) -> Source:
+    """The activation relu(norm(x) + residual), still to be made. `residual` is an activation, or pending itself."""
+    of_x = (x.y, x.mean, x.invstd, x.scale, x.bias)
+    if isinstance(residual, Pending):
+        return Source(*of_x, residual.y, residual.mean, residual.invstd, residual.scale, residual.bias)
+    return Source(*of_x, residual)
+
+
+def _convolve(name: str, given: Source, *convs: Conv) -> tuple[Tensor, ...]:
+    return overload(name)(*_flat(given, OPERATORS[name].source_arity, *convs), _backend(given.x))
+
+
+def conv_stats(x: Tensor, conv: Conv) -> Pending:
+    """The convolution of an activation x that exists, with the statistics of its output."""
+    return Pending(*_convolve("conv_stats", Source(x), conv))
+
+
+def conv_stats_pair(x: Tensor, conv: Conv, conv2: Conv) -> tuple[Pending, Pending]:
+    """Two convolutions of one activation, conv1 and the projection of a block: one node, so that autograd never adds."""
+    results = _convolve("conv_stats_pair", Source(x), conv, conv2)
+    return Pending(*results[:6]), Pending(*results[6:])
+
+
+def norm_act_conv(x: Pending, conv: Conv) -> Pending:
+    """The convolution of relu(norm(x)), which nobody else reads, with the statistics of its output."""
+    return Pending(*_convolve("norm_act_conv", source(x), conv)[:6])
+
+
+def norm_add_act_conv(x: Pending, residual: Pending | Tensor | None, conv: Conv) -> tuple[Pending, Tensor]:
+    """act = relu(norm(x) + residual), written once, and its convolution -> (Pending, act)."""
+    results = _convolve("norm_add_act_conv", source(x, residual), conv)
+    return Pending(*results[:6]), results[6]
+
+
+def norm_add_act_conv_pair(
+    x: Pending, residual: Pending | Tensor | None, conv: Conv, conv2: Conv
+) -> tuple[Pending, Pending, Tensor]:
+    """act = relu(norm(x) + residual), written once, and two convolutions of it -> (Pending, Pending, act)."""
+    results = _convolve("norm_add_act_conv_pair", source(x, residual), conv, conv2)
+    return Pending(*results[:6]), Pending(*results[6:12]), results[12]
+
+
+def norm_add_act(x: Pending, residual: Pending | Tensor | None = None, relu: bool = True) -> Tensor:
+    """relu(norm(x) + residual) as a tensor, for whoever asks for one. Without `relu`, norm(x) + residual."""
+    return overload("norm_add_act")(*source(x, residual), relu, _backend(x.y))[0]
+
+
+def norm_act_max_pool(x: Pending, kernel_size: int = 3, stride: int = 2, padding: int = 1) -> Tensor:
+    """The max pool of relu(norm(x)) -> [N, C, P, Q]. Compares rounded activations; the first of equals wins, as in PyTorch."""
+    return overload("norm_act_max_pool")(*source(x)[:5], kernel_size, stride, padding, _backend(x.y))[0]
+
+
+def norm_add_act_avg_pool(x: Pending, residual: Pending | Tensor | None = None) -> Tensor:
+    """The global average pool of relu(norm(x) + residual) -> [N, C, 1, 1]."""
+    return overload("norm_add_act_avg_pool")(*source(x, residual), _backend(x.y))[0]
+
+
+def relu_mask(x: Pending, residual: Pending | Tensor | None = None) -> Tensor:
+    """The mask that backward applies to the gradient of relu(norm(x) + residual): bool [N, C, H, W]. For tests."""
+    given = source(x, residual)
+    with torch.no_grad():
+        backend = _backend(given.x)
+        if residual is None:
+            ones = torch.ones_like(given.x)
+            return overload("norm_add_act_backward")(ones, *given, ones.new_empty(0, dtype=torch.uint8), True, backend)[0] > 0
+        packed = overload("norm_add_act")(*given, True, backend)[1]
+    return unpack_mask(packed, given.x.shape[1])

@@ -1,0 +1,114 @@
+"""What the operators expect of their arguments. Every error names the argument, what it was, and what was expected."""
+
+import torch
+from torch import Tensor
+
+from ..reference import Conv, Source
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_activation(name: str, t: Tensor, like: Tensor | None = None) -> None:
+    """An activation: a floating [N, C, H, W] in channels_last; of the shape, dtype and device of `like`, if given.
+
+    Layout is checked and never mended here: a copy behind the user's back would cost what the fusion saves.
+    """
+    if t.dim() != 4:
+        raise ValueError(f"{name}: expected a tensor of rank 4, [N, C, H, W]; got shape {list(t.shape)}")
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16; got {t.dtype}")
+    if t.numel() == 0:
+        raise ValueError(f"{name}: expected at least one element; got shape {list(t.shape)}")
+    if not t.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"{name}: expected memory_format=torch.channels_last; got strides {list(t.stride())} for shape {list(t.shape)}"
+        )
+    if like is not None:
+        if t.shape != like.shape:
+            raise ValueError(f"{name}: expected shape {list(like.shape)}; got {list(t.shape)}")
+        _same_kind(name, t, like)
+
+
+def _same_kind(name: str, t: Tensor, like: Tensor) -> None:
+    if t.dtype != like.dtype:
+        raise TypeError(f"{name}: expected {like.dtype}, the dtype of x; got {t.dtype}")
+    if t.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, the device of x; got one on {t.device}")
+
+
+def check_vector(name: str, t: Tensor | None, size: int, x: Tensor) -> None:
+    """A per-channel vector: a floating [size] on the device of x, or None."""
+    if t is None:
+        return
+    if list(t.shape) != [size]:
+        raise ValueError(f"{name}: expected shape [{size}], one value per channel; got {list(t.shape)}")
+    if not t.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype; got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{name}: expected a tensor on {x.device}, the device of x; got one on {t.device}")
+
+
+def check_source(source: Source) -> None:
+    """The activation that an operator reads, pending or not."""
+    x = source.x
+    check_activation("x", x)
+    if not source.pending:
+        return
+    for name in ("mean", "invstd", "scale", "bias"):
+        check_vector(name, getattr(source, name), x.shape[1], x)
+    if source.residual is None:
+        return
+    check_activation("residual", source.residual, like=x)
+    given = [getattr(source, f"residual_{name}") for name in ("mean", "invstd", "scale", "bias")]
+    if any(t is None for t in given) and not all(t is None for t in given):
+        raise ValueError("residual_mean, residual_invstd, residual_scale, residual_bias: expected all four, or none")
+    for name, t in zip(("mean", "invstd", "scale", "bias"), given, strict=True):
+        check_vector(f"residual_{name}", t, x.shape[1], x)
+
+
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
+    """The extent of a convolution's or a pool's output along one axis."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def check_conv(x: Tensor, conv: Conv) -> list[int]:
+    """A convolution of x [N, C, H, W] and its norm -> the shape [N, K, P, Q] of its output."""
+    weight, norm, (stride, padding, dilation, groups) = conv
+    if weight.dim() != 4:
+        raise ValueError(f"weight: expected a tensor of rank 4, [K, C/groups, R, S]; got shape {list(weight.shape)}")
+    _same_kind("weight", weight, x)
+    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(values) != 2 or min(values) < least:
+            raise ValueError(f"{name}: expected two integers of at least {least}; got {list(values)}")
+    (n, c, h, w), (k, c_group, r, s) = x.shape, weight.shape
+    if groups < 1 or c % groups or k % groups:
+        raise ValueError(f"groups: expected a divisor of the {c} input and {k} output channels; got {groups}")
+    if c_group * groups != c:
+        raise ValueError(f"weight: expected {c // groups} input channels a group, for x of {c}; got shape {list(weight.shape)}")
+    p = output_size(h, r, stride[0], padding[0], dilation[0])
+    q = output_size(w, s, stride[1], padding[1], dilation[1])
+    if p < 1 or q < 1:
+        raise ValueError(f"x: expected a spatial size that a {r}x{s} window fits into; got {h}x{w} with padding {list(padding)}")
+    for name in ("gamma", "beta", "running_mean", "running_var"):
+        check_vector(name, getattr(norm, name), k, x)
+    if norm.training:
+        if n * p * q == 1:  # PyTorch's own words
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size([n, k, p, q])}")
+    elif norm.running_mean is None or norm.running_var is None:
+        raise ValueError("running_mean, running_var: expected tensors where training is False; got None")
+    return [n, k, p, q]
+
+
+def check_pool(x: Tensor, kernel_size: int, stride: int, padding: int) -> list[int]:
+    """A square max pool of x -> the shape of its output."""
+    if not 1 <= kernel_size <= 16:  # a tap's number goes into a byte
+        raise ValueError(f"kernel_size: expected 1 to 16; got {kernel_size}")
+    if stride < 1:
+        raise ValueError(f"stride: expected at least 1; got {stride}")
+    if not 0 <= padding <= kernel_size // 2:
+        raise ValueError(f"padding: expected 0 to {kernel_size // 2}, half of kernel_size; got {padding}")
+    n, c, h, w = x.shape
+    p, q = (output_size(size, kernel_size, stride, padding) for size in (h, w))
+    if p < 1 or q < 1:
+        raise ValueError(f"x: expected a spatial size that a {kernel_size}x{kernel_size} window fits into; got {h}x{w}")
+    return [n, c, p, q]

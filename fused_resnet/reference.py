@@ -1,0 +1,400 @@
+"""Every pass and every operator in a few lines of ATen: the definition of right.
+
+The other backends derive from `Reference` and override what they have faster; the tests compare them with this class, and
+this class with PyTorch's own modules in float64. It is also a backend of its own, called "eager".
+
+Conventions (docs/design.md):
+- Activations are [N, C, H, W] in `channels_last`; per-channel vectors are [C] in the accumulate dtype, which is float64 for
+  float64 tensors and float32 for all others.
+- Formulas are evaluated in float64 and rounded where a kernel rounds, so a pass is the correctly rounded result that a
+  kernel with float32 arithmetic approaches. In particular z = fma(x, scale, bias) has the sign that one fma in a kernel has.
+- The gradients of a pending (y, mean, invstd) are (dz, s1, s2): z = norm(y), dz = dL/dz, s1 = Σ dz, s2 = Σ dz·x̂ with
+  x̂ = (y − mean)·invstd, summed over N, H, W, of dz as rounded.
+- A packed ReLU mask is uint8 [N, H, W, ceil(C/8)]: bit c % 8 of byte c // 8 tells whether channel c lets a gradient through.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pending(NamedTuple):
+    """A raw convolution output and its norm, not yet applied. A NamedTuple, and so a pytree wherever PyTorch looks."""
+
+    y: Tensor  #: [N, K, P, Q], as the convolution rounded it
+    mean: Tensor  #: [K]; its gradient is s1
+    invstd: Tensor  #: [K]; its gradient is s2
+    var: Tensor  #: [K], biased; for the running statistics
+    scale: Tensor  #: [K], gamma·invstd
+    bias: Tensor  #: [K], beta − mean·scale
+
+
+class ConvGeometry(NamedTuple):
+    """How a convolution moves over its input: each field as `torch.nn.functional.conv2d` takes it."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+class Norm(NamedTuple):
+    """The batch norm of a convolution's output. Vectors are [C] or None; `training` tells whose statistics normalise."""
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    eps: float
+
+
+class Conv(NamedTuple):
+    """A convolution [K, C/groups, R, S] without bias, and the norm of its output."""
+
+    weight: Tensor
+    norm: Norm
+    geometry: ConvGeometry
+
+
+class Source(NamedTuple):
+    """What an operator reads: an activation that exists (only `x` is given), or one that is still to be made.
+
+    Then x is raw, with its norm, and `residual` is None, an activation, or raw with a norm of its own.
+    """
+
+    x: Tensor
+    mean: Tensor | None = None
+    invstd: Tensor | None = None
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    residual_mean: Tensor | None = None
+    residual_invstd: Tensor | None = None
+    residual_scale: Tensor | None = None
+    residual_bias: Tensor | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether x is a raw convolution output."""
+        return self.scale is not None
+
+
+class ConvOutput(NamedTuple):
+    """One output of `convolve`, as its backward sees it. dz, s1, s2 are None where nobody used the output."""
+
+    dz: Tensor | None
+    s1: Tensor | None
+    s2: Tensor | None
+    y: Tensor
+    mean: Tensor
+    invstd: Tensor
+    weight: Tensor
+    gamma: Tensor | None
+    training: bool
+    geometry: ConvGeometry
+    need_dw: bool
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums over tensors of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def per_channel(vector: Tensor) -> Tensor:
+    """[C] -> [1, C, 1, 1], in float64."""
+    return vector.double()[None, :, None, None]
+
+
+def affine(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """fma(x, scale, bias) per channel: rounded once, to the accumulate dtype. [N, C, H, W]."""
+    # A product of two float32 is exact in float64, so this has the sign of a true fma.
+    return (x.double() * per_channel(scale) + per_channel(bias)).to(accumulate_dtype(x.dtype))
+
+
+def standardise(x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """x̂ = (x − mean)·invstd, float64."""
+    return (x.double() - per_channel(mean)) * per_channel(invstd)
+
+
+def passes_gradient(z: Tensor) -> Tensor:
+    """The mask of ReLU's backward: where z > 0, and where z is NaN (as PyTorch's own threshold_backward)."""
+    return ~(z <= 0)
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """bool [N, C, H, W] -> uint8 [N, H, W, ceil(C/8)], channel c in bit c % 8 of byte c // 8."""
+    bits = torch.nn.functional.pad(mask.permute(0, 2, 3, 1), (0, -mask.shape[1] % 8)).unflatten(-1, (-1, 8))
+    return (bits * (2 ** torch.arange(8, device=mask.device))).sum(-1).to(torch.uint8)
+
+
+def unpack_mask(packed: Tensor, channels: int) -> Tensor:
+    """The inverse of `pack_mask`: bool [N, channels, H, W]."""
+    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return bits.flatten(-2)[..., :channels].bool().permute(0, 3, 1, 2)
+
+
+def channel_sums(dz: Tensor, *standardised: Tensor) -> tuple[Tensor, ...]:
+    """Σ dz, and Σ dz·x̂ for each x̂, over N, H, W. [C] in the accumulate dtype."""
+    dtype, wide = accumulate_dtype(dz.dtype), dz.double()
+    sums = [wide.sum((0, 2, 3)), *((wide * xhat).sum((0, 2, 3)) for xhat in standardised)]
+    return tuple(s.to(dtype) for s in sums)
+
+
+def nhwc(t: Tensor) -> Tensor:
+    """`t` in channels_last. For results of ATen whose layout is not promised."""
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def windows(t: Tensor, kernel_size: int, stride: int, padding: int, fill: float) -> Tensor:
+    """The pooling windows of `t`: [N, C, P, Q, kernel_size²], taps in row-major order; padding holds `fill`."""
+    padded = torch.nn.functional.pad(t, (padding,) * 4, value=fill)
+    return padded.unfold(2, kernel_size, stride).unfold(3, kernel_size, stride).flatten(-2)
+
+
+class Reference:
+    """The passes, and the operators made of them and of the framework's convolution."""
+
+    name = "eager"
+
+    def declines(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this backend can't take tensors of `dtype` on `device`; None where it can."""
+        if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            return f"{self.name} takes float64, float32, float16 and bfloat16, not {dtype}"
+        return None
+
+    # ---- passes: one trip over memory each ---------------------------------------------------------------------------
+
+    def batch_stats(self, y: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+        """Statistics of y [N, C, H, W] as stored -> (mean, invstd, var, scale, bias), each [C]; var is the biased one."""
+        var, mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+        dtype = accumulate_dtype(y.dtype)
+        return self._coefficients(mean.to(dtype), var.to(dtype), gamma, beta, eps)
+
+    def running_stats(self, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """As `batch_stats`, from the running statistics: what a norm in eval mode uses."""
+        mean, var = (t.to(accumulate_dtype(dtype), copy=True) for t in (norm.running_mean, norm.running_var))
+        return self._coefficients(mean, var, norm.gamma, norm.beta, norm.eps)
+
+    @staticmethod
+    def _coefficients(mean, var, gamma, beta, eps):
+        invstd = (var.double() + eps).rsqrt().to(var.dtype)
+        scale = (invstd.double() * (1 if gamma is None else gamma)).to(var.dtype)
+        bias = ((0 if beta is None else beta) - mean.double() * scale).to(var.dtype)
+        return mean, invstd, var, scale, bias
+
+    @staticmethod
+    def _preactivation(x, scale, bias, residual, residual_scale, residual_bias):
+        z = affine(x, scale, bias)
+        if residual_scale is not None:
+            z = z + affine(residual, residual_scale, residual_bias)
+        elif residual is not None:
+            z = z + residual
+        return z
+
+    def norm_add_act(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        residual_scale: Tensor | None,
+        residual_bias: Tensor | None,
+        relu: bool,
+        save_mask: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """act = relu(fma(x, scale, bias) + residual), rounded once, and its packed mask where `save_mask`.
+
+        `residual` is None, materialised (`residual_scale` None), or raw with an affine of its own.
+        """
+        z = self._preactivation(x, scale, bias, residual, residual_scale, residual_bias)
+        act = nhwc((z.relu() if relu else z).to(x.dtype))
+        return act, pack_mask(passes_gradient(z)) if save_mask else None
+
+    def norm_backward_reduce(
+        self,
+        d: Tensor,
+        dact: Tensor | None,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        residual_mean: Tensor | None,
+        residual_invstd: Tensor | None,
+        mask: Tensor | None,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """dz = (d + dact)·mask, rounded once; s1 = Σ dz; s2 = Σ dz·x̂; and Σ dz·x̂ of a raw residual.
+
+        `mask` is packed; where it is None, and `relu`, it is recomputed from z = fma(x, scale, bias). `residual` and its
+        statistics are given for a raw residual only.
+        """
+        dz = d.double() + (0 if dact is None else dact)
+        if relu:
+            keep = unpack_mask(mask, x.shape[1]) if mask is not None else passes_gradient(affine(x, scale, bias))
+            dz = torch.where(keep, dz, 0.0)
+        return self._reduced(nhwc(dz.to(x.dtype)), x, mean, invstd, residual, residual_mean, residual_invstd)
+
+    @staticmethod
+    def _reduced(dz, x, mean, invstd, residual=None, residual_mean=None, residual_invstd=None):
+        if residual_mean is None:
+            return dz, *channel_sums(dz, standardise(x, mean, invstd)), None
+        return dz, *channel_sums(dz, standardise(x, mean, invstd), standardise(residual, residual_mean, residual_invstd))
+
+    def norm_backward_apply(
+        self, dz: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, s1: Tensor, s2: Tensor
+    ) -> Tensor:
+        """Batch norm's backward: dy = gamma·invstd·(dz − s1/n − x̂·s2/n), n = N·H·W. Ioffe & Szegedy 2015, section 3."""
+        n = y.numel() // y.shape[1]
+        dx = dz.double() - per_channel(s1) / n - standardise(y, mean, invstd) * (per_channel(s2) / n)
+        return nhwc((per_channel(invstd if gamma is None else invstd.double() * gamma) * dx).to(y.dtype))
+
+    def norm_act_max_pool(
+        self, x: Tensor, scale: Tensor, bias: Tensor, kernel_size: int, stride: int, padding: int
+    ) -> tuple[Tensor, Tensor]:
+        """Max pool of act = relu(fma(x, scale, bias)) as rounded -> (out, index), both [N, C, P, Q].
+
+        `index` (uint8) is the tap r·kernel_size + s that won: the first of equals; a NaN wins.
+        """
+        act = affine(x, scale, bias).relu().to(x.dtype)
+        taps = windows(act, kernel_size, stride, padding, float("-inf"))
+        # argmax does not promise which of equals it takes, so the first is asked for by name. NaN equals nothing.
+        best = taps.amax(-1, keepdim=True)
+        index = ((taps == best) | taps.isnan()).to(torch.uint8).argmax(-1)
+        return nhwc(best.squeeze(-1)), nhwc(index.to(torch.uint8))
+
+    def norm_act_max_pool_backward(
+        self,
+        dout: Tensor,
+        index: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        kernel_size: int,
+        stride: int,
+        padding: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of `norm_act_max_pool` as (dz, s1, s2): each pixel gathers from the windows that it won."""
+        n, c, h, w = x.shape
+        won = torch.nn.functional.one_hot(index.long(), kernel_size**2) * dout.double().unsqueeze(-1)  # [N, C, P, Q, taps]
+        columns = won.permute(0, 1, 4, 2, 3).reshape(n, c * kernel_size**2, -1)
+        d = torch.nn.functional.fold(columns, (h, w), kernel_size, padding=padding, stride=stride)
+        dz = torch.where(passes_gradient(affine(x, scale, bias)), d, 0.0)
+        return self._reduced(nhwc(dz.to(x.dtype)), x, mean, invstd)[:3]
+
+    def norm_add_act_avg_pool(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        residual_scale: Tensor | None,
+        residual_bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The mean over H, W of relu(fma(x, scale, bias) + residual) as rounded -> [N, C, 1, 1]; a packed mask with a residual."""
+        act, mask = self.norm_add_act(
+            x, scale, bias, residual, residual_scale, residual_bias, relu=True, save_mask=residual is not None
+        )
+        return act.double().mean((2, 3), keepdim=True).to(x.dtype), mask
+
+    def norm_add_act_avg_pool_backward(
+        self,
+        dout: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        residual_mean: Tensor | None,
+        residual_invstd: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The gradient of `norm_add_act_avg_pool`, as `norm_backward_reduce` gives it. dout: [N, C, 1, 1]."""
+        keep = unpack_mask(mask, x.shape[1]) if mask is not None else passes_gradient(affine(x, scale, bias))
+        d = dout.double() / (x.shape[2] * x.shape[3])
+        dz = nhwc(torch.where(keep, d, 0.0).to(x.dtype))
+        return self._reduced(dz, x, mean, invstd, residual, residual_mean, residual_invstd)
+
+    # ---- operators: what a network is made of ------------------------------------------------------------------------
+
+    #: Whether `convolve` hands out the activation between two convolutions, to be kept for backward, or recomputes it there.
+    keeps_act = True
+
+    def convolve(self, source: Source, convs: Sequence[Conv]) -> tuple[list[Pending], Tensor, Tensor | None]:
+        """The convolutions of the activation that `source` stands for -> (a Pending for each, act, packed mask or None).
+
+        act is relu(norm(x) + residual), or x itself where `source` is materialised. The mask comes with a residual only:
+        without one, backward recomputes it from x.
+        """
+        act, mask = source.x, None
+        if source.pending:
+            act, mask = self.norm_add_act(
+                source.x, source.scale, source.bias, source.residual, source.residual_scale, source.residual_bias,
+                relu=True, save_mask=source.residual is not None,
+            )  # fmt: skip
+        return [self._convolution(act, conv) for conv in convs], act, mask
+
+    def _convolution(self, act: Tensor, conv: Conv) -> Pending:
+        norm = conv.norm
+        y = nhwc(torch.conv2d(act, conv.weight, None, *conv.geometry))
+        if norm.training:
+            return Pending(y, *self.batch_stats(y, norm.gamma, norm.beta, norm.eps))
+        return Pending(y, *self.running_stats(norm, y.dtype))
+
+    def convolve_backward(
+        self,
+        source: Source,
+        act: Tensor,
+        mask: Tensor | None,
+        outputs: Sequence[ConvOutput],
+        dact: Tensor | None,
+        need_dx: bool,
+    ) -> tuple[tuple[Tensor | None, ...], list[Tensor | None]]:
+        """The gradients of `convolve` -> ((dx, s1, s2, residual_s2), [dw of each convolution]); None for what is not needed.
+
+        For a pending source dx is its dz, and that of its residual too; for a materialised one s1 and s2 are None.
+        """
+        pairs = [self._convolution_backward(act, output, need_dx) for output in outputs]
+        dws = [dw for _, dw in pairs]
+        if not need_dx:
+            return (None, None, None, None), dws
+        d, *more = [dx for dx, _ in pairs if dx is not None] + ([] if dact is None else [dact])
+        while len(more) > (1 if source.pending else 0):  # the reduction below adds two; a third is rare
+            d = d + more.pop(0)
+        if not source.pending:
+            return (d, None, None, None), dws
+        raw = source.residual_mean is not None
+        return self.norm_backward_reduce(
+            d, more[0] if more else None, source.x, source.mean, source.invstd, source.scale, source.bias,
+            source.residual if raw else None, source.residual_mean, source.residual_invstd, mask, relu=True,
+        ), dws  # fmt: skip
+
+    def _convolution_backward(self, act: Tensor, output: ConvOutput, need_dx: bool) -> tuple[Tensor | None, Tensor | None]:
+        """(dx, dw) of one convolution. The producer of y applies its norm's backward, by the gradient convention."""
+        if output.dz is None:
+            return None, None
+        y, weight, gamma = output.y, output.weight, output.gamma
+        if output.training:
+            dy = self.norm_backward_apply(output.dz, y, output.mean, output.invstd, gamma, output.s1, output.s2)
+        else:  # running statistics are constants, so the norm is an affine map and nothing else
+            scale = output.invstd if gamma is None else output.invstd * gamma
+            dy = (output.dz * scale[:, None, None]).to(y.dtype)
+        stride, padding, dilation, groups = output.geometry
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dy, act, weight, None, stride, padding, dilation, False, [0, 0], groups, [need_dx, output.need_dw, False]
+        )
+        return None if dx is None else nhwc(dx), None if dw is None else like_weight(dw, weight)
+
+
+def like_weight(dw: Tensor, weight: Tensor) -> Tensor:
+    """`dw` in the strides of `weight`: DistributedDataParallel's buckets are views that expect them."""
+    if dw.stride() == weight.stride():
+        return dw
+    return torch.empty_strided(weight.shape, weight.stride(), dtype=dw.dtype, device=dw.device).copy_(dw)
