@@ -1,0 +1,98 @@
+"""Every operator in a closed chain, forward, all gradients and running statistics, against float64 PyTorch.
+
+The rule: at most twice the error of PyTorch's own eager in the same dtype, each against the float64 result on its own ReLU
+masks; and masks differ from float64's only where the pre-activation is within rounding of zero.
+"""
+
+import pytest
+import torch
+from chains import CHAINS, Layer, Ours, PyTorch, Shape, relative_error, run
+
+import fused_resnet
+from fused_resnet import ops
+from fused_resnet.backends import BACKENDS
+
+BACKEND_NAMES = list(BACKENDS)
+SHAPES = [
+    Shape(2, 16, 6, 5, 24, size=3),
+    Shape(3, 8, 7, 7, 10, size=3, stride=2),
+    Shape(2, 64, 4, 4, 64),
+    Shape(1, 3, 9, 8, 16, size=7, stride=2),
+    Shape(5, 6, 3, 3, 12, size=3, groups=3, dilation=2),
+]
+TINY = Shape(4, 10, 1, 1, 3)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def require(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Skip what a backend says it can't run."""
+    if reason := BACKENDS[backend].declines(device, dtype):
+        pytest.skip(reason)
+
+
+def inputs(shape: Shape, device: torch.device):
+    """Layers, x, residual and the weight of the loss, whose mean is not zero."""
+    x = torch.randn(shape.n, shape.c, shape.h, shape.w).bfloat16().half().to(device)
+    r = torch.randn(shape.n, shape.k, *shape.inner_size()).bfloat16().half().to(device)
+    return shape.layers(device), x, r
+
+
+def loss_weight(chain, layers, x, r) -> torch.Tensor:
+    with torch.no_grad():
+        doubles = [layer.leaves(torch.float64) for layer in layers]
+        output = chain(PyTorch(doubles), x.double(), r.double())
+    return (torch.randn_like(output) + 0.5).bfloat16().half()
+
+
+def results(run) -> dict[str, torch.Tensor]:
+    """The output, each gradient and each running statistic of a run, by name."""
+    grads = {f"d{name}": value for name, value in run.grads.items() if value is not None}
+    return {"output": run.output, **grads, **run.running}
+
+
+def errors(run, truth) -> dict[str, float]:
+    """The relative error of each result. Both runs must have the same gradients."""
+    ours, expected = results(run), results(truth)
+    assert ours.keys() == expected.keys()
+    return {name: relative_error(ours[name], value) for name, value in expected.items()}
+
+
+def matched_truth(chain, layers, x, r, weight, result, **options):
+    """The float64 run on the masks and taps of `result`."""
+    masks, taps = list(result.masks), [t.long() for t in result.taps]
+    return run(chain, PyTorch, layers, x, r, weight, torch.float64, masks=masks, taps=taps, **options)
+
+
+def floor(shape: Shape, dtype: torch.dtype) -> float:
+    """An error that roundings alone explain, where eager is exact by luck: half an ulp; more where few elements can't average."""
+    return (8 if shape == TINY else 0.5) * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda c: c.__name__)
+def test_error_is_at_most_twice_eagers(chain, backend, dtype, training, device):
+    require(backend, device, dtype)
+    for shape in [*SHAPES, *([TINY] if dtype == torch.float32 else [])] if training else SHAPES[:2]:
+        layers, x, r = inputs(shape, device)
+        weight = loss_weight(chain, layers, x, r)
+        eager = run(chain, PyTorch, layers, x, r, weight, dtype, training=training)
+        with fused_resnet.backend(backend):
+            ours = run(chain, Ours, layers, x, r, weight, dtype, training=training)
+        eager_errors = errors(eager, matched_truth(chain, layers, x, r, weight, eager, training=training))
+        our_errors = errors(ours, matched_truth(chain, layers, x, r, weight, ours, training=training))
+        for name, error in our_errors.items():
+            bound = max(2 * eager_errors[name], floor(shape, dtype))
+            assert error <= bound, f"{shape}, {name}: error {error:.2e}, eager's {eager_errors[name]:.2e}"
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda c: c.__name__)
+def test_float64_agrees_to_rounding(chain, device):
+    for shape in [*SHAPES, TINY]:
+        layers, x, r = inputs(shape, device)
+        weight = loss_weight(chain, layers, x, r)
+        with fused_resnet.backend("eager"):
+            ours = run(chain, Ours, layers, x, r, weight, torch.float64)
+        truth = run(chain, PyTorch, layers, x, r, weight, torch.float64)
+        assert max(errors(ours, truth).values()) < 1e-12
