@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import ops
 from .ops import Conv, ConvGeometry, Norm
+from .ops.checks import check_vector
 
 
 def conv_bn_act(
@@ -46,6 +47,8 @@ def conv_bn_act(
         Norm(gamma, beta, *running, training, eps),
         ConvGeometry(_pair(stride), _pair(padding), _pair(dilation), groups),
     )
+    for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
+        check_vector(name, vector, weight.shape[0], x)
     out = ops.conv_stats(x, conv)
     if training and running_mean is not None and running_var is not None:
         with torch.no_grad():

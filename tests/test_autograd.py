@@ -1,0 +1,233 @@
+"""The operators as citizens of autograd and torch.library: gradcheck, opcheck, odd gradients, threads, double backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from chains import CHAINS, Ours, PyTorch, Shape, run
+from test_operators import errors, inputs, loss_weight, matched_truth
+
+import fused_resnet
+from fused_resnet import ops
+from fused_resnet.backends import BACKENDS
+from fused_resnet.functional import conv_bn_act
+from fused_resnet.ops.convolve import OPERATORS
+from fused_resnet.ops.library import NAMESPACE
+from fused_resnet.reference import Reference
+
+SHAPE = Shape(2, 6, 5, 4, 10, size=3)
+
+
+def layer(k=5, c=3, size=3, dtype=torch.float64):
+    """weight, gamma, beta, with gradients; running mean and variance."""
+    leaves = [torch.randn(k, c, size, size, dtype=dtype), torch.rand(k, dtype=dtype) + 0.5, torch.randn(k, dtype=dtype)]
+    return [t.requires_grad_() for t in leaves], [torch.randn(k, dtype=dtype), torch.rand(k, dtype=dtype) + 0.5]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
+def test_gradcheck_of_one_layer(training, relu, residual):
+    (weight, gamma, beta), running = layer()
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    r = torch.randn(2, 5, 3, 2, dtype=torch.float64, requires_grad=True) if residual else None
+
+    def f(x, weight, gamma, beta, r=None):
+        statistics = [t.clone() for t in running]
+        return conv_bn_act(x, weight, gamma, beta, *statistics, r, training=training, stride=2, padding=1, relu=relu)
+
+    assert torch.autograd.gradcheck(f, [x, weight, gamma, beta, *([r] if residual else [])])
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("running", [True, False])
+def test_conv_bn_act_is_pytorchs_three_calls(affine, running):
+    """Output and running statistics, with and without the optional vectors, any layout of x and residual."""
+    (weight, gamma, beta), statistics = layer(k=6, c=4, dtype=torch.float32)
+    gamma, beta = (gamma, beta) if affine else (None, None)
+    ours, theirs = ([t.clone() for t in statistics] if running else [None, None] for _ in range(2))
+    x, r = torch.randn(3, 4, 6, 7), torch.randn(3, 6, 7, 6).transpose(2, 3)
+    out = conv_bn_act(x, weight, gamma, beta, *ours, r, momentum=0.3, padding=1)
+    expected = F.relu(F.batch_norm(F.conv2d(x, weight, None, 1, 1), *theirs, gamma, beta, True, 0.3) + r)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(ours, theirs, strict=True) if running else ():
+        torch.testing.assert_close(a, b)
+
+
+def flat_arguments(name: str, dtype=torch.float32, requires_grad=True):
+    """Arguments of a convolution operator by its raw schema, from tensors that are slices and copies of larger ones."""
+    operator = OPERATORS[name]
+    c, k = 6, 4
+
+    def act():
+        wide = torch.randn(2, 2 * c, 6, 10, dtype=dtype)  # every second channel, a crop: channels_last after one copy
+        return wide[:, ::2, 1:6, 2:8].contiguous(memory_format=torch.channels_last).requires_grad_(requires_grad)
+
+    def vector(n=c):
+        return torch.rand(2 * n)[::2].add_(0.5).requires_grad_(requires_grad)
+
+    args = [act()]
+    if operator.pending:
+        args += [vector(), vector(), vector().detach(), vector().detach()]
+    if operator.residual:
+        args += [act(), vector(), vector(), vector().detach(), vector().detach()]
+    for _ in range(operator.convs):
+        weight = torch.randn(3, 3, c, k, dtype=dtype).permute(3, 2, 0, 1).requires_grad_(requires_grad)
+        args += [weight, vector(k), vector(k), None, None, True, 1e-5, [1, 1], [1, 1], [1, 1], 1]
+    return [*args, "eager"]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck_of_convolutions(name):
+    """Schema, fake, autograd registration and AOT dispatch agree, on strided vectors and permuted weights."""
+    torch.library.opcheck(getattr(torch.ops, NAMESPACE).__getattr__(name).default, tuple(flat_arguments(name)))
+
+
+@pytest.mark.parametrize(("name", "extra"), [("norm_add_act", (True,)), ("norm_add_act_avg_pool", ()), ("norm_act_max_pool", (3, 2, 1))])
+def test_opcheck_of_norms(name, extra):
+    args = flat_arguments("norm_add_act_conv")[:10]
+    args = args[:5] if name == "norm_act_max_pool" else args
+    torch.library.opcheck(getattr(getattr(torch.ops, NAMESPACE), name).default, (*args, *extra, "eager"))
+
+
+def strided_gradients():
+    """Functions that make a gradient with strides that no kernel may assume: (name, tensor -> tensor)."""
+    return {
+        "expanded": lambda t: t.sum((2, 3)),
+        "nchw": lambda t: (t.flatten(1) * torch.arange(1, t[0].numel() + 1, dtype=t.dtype)).sum(),
+        "transposed": lambda t: t.transpose(2, 3).contiguous().square(),
+        "sliced": lambda t: t[:, 1::2, ::2] * 3,
+        "cat": lambda t: torch.cat([t, t * 2], 1).cumsum(1),
+    }
+
+
+@pytest.mark.parametrize("name", strided_gradients())
+@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("last", ["norm_add_act", "max_pool", "avg_pool"])
+def test_gradients_of_odd_strides(name, backend, last, device):
+    if reason := BACKENDS[backend].declines(device, torch.float32):
+        pytest.skip(reason)
+    (weight, gamma, beta), _ = layer(k=8, c=4, dtype=torch.float32)
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    leaves = [x, weight, gamma, beta]
+
+    def eager(x, weight, gamma, beta):
+        out = F.relu(F.batch_norm(F.conv2d(x, weight, None, 1, 1), None, None, gamma, beta, True))
+        pools = {"norm_add_act": lambda t: t, "max_pool": lambda t: F.max_pool2d(t, 3, 2, 1), "avg_pool": lambda t: t.mean((2, 3), True)}
+        return pools[last](out)
+
+    def ours(x, weight, gamma, beta):
+        conv = ops.Conv(weight, ops.Norm(gamma, beta, None, None, True, 1e-5), ops.ConvGeometry([1, 1], [1, 1], [1, 1], 1))
+        out = ops.conv_stats(x.contiguous(memory_format=torch.channels_last), conv)
+        finish = {"norm_add_act": ops.norm_add_act, "max_pool": ops.norm_act_max_pool, "avg_pool": ops.norm_add_act_avg_pool}
+        return finish[last](out)
+
+    make = strided_gradients()[name]
+    doubles = [t.detach().double().to(device).requires_grad_() for t in leaves]
+    floats = [t.detach().to(device).requires_grad_() for t in leaves]
+    truth = torch.autograd.grad(make(eager(*doubles).cpu()).sum(), doubles)
+    with fused_resnet.backend(backend):
+        found = torch.autograd.grad(make(ours(*floats).cpu()).sum(), floats)
+    for a, b in zip(found, truth, strict=True):
+        assert (a.double() - b).norm() <= 1e-5 * b.norm()
+
+
+def test_backward_keeps_the_backend_of_its_forward(monkeypatch):
+    """Backward runs outside the `with` block, and on a GPU in another thread."""
+    calls = []
+    original = Reference.convolve_backward
+    eager = BACKENDS["eager"]
+    monkeypatch.setattr(eager, "convolve_backward", lambda *a: calls.append("eager") or original(eager, *a))
+    model = fused_resnet.models.resnet20()
+    with fused_resnet.backend("eager"):
+        loss = model(torch.randn(2, 3, 8, 8)).sum()
+    with fused_resnet.backend("off"):
+        loss.backward()
+    assert len(calls) == 19
+
+
+def test_double_backward_is_an_error_and_never_a_wrong_number():
+    (weight, gamma, beta), _ = layer()
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    out = conv_bn_act(x, weight, gamma, beta, None, None)
+    (g,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        g.square().sum().backward()
+
+
+def test_an_unused_activation_costs_no_gradient():
+    """A pending that nobody consumed gets no gradient, and its weight none."""
+    (weight, gamma, beta), _ = layer()
+    (weight2, *_), _ = layer(size=1)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True).contiguous(memory_format=torch.channels_last)
+    geometry = ops.ConvGeometry([1, 1], [0, 0], [1, 1], 1)
+    norm = ops.Norm(gamma, beta, None, None, True, 1e-5)
+    used, _ = ops.conv_stats_pair(x, ops.Conv(weight, norm, geometry), ops.Conv(weight2, norm, geometry))
+    ops.norm_add_act(used).sum().backward()
+    assert weight.grad is not None and weight2.grad is None
+
+
+@pytest.mark.parametrize("strides", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_weight_gradients_have_the_weights_strides(strides, size):
+    (weight, gamma, beta), _ = layer(size=size, k=4, c=4, dtype=torch.float32)
+    weight = weight.detach()
+    weight = (weight.contiguous(memory_format=torch.channels_last) if strides == "channels_last" else weight).requires_grad_()
+    conv_bn_act(torch.randn(2, 4, 5, 5), weight, gamma, beta, None, None).sum().backward()
+    assert weight.grad.stride() == weight.stride()
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_nan_is_kept(backend, device):
+    """The gradient scaler looks for it: neither ReLU nor a pool may turn NaN into a number."""
+    if reason := BACKENDS[backend].declines(device, torch.float32):
+        pytest.skip(reason)
+    (weight, gamma, beta), (mean, var) = layer(k=8, c=4, size=1, dtype=torch.float32)
+    x = torch.randn(2, 4, 6, 6)
+    x[0, 0, 2, 2] = float("nan")
+    args = [t.detach().to(device) for t in (weight, gamma, beta, mean, var)]
+    conv = ops.Conv(args[0], ops.Norm(*args[1:], False, 1e-5), ops.ConvGeometry([1, 1], [0, 0], [1, 1], 1))
+    with fused_resnet.backend(backend):
+        out = ops.conv_stats(x.to(device).contiguous(memory_format=torch.channels_last), conv)
+        act, pooled, mean = ops.norm_add_act(out), ops.norm_act_max_pool(out), ops.norm_add_act_avg_pool(out)
+    assert act[0, :, 2, 2].isnan().all() and act.isnan().sum() == 8
+    assert pooled[0, :, 1, 1].isnan().all() and not pooled[1].isnan().any()
+    assert mean[0].isnan().all() and not mean[1].isnan().any()
+
+
+def test_max_pool_takes_the_first_of_equals_as_pytorch_does():
+    x = torch.randint(-2, 2, (2, 5, 9, 8)).float().contiguous(memory_format=torch.channels_last).requires_grad_()
+    one, zero = torch.ones(5), torch.zeros(5)
+    out, index = Reference().norm_act_max_pool(x.detach(), one, zero, 3, 2, 1)
+    expected, where = F.max_pool2d(x.relu(), 3, 2, 1, return_indices=True)
+    assert torch.equal(out, expected)
+    rows, columns = torch.arange(5)[:, None] * 2 - 1 + index // 3, torch.arange(4) * 2 - 1 + index % 3
+    assert torch.equal(rows * 8 + columns, where)
+
+
+FAULTS = {
+    "no x̂ correction": ("norm_backward_apply", lambda f: lambda dz, y, m, i, g, s1, s2: f(dz, y, m, i, g, s1, torch.zeros_like(s2))),
+    "no mean correction": ("norm_backward_apply", lambda f: lambda dz, y, m, i, g, s1, s2: f(dz, y, m, i, g, torch.zeros_like(s1), s2)),
+    "sums swapped": ("norm_backward_reduce", lambda f: lambda *a, **k: (lambda r: (r[0], r[2], r[1], r[3]))(f(*a, **k))),
+    "biased by an ulp": ("norm_add_act", lambda f: lambda *a, **k: (lambda r: (r[0] * (1 + 2e-6), r[1]))(f(*a, **k))),
+    "residual's sum forgotten": ("norm_backward_reduce", lambda f: lambda *a, **k: (lambda r: (*r[:3], None if r[3] is None else r[3] * 0))(f(*a, **k))),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_gate_catches_planted_faults(fault, monkeypatch, device):
+    """The rule of test_operators refuses each of these, in float32, in some chain."""
+    method, spoil = FAULTS[fault]
+    eager = BACKENDS["eager"]
+    monkeypatch.setattr(eager, method, spoil(getattr(eager, method)))
+    caught = []
+    for chain in CHAINS:
+        layers, x, r = inputs(SHAPE, device)
+        weight = loss_weight(chain, layers, x, r)
+        peer = run(chain, PyTorch, layers, x, r, weight, torch.float32)
+        with fused_resnet.backend("eager"):
+            ours = run(chain, Ours, layers, x, r, weight, torch.float32)
+        bounds = errors(peer, matched_truth(chain, layers, x, r, weight, peer))
+        found = errors(ours, matched_truth(chain, layers, x, r, weight, ours))
+        caught += [chain.__name__ for name, error in found.items() if error > max(2 * bounds[name], 6e-8)]
+    assert caught

@@ -1,0 +1,108 @@
+"""Choosing a backend, and what the operators say of arguments that they can't take."""
+
+import pytest
+import torch
+
+import fused_resnet
+from fused_resnet import ops
+from fused_resnet.backends import BACKENDS, CHOICES, resolve
+from fused_resnet.functional import conv_bn_act
+
+CPU = torch.device("cpu")
+
+
+def test_auto_is_pytorchs_own_on_a_cpu_and_for_float64():
+    assert resolve(CPU, torch.float32) == "off"
+    assert resolve(torch.device("cuda"), torch.float64) == "off"
+
+
+def test_a_choice_is_nested_and_undone(monkeypatch):
+    monkeypatch.setenv("FUSED_RESNET_BACKEND", "eager")
+    assert resolve(CPU, torch.float32) == "eager"
+    with fused_resnet.backend("off"):
+        assert resolve(CPU, torch.float32) == "off"
+        with fused_resnet.backend("eager"):
+            assert resolve(CPU, torch.float32) == "eager"
+        assert resolve(CPU, torch.float32) == "off"
+    with pytest.raises(KeyError), fused_resnet.backend("off"):
+        raise KeyError
+    assert resolve(CPU, torch.float32) == "eager"
+
+
+def test_unknown_names_are_refused_with_the_known_ones(monkeypatch):
+    with pytest.raises(ValueError, match="unknown backend 'fast'; expected one of " + ", ".join(CHOICES)), fused_resnet.backend("fast"):
+        pass
+    monkeypatch.setenv("FUSED_RESNET_BACKEND", "quick")
+    with pytest.raises(ValueError, match="FUSED_RESNET_BACKEND: unknown backend 'quick'"):
+        resolve(CPU, torch.float32)
+
+
+def test_a_forced_backend_that_cannot_run_says_why():
+    model = fused_resnet.models.resnet20().double()
+    with fused_resnet.backend("passes"), pytest.raises(RuntimeError, match="backend 'passes' was asked for and can't run here: .*float64"):
+        model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+
+
+def test_every_backend_is_asked_the_same_way():
+    for name, backend in BACKENDS.items():
+        assert backend.name == name
+        assert backend.declines(CPU, torch.int32)
+
+
+def conv(k=4, c=3, size=3, dtype=torch.float32, norm=None, stride=1, padding=1, dilation=1, groups=1):
+    vectors = (torch.ones(k), torch.zeros(k), None, None, True, 1e-5) if norm is None else norm
+    geometry = ops.ConvGeometry([stride] * 2, [padding] * 2, [dilation] * 2, groups)
+    return ops.Conv(torch.randn(k, c, size, size, dtype=dtype), ops.Norm(*vectors), geometry)
+
+
+def nhwc(*shape, dtype=torch.float32, device="cpu"):
+    return torch.randn(*shape, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+
+
+def pending():
+    return ops.conv_stats(nhwc(2, 3, 6, 6), conv())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: ops.conv_stats(torch.randn(3, 6, 6), conv()), ValueError, r"x: expected a tensor of rank 4"),
+        (lambda: ops.conv_stats(torch.randn(2, 3, 6, 6), conv()), ValueError, "x: expected memory_format=torch.channels_last"),
+        (lambda: ops.conv_stats(nhwc(2, 5, 6, 6), conv()), ValueError, "weight: expected 5 input channels"),
+        (lambda: ops.conv_stats(nhwc(0, 3, 6, 6), conv()), ValueError, "x: expected at least one element"),
+        (lambda: ops.conv_stats(torch.ones(2, 3, 6, 6, dtype=torch.int32), conv()), TypeError, "x: expected float64, float32"),
+        (lambda: ops.conv_stats(nhwc(2, 3, 6, 6), conv(dtype=torch.float16)), TypeError, "weight: expected torch.float32"),
+        (lambda: ops.conv_stats(nhwc(2, 3, 6, 6, device="meta"), conv()), ValueError, "weight: expected a tensor on meta"),
+        (lambda: ops.conv_stats(nhwc(2, 3, 6, 6), conv(stride=-1)), ValueError, "stride: expected two integers of at least 1; got"),
+        (lambda: ops.conv_stats(nhwc(2, 3, 6, 6), conv(padding=-1)), ValueError, "padding: expected two integers of at least 0"),
+        (lambda: ops.conv_stats(nhwc(2, 3, 6, 6), conv(dilation=0)), ValueError, "dilation: expected two integers"),
+        (lambda: ops.conv_stats(nhwc(2, 3, 6, 6), conv(groups=2)), ValueError, "groups: expected a divisor"),
+        (lambda: ops.conv_stats(nhwc(2, 3, 6, 6), conv(size=9, padding=0)), ValueError, "x: expected a spatial size"),
+        (lambda: ops.conv_stats(nhwc(1, 3, 1, 1), conv()), ValueError, r"more than 1 value per channel when training, got input size torch.Size\(\[1, 4, 1, 1\]\)"),
+        (lambda: ops.conv_stats(nhwc(2, 3, 6, 6), conv(norm=(torch.ones(5), None, None, None, True, 1e-5))), ValueError, r"gamma: expected shape \[4\]"),
+        (lambda: ops.conv_stats(nhwc(2, 3, 6, 6), conv(norm=(None, torch.ones(4, dtype=torch.int32), None, None, True, 1e-5))), TypeError, "beta: expected a floating"),
+        (lambda: ops.conv_stats(nhwc(2, 3, 6, 6), conv(norm=(None, None, None, None, False, 1e-5))), ValueError, "running_mean, running_var: expected tensors"),
+        (lambda: ops.norm_add_act(pending(), nhwc(2, 4, 6, 5)), ValueError, r"residual: expected shape \[2, 4, 6, 6\]"),
+        (lambda: ops.norm_add_act(pending(), torch.randn(2, 4, 6, 6)), ValueError, "residual: expected memory_format"),
+        (lambda: ops.norm_add_act(pending(), nhwc(2, 4, 6, 6).half()), TypeError, "residual: expected torch.float32"),
+        (lambda: ops.norm_add_act(pending()._replace(scale=torch.ones(3))), ValueError, r"scale: expected shape \[4\]"),
+        (lambda: ops.norm_act_max_pool(pending(), 17), ValueError, "kernel_size: expected 1 to 16"),
+        (lambda: ops.norm_act_max_pool(pending(), 3, 0), ValueError, "stride: expected at least 1"),
+        (lambda: ops.norm_act_max_pool(pending(), 3, 2, 2), ValueError, "padding: expected 0 to 1"),
+        (lambda: ops.norm_act_max_pool(pending(), 9, 1, 0), ValueError, "x: expected a spatial size"),
+        (lambda: conv_bn_act(torch.randn(3, 6, 6), conv().weight, None, None, None, None), ValueError, "x: expected a tensor of rank 4"),
+        (lambda: conv_bn_act(nhwc(2, 3, 6, 6), torch.randn(4, 3, 3), None, None, None, None), ValueError, "weight: expected a tensor of rank 4"),
+        (lambda: conv_bn_act(nhwc(2, 3, 6, 6), conv().weight, None, None, torch.ones(3), torch.ones(4)), ValueError, r"running_mean: expected shape \[4\]"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_fakes_refuse_what_the_operators_refuse():
+    """Under torch.compile the same words appear."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), pytest.raises(ValueError, match="weight: expected 5 input channels"):
+        ops.conv_stats(nhwc(2, 5, 6, 6), conv())
