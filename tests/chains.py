@@ -16,6 +16,8 @@ from fused_resnet import ops
 from fused_resnet.ops import Conv, ConvGeometry, Norm, Pending
 
 EPS = 1e-5
+#: Where the operators are tested: the GPU where there is one.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass

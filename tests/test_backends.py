@@ -49,6 +49,23 @@ def test_every_backend_is_asked_the_same_way():
         assert backend.declines(CPU, torch.int32)
 
 
+def test_passes_runs_where_the_tests_run(device):
+    """On a GPU, or by Triton's interpreter, which conftest.py asks for: the operator tests take only what is not declined."""
+    dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if device.type == "cuda" else [])
+    assert {dtype: BACKENDS["passes"].declines(device, dtype) for dtype in dtypes} == dict.fromkeys(dtypes)
+
+
+def test_passes_says_what_it_lacks(monkeypatch):
+    passes = BACKENDS["passes"]
+    assert "not torch.float64" in passes.declines(CPU, torch.float64)
+    assert "'mps'" in passes.declines(torch.device("mps"), torch.float32)
+    assert "bfloat16" in passes.declines(CPU, torch.bfloat16) or torch.cuda.is_available()
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert passes.declines(CPU, torch.float32).endswith("set TRITON_INTERPRET=1")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert passes.declines(CPU, torch.float32).startswith("Triton is not installed")
+
+
 def conv(k=4, c=3, size=3, dtype=torch.float32, norm=None, stride=1, padding=1, dilation=1, groups=1):
     vectors = (torch.ones(k), torch.zeros(k), None, None, True, 1e-5) if norm is None else norm
     geometry = ops.ConvGeometry([stride] * 2, [padding] * 2, [dilation] * 2, groups)

@@ -6,13 +6,12 @@ masks; and masks differ from float64's only where the pre-activation is within r
 
 import pytest
 import torch
-from chains import CHAINS, Layer, Ours, PyTorch, Shape, relative_error, run
+from chains import CHAINS, DEVICE, Layer, Ours, PyTorch, Shape, relative_error, run
 
 import fused_resnet
 from fused_resnet import ops
 from fused_resnet.backends import BACKENDS
 
-BACKEND_NAMES = list(BACKENDS)
 SHAPES = [
     Shape(2, 16, 6, 5, 24, size=3),
     Shape(3, 8, 7, 7, 10, size=3, stride=2),
@@ -22,12 +21,8 @@ SHAPES = [
 ]
 TINY = Shape(4, 10, 1, 1, 3)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def require(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Skip what a backend says it can't run."""
-    if reason := BACKENDS[backend].declines(device, dtype):
-        pytest.skip(reason)
+#: What can run here; tests/test_backends.py holds that `passes` does, in float32 and float16 at least.
+RUNNABLE = [(name, dtype) for name, b in BACKENDS.items() for dtype in DTYPES if not b.declines(DEVICE, dtype)]
 
 
 def inputs(shape: Shape, device: torch.device):
@@ -63,17 +58,19 @@ def matched_truth(chain, layers, x, r, weight, result, **options):
     return run(chain, PyTorch, layers, x, r, weight, torch.float64, masks=masks, taps=taps, **options)
 
 
-def floor(shape: Shape, dtype: torch.dtype) -> float:
-    """An error that roundings alone explain, where eager is exact by luck: half an ulp; more where few elements can't average."""
-    return (8 if shape == TINY else 0.5) * torch.finfo(dtype).eps
+def floor(dtype: torch.dtype) -> float:
+    """An error that roundings alone explain, where eager is exact: half an ulp.
+
+    In float32 it is 8: on a CPU, PyTorch's batch norm sums float32 in float64, which no kernel for a GPU does, and sums that
+    cancel, as those of zero-mean outputs, keep few of float32's digits.
+    """
+    return (8 if dtype == torch.float32 else 0.5) * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("backend, dtype", RUNNABLE, ids=str)
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda c: c.__name__)
 def test_error_is_at_most_twice_eagers(chain, backend, dtype, training, device):
-    require(backend, device, dtype)
     for shape in [*SHAPES, *([TINY] if dtype == torch.float32 else [])] if training else SHAPES[:2]:
         layers, x, r = inputs(shape, device)
         weight = loss_weight(chain, layers, x, r)
@@ -83,7 +80,7 @@ def test_error_is_at_most_twice_eagers(chain, backend, dtype, training, device):
         eager_errors = errors(eager, matched_truth(chain, layers, x, r, weight, eager, training=training))
         our_errors = errors(ours, matched_truth(chain, layers, x, r, weight, ours, training=training))
         for name, error in our_errors.items():
-            bound = max(2 * eager_errors[name], floor(shape, dtype))
+            bound = max(2 * eager_errors[name], floor(dtype))
             assert error <= bound, f"{shape}, {name}: error {error:.2e}, eager's {eager_errors[name]:.2e}"
 
 

@@ -1,0 +1,199 @@
+"""What the compiler makes of the kernels: registers, spills, shared memory, width of memory accesses. Needs no GPU.
+
+    python -m fused_resnet.kernels.inspect            # all kernels; also `fused-resnet kernels`
+    python -m fused_resnet.kernels.inspect reduce     # those whose name holds "reduce"
+
+The passes run on tensors of PyTorch's device "meta", which have shapes and no memory; their launches are recorded and compiled ahead of
+time. So the table shows the kernels as they are launched, in every variant, tiled as for ResNet-50's shapes.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import avg_pool, batch_stats, max_pool, norm_add_act, norm_backward
+from .launch import INTERPRETED, Launch, packed_mask, recording
+
+#: Architectures that the table has: Ampere's A100, Hopper.
+ARCHITECTURES = (80, 90)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: [N, C, H, W]: one of ResNet-50's, and one that suits no vector load and no tile.
+SHAPES = ((256, 256, 56, 56), (1, 10, 1, 1))
+REGISTERS_PER_MULTIPROCESSOR = 65536
+THREADS_PER_MULTIPROCESSOR = 2048
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A variant of a kernel on an architecture."""
+
+    kernel: str
+    variant: str  #: dtype, whether C suits vector loads, and the options that are on
+    architecture: int
+    registers: int  #: of a thread
+    spilled: int  #: bytes of local memory a thread: what did not fit into registers
+    shared: int  #: bytes a program
+    threads: int  #: of a program
+    wide: int  #: global loads and stores of 16 bytes
+    accesses: int  #: all global loads and stores
+    ptx: str
+
+    @property
+    def occupancy(self) -> float:
+        """The fraction of a multiprocessor's threads that registers let run at once."""
+        rounded = -(-self.registers // 8) * 8
+        programs = min(REGISTERS_PER_MULTIPROCESSOR // (rounded * self.threads), THREADS_PER_MULTIPROCESSOR // self.threads)
+        return programs * self.threads / THREADS_PER_MULTIPROCESSOR
+
+
+def _vectors(channels: int, count: int) -> list[Tensor]:
+    return [torch.empty(channels, device="meta") for _ in range(count)]
+
+
+def record(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> list[Launch]:
+    """Every pass with every combination of its options, on meta tensors."""
+
+    def nhwc(*extents: int) -> Tensor:
+        return torch.empty(extents, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+    n, c, _, _ = shape
+    x, dact, residual = nhwc(*shape), nhwc(*shape), nhwc(*shape)
+    mean, invstd, scale, bias, gamma, beta, s1, s2 = _vectors(c, 8)
+    statistics = (mean, invstd, scale, bias)
+    mask, no_raw, raw = packed_mask(x), (None, None, None), (residual, mean, invstd)
+    with recording() as launches:
+        for parameters in ((gamma, beta), (None, None)):
+            batch_stats.batch_stats(x, *parameters, 1e-5)
+            norm_backward.norm_backward_apply(x, x, mean, invstd, parameters[0], s1, s2)
+        for relu in (True, False):
+            norm_add_act.norm_add_act(x, scale, bias, None, None, None, relu, False)
+            norm_add_act.norm_add_act(x, scale, bias, residual, None, None, relu, relu)
+            norm_add_act.norm_add_act(x, scale, bias, residual, scale, bias, relu, relu)
+        for extra in (None, dact):
+            for options in ((*no_raw, None, True), (*no_raw, mask, True), (*raw, mask, True), (*no_raw, None, False), (*raw, None, False)):
+                norm_backward.norm_backward_reduce(x, extra, x, *statistics, *options)
+        if shape[2] > 1:
+            out, index = max_pool.norm_act_max_pool(x, scale, bias, 3, 2, 1)
+            max_pool.norm_act_max_pool_backward(out, index, x, *statistics, 3, 2, 1)
+        avg_pool.norm_add_act_avg_pool(x, scale, bias, None, None, None)
+        avg_pool.norm_add_act_avg_pool(x, scale, bias, residual, None, None)
+        avg_pool.norm_add_act_avg_pool(x, scale, bias, residual, scale, bias)
+        for options in ((*no_raw, None), (*no_raw, mask), (*raw, mask)):
+            avg_pool.norm_add_act_avg_pool_backward(nhwc(n, c, 1, 1), x, *statistics, *options)
+    return launches
+
+
+def _source(launch: Launch) -> ASTSource:
+    """What Triton compiles at such a launch: the same types, constants and divisibilities as its own specialisation finds."""
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = triton.runtime.jit.mangle_type(value)
+        # A tensor of PyTorch's begins at a multiple of 16 bytes; a part of a larger one where what precedes it is a multiple.
+        at = value.storage_offset() * value.element_size() if isinstance(value, Tensor) else value
+        if not isinstance(value, float) and at % 16 == 0:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def _options(launch: Launch, all_launches: list[Launch]) -> str:
+    """The optional arguments that are there and the switches that are on."""
+    peers = [other.arguments for other in all_launches if other.kernel is launch.kernel]
+    on = []
+    for name, value in launch.arguments.items():
+        optional = any(peer[name] is None for peer in peers)
+        if (optional and value is not None) or value is True:
+            on.append(name.removesuffix("_ptr").lower())
+    return " ".join(on)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([str(binary), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def compile_launch(launch: Launch, variant: str, architecture: int) -> Compiled:
+    """Compile a recorded launch for sm_`architecture`, and read what came out."""
+    compiled = triton.compile(
+        _source(launch), target=GPUTarget("cuda", architecture, 32), options={"num_warps": launch.warps}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _run("cuobjdump", "--dump-resource-usage", str(cubin))
+        sass = _run("nvdisasm", "-c", str(cubin))
+    figure = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    accesses = re.findall(r"\b(?:LDG|STG)\.E\S*", sass)
+    return Compiled(
+        kernel=launch.kernel.__name__,
+        variant=variant,
+        architecture=architecture,
+        registers=figure["REG"],
+        spilled=figure["STACK"] + figure["LOCAL"],
+        shared=compiled.metadata.shared,
+        threads=32 * launch.warps,
+        wide=sum(".128" in access for access in accesses),
+        accesses=len(accesses),
+        ptx=compiled.asm["ptx"],
+    )
+
+
+def variants(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[tuple[Launch, str]]:
+    """The different launches of the kernels whose name holds `name`, each with the words for its variant."""
+    for dtype in dtypes:
+        for shape in SHAPES:
+            seen = set()
+            launches = record(dtype, shape)
+            for launch in launches:
+                if name not in launch.kernel.__name__:
+                    continue
+                key = _source(launch).hash()
+                if key not in seen:
+                    seen.add(key)
+                    words = f"{str(dtype).removeprefix('torch.')} C={shape[1]} {_options(launch, launches)}"
+                    yield launch, words.strip()
+
+
+def compile_all(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Compiled]:
+    """All variants on all architectures. Raises RuntimeError where Triton's interpreter has taken the kernels."""
+    if INTERPRETED:
+        raise RuntimeError("the kernels can't be compiled where TRITON_INTERPRET is set: unset it")
+    for launch, variant in variants(name, dtypes):
+        for architecture in ARCHITECTURES:
+            yield compile_launch(launch, variant, architecture)
+
+
+HEADER = ("kernel", "variant", "sm", "registers", "spilled", "shared", "threads", "occupancy", "16-byte")
+
+
+def rows(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[tuple[str, ...]]:
+    """The lines of the table, in the order of `HEADER`. The last column: accesses of 16 bytes, of all to global memory."""
+    for c in compile_all(name, dtypes):
+        yield (
+            c.kernel, c.variant, str(c.architecture), str(c.registers), str(c.spilled), str(c.shared), str(c.threads),
+            f"{c.occupancy:.0%}", f"{c.wide}/{c.accesses}",
+        )  # fmt: skip
+
+
+def table(name: str = "") -> str:
+    """The table as text, columns aligned. Compiling everything takes minutes the first time; Triton caches it."""
+    lines = [HEADER, *rows(name)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+    print(table(*sys.argv[1:2]))

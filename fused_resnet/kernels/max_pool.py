@@ -1,0 +1,185 @@
+"""norm + ReLU + max pool, and its backward."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiling
+from .elements import passes_gradient, relu, vector
+from .launch import launch, matrix_shape, multiprocessors
+from .norm_backward import PartialSums
+
+
+@triton.jit
+def norm_act_max_pool_kernel(
+    x_ptr,  # [N, H, W, C]
+    scale_ptr,  # [C] float32, as bias
+    bias_ptr,
+    out_ptr,  # [N, P, Q, C]
+    index_ptr,  # [N, P, Q, C] uint8
+    rows,  # N·P·Q
+    H,
+    W,
+    P,
+    Q,
+    C,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out = max over the window of round(relu(fma(x, scale, bias))); index = the tap r·KERNEL + s that won.
+
+    Compares rounded activations, and the first of equals wins, as in PyTorch; a NaN wins. Padding never does.
+    Reads x, once from memory where the cache holds the rows that windows share; writes out and index: 2 bytes an element of x
+    and 3 an element of out, for elements of 2 bytes. FLOPs: 4 a tap.
+    """
+    channel_programs = tl.cdiv(C, BLOCK_C)
+    row = (tl.program_id(0) // channel_programs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channels = (tl.program_id(0) % channel_programs) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channels < C
+    valid = (row < rows)[:, None] & inside[None, :]
+    q = row % Q
+    p = (row // Q) % P
+    image = row // Q // P
+    scale = vector(scale_ptr, channels, inside)
+    bias = vector(bias_ptr, channels, inside)
+    best = tl.full([BLOCK_M, BLOCK_C], float("-inf"), tl.float32)
+    index = tl.zeros([BLOCK_M, BLOCK_C], tl.int32)
+    for r in tl.static_range(KERNEL):
+        for s in tl.static_range(KERNEL):
+            h = p * STRIDE - PADDING + r
+            w = q * STRIDE - PADDING + s
+            hit = valid & ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+            x = tl.load(x_ptr + ((image * H + h) * W + w)[:, None] * C + channels[None, :], mask=hit, other=0.0)
+            act = relu(tl.fma(x.to(tl.float32), scale, bias)).to(out_ptr.dtype.element_ty).to(tl.float32)
+            # A comparison with NaN is false, so a NaN is let in by name, and nothing gets past one.
+            wins = hit & ((act > best) | ((act != act) & (best == best)))
+            best = tl.where(wins, act, best)
+            index = tl.where(wins, r * KERNEL + s, index)
+    at = row[:, None] * C + channels[None, :]
+    tl.store(out_ptr + at, best.to(out_ptr.dtype.element_ty), mask=valid)
+    tl.store(index_ptr + at, index.to(tl.uint8), mask=valid)
+
+
+@triton.jit
+def norm_act_max_pool_backward_kernel(
+    dout_ptr,  # [N, P, Q, C]
+    index_ptr,  # [N, P, Q, C] uint8
+    x_ptr,  # [N, H, W, C]
+    mean_ptr,  # [C] float32, as all vectors
+    invstd_ptr,
+    scale_ptr,
+    bias_ptr,
+    dz_ptr,  # [N, H, W, C]
+    s1_ptr,  # [partials, C] float32, as s2
+    s2_ptr,
+    rows,  # N·H·W
+    H,
+    W,
+    P,
+    Q,
+    C,
+    STEPS,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dz = round(mask · Σ dout over the windows that the pixel won), and per program Σ dz, Σ dz·x̂ over dz as rounded.
+
+    A gather: at most ⌈KERNEL/STRIDE⌉² windows hold a pixel, and each says which of its taps won. No atomics.
+    Reads x and, once from memory, dout and index; writes dz: 4 bytes an element of x and 3 an element of out, for elements of 2
+    bytes. FLOPs: 8 and 1 a window.
+    """
+    REACH: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
+    channel_programs = tl.cdiv(C, BLOCK_C)
+    part = tl.program_id(0) // channel_programs
+    channels = (tl.program_id(0) % channel_programs) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channels < C
+    scale = vector(scale_ptr, channels, inside)
+    bias = vector(bias_ptr, channels, inside)
+    mean = vector(mean_ptr, channels, inside)
+    invstd = vector(invstd_ptr, channels, inside)
+    first = part.to(tl.int64) * STEPS * BLOCK_M
+    s1 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    s2 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for step in range(STEPS):
+        row = first + step * BLOCK_M + tl.arange(0, BLOCK_M)
+        valid = (row < rows)[:, None] & inside[None, :]
+        w = row % W
+        h = (row // W) % H
+        image = row // W // H
+        d = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        for i in tl.static_range(REACH):
+            for j in tl.static_range(REACH):
+                p = (h + PADDING) // STRIDE - i
+                q = (w + PADDING) // STRIDE - j
+                r = h + PADDING - p * STRIDE
+                s = w + PADDING - q * STRIDE
+                holds = (p >= 0) & (p < P) & (q >= 0) & (q < Q) & (r < KERNEL) & (s < KERNEL)
+                hit = valid & holds[:, None]
+                at = ((image * P + p) * Q + q)[:, None] * C + channels[None, :]
+                won = tl.load(index_ptr + at, mask=hit, other=255).to(tl.int32)
+                dout = tl.load(dout_ptr + at, mask=hit, other=0.0).to(tl.float32)
+                d += tl.where(won == (r * KERNEL + s)[:, None], dout, 0.0)
+        at = row[:, None] * C + channels[None, :]
+        x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
+        d = tl.where(passes_gradient(tl.fma(x, scale, bias)), d, 0.0)
+        rounded = d.to(dz_ptr.dtype.element_ty)
+        tl.store(dz_ptr + at, rounded, mask=valid)
+        dz = rounded.to(tl.float32)
+        s1 += dz
+        s2 += dz * ((x - mean) * invstd)
+    sums_at = part * C + channels
+    tl.store(s1_ptr + sums_at, tl.sum(s1, axis=0), mask=inside)
+    tl.store(s2_ptr + sums_at, tl.sum(s2, axis=0), mask=inside)
+
+
+def norm_act_max_pool(
+    x: Tensor, scale: Tensor, bias: Tensor, kernel_size: int, stride: int, padding: int
+) -> tuple[Tensor, Tensor]:
+    """`Reference.norm_act_max_pool` in one kernel."""
+    n, channels, height, width = x.shape
+    p, q = ((extent + 2 * padding - kernel_size) // stride + 1 for extent in (height, width))
+    out = torch.empty((n, channels, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    index = torch.empty_like(out, dtype=torch.uint8)
+    tile = tiling.elementwise(n * p * q, channels, elements=1024)  # nine loads a thread are in flight
+    launch(
+        norm_act_max_pool_kernel, tile.programs, x.device, tile.warps,
+        x_ptr=x, scale_ptr=scale, bias_ptr=bias, out_ptr=out, index_ptr=index,
+        rows=n * p * q, H=height, W=width, P=p, Q=q, C=channels, KERNEL=kernel_size, STRIDE=stride, PADDING=padding,
+        BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
+    )  # fmt: skip
+    return out, index
+
+
+def norm_act_max_pool_backward(
+    dout: Tensor,
+    index: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Reference.norm_act_max_pool_backward` in two kernels."""
+    _, channels, height, width = x.shape
+    rows, _ = matrix_shape(x)
+    dz = torch.empty_like(x, memory_format=torch.channels_last)
+    tile = tiling.reduction(rows, channels, multiprocessors(x.device), elements=2048)
+    sums = PartialSums(tile, x.device)
+    launch(
+        norm_act_max_pool_backward_kernel, tile.programs, x.device, tile.warps,
+        dout_ptr=dout, index_ptr=index, x_ptr=x, mean_ptr=mean, invstd_ptr=invstd, scale_ptr=scale, bias_ptr=bias,
+        dz_ptr=dz, s1_ptr=sums.partial[0], s2_ptr=sums.partial[1], rows=rows, H=height, W=width, P=dout.shape[2], Q=dout.shape[3],
+        C=channels, STEPS=tile.steps, KERNEL=kernel_size, STRIDE=stride, PADDING=padding,
+        BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
+    )  # fmt: skip
+    return dz, *sums.finalise()[:2]

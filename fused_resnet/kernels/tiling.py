@@ -1,0 +1,94 @@
+"""How much of a [rows, channels] matrix a program takes. Pure functions; nothing here asks a device.
+
+The figures in the code are first guesses from the arithmetic in each comment. Tuning by measurement: not done.
+"""
+
+from dataclasses import dataclass
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is at least `value`."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """⌈a / b⌉."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Program (i, j) takes rows [i·rows_per_program, …) in steps of `block_rows`, and `block_channels` channels from j·block_channels.
+
+    The programs of one range of rows follow each other in launch order, so that neighbours read neighbouring memory.
+    """
+
+    rows: int
+    channels: int
+    block_rows: int
+    block_channels: int
+    steps: int  #: of a program along its rows
+    warps: int
+
+    @property
+    def rows_per_program(self) -> int:
+        """Rows of a program; the last one may have fewer."""
+        return self.block_rows * self.steps
+
+    @property
+    def row_programs(self) -> int:
+        """Programs along the rows, and so the partial results of a reduction. Each has at least one row."""
+        return ceil_div(self.rows, self.rows_per_program)
+
+    @property
+    def channel_programs(self) -> int:
+        """Programs along the channels."""
+        return ceil_div(self.channels, self.block_channels)
+
+    @property
+    def programs(self) -> int:
+        """All programs."""
+        return self.row_programs * self.channel_programs
+
+
+def _block(rows: int, channels: int, elements: int, most_channels: int) -> tuple[int, int]:
+    """(rows, channels) of a tile of at most `elements`. Whole bytes of a packed mask, so 8 channels at least."""
+    block_channels = min(most_channels, max(8, power_of_two(channels)))
+    return min(elements // block_channels, power_of_two(rows)), block_channels
+
+
+def elementwise(rows: int, channels: int, elements: int = 2048) -> Tiling:
+    """One tile of `elements` a program of 128 threads.
+
+    2,048 are 16 a thread: two independent 16-byte loads of each operand of 2-byte elements, and few enough registers that eight or
+    more programs share a multiprocessor: 32 KiB in flight for each operand.
+    """
+    block_rows, block_channels = _block(rows, channels, elements, 256)
+    return Tiling(rows, channels, block_rows, block_channels, steps=1, warps=4)
+
+
+def reduction(rows: int, channels: int, multiprocessors: int, elements: int) -> Tiling:
+    """Four programs of 256 threads a multiprocessor, each with tiles of `elements`: all run at once, and partial results are few.
+
+    4,096 elements are two 16-byte loads of an operand a thread, 32 KiB in flight on a multiprocessor: right for one operand. Two
+    or more operands make up for half of that, and need the registers.
+    64 channels a program are 128 bytes a row: whole cache lines, and as many rows as can be in a tile, since rows are what the
+    threads sum without talking to each other.
+    """
+    block_rows, block_channels = _block(rows, channels, elements, 64)
+    row_programs = max(1, 4 * multiprocessors // ceil_div(channels, block_channels))
+    steps = ceil_div(ceil_div(rows, row_programs), block_rows)
+    return Tiling(rows, channels, block_rows, block_channels, steps, warps=8)
+
+
+def per_image(pixels: int, channels: int) -> Tiling:
+    """One image and 64 channels a program, all pixels of it: 8,192 programs for the 2,048 channels of 256 images."""
+    block_rows, block_channels = _block(pixels, channels, 2048, 64)
+    return Tiling(pixels, channels, block_rows, block_channels, steps=ceil_div(pixels, block_rows), warps=4)
+
+
+def finalisation(partials: int, channels: int) -> Tiling:
+    """The merge of `partials` rows of partial results: 8 channels a program, 32 bytes a row, as many programs as can be."""
+    block_rows = min(256, power_of_two(partials))
+    return Tiling(partials, channels, block_rows, block_channels=8, steps=ceil_div(partials, block_rows), warps=4)
+

@@ -1,0 +1,77 @@
+"""Every Triton kernel, compiled ahead of time for sm_80 and sm_90 as `fused-resnet kernels` does: no GPU is needed.
+
+In a process of its own: where Triton's interpreter has taken the kernels, as it has in this one on a CPU, they can't be compiled.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+COMPILE = """
+import dataclasses, json, sys, torch
+from fused_resnet.kernels import inspect
+print(json.dumps([dataclasses.asdict(c) for c in inspect.compile_all("", (getattr(torch, sys.argv[1]),))]))
+"""
+PLANTED_FAULT = '''
+import sys, torch, triton, triton.language as tl
+from fused_resnet.kernels import inspect
+from fused_resnet.kernels.launch import Launch
+
+@triton.jit
+def relu_by_maximum_kernel(x_ptr, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0)
+    tl.store(x_ptr + at, tl.maximum(x, 0.0), mask=at < n)
+
+launch = Launch(relu_by_maximum_kernel, 1, {"x_ptr": torch.empty(512, device="meta"), "n": 512, "BLOCK": 512}, 4)
+print(inspect.compile_launch(launch, "", 90).ptx)
+'''
+#: PTX's maximum that turns NaN into the other operand.
+LOSES_NAN = re.compile(r"\bmax(\.ftz)?\.(f16|bf16|f16x2|bf16x2|f32)\b")
+
+
+def run(*arguments: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = str(Path(__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_kernels_compile_without_a_spill_and_keep_nan(dtype):
+    compiled = json.loads(run("-c", COMPILE, dtype))
+    assert {c["architecture"] for c in compiled} == {80, 90}
+    assert {c["kernel"] for c in compiled} == {
+        "batch_stats_partial_kernel", "batch_stats_finalise_kernel", "norm_add_act_kernel", "norm_backward_reduce_kernel",
+        "sums_finalise_kernel", "norm_backward_apply_kernel", "norm_act_max_pool_kernel", "norm_act_max_pool_backward_kernel",
+        "norm_add_act_avg_pool_kernel",
+    }  # fmt: skip
+    for c in compiled:
+        where = c["kernel"], c["variant"], c["architecture"]
+        assert c["spilled"] == 0, where
+        assert c["registers"] <= 128, where
+        assert not LOSES_NAN.search(c["ptx"]), where
+        if "C=256" in c["variant"]:  # everything of an activation's size moves 16 bytes at a time
+            assert c["wide"] / c["accesses"] >= 0.5, where
+
+
+def test_a_maximum_that_loses_nan_is_seen(tmp_path):
+    script = tmp_path / "fault.py"  # Triton reads a kernel's source from its file
+    script.write_text(PLANTED_FAULT)
+    assert LOSES_NAN.search(run(str(script)))
+
+
+def test_the_table_is_one_command():
+    lines = run("-m", "fused_resnet", "kernels", "--name", "sums_finalise").splitlines()
+    assert lines[0].split()[:4] == ["kernel", "variant", "sm", "registers"]
+    assert len(lines) > 4 and all(line.startswith("sums_finalise_kernel") for line in lines[1:])
