@@ -283,6 +283,7 @@ class Run:
     running: dict[str, Tensor]
     masks: list[Tensor]
     taps: list[Tensor]
+    preactivations: list[Tensor]  #: of PyTorch's engine alone, one for each mask
 
 
 def run(chain, engine_class, layers: list[Layer], x: Tensor, r: Tensor, weight: Tensor, dtype: torch.dtype, **options) -> Run:
@@ -300,7 +301,7 @@ def run(chain, engine_class, layers: list[Layer], x: Tensor, r: Tensor, weight: 
             grads[f"{name}[{i}]"] = getattr(layer, name).grad
         for name in ("running_mean", "running_var"):
             running[f"{name}[{i}]"] = getattr(layer, name)
-    return Run(output.detach(), grads, running, engine.used_masks, engine.used_taps)
+    return Run(output.detach(), grads, running, engine.used_masks, engine.used_taps, getattr(engine, "preactivations", []))
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -6,10 +6,9 @@ masks; and masks differ from float64's only where the pre-activation is within r
 
 import pytest
 import torch
-from chains import CHAINS, DEVICE, Layer, Ours, PyTorch, Shape, relative_error, run
+from chains import CHAINS, DEVICE, Ours, PyTorch, Shape, relative_error, run
 
 import fused_resnet
-from fused_resnet import ops
 from fused_resnet.backends import BACKENDS
 
 SHAPES = [
@@ -93,3 +92,28 @@ def test_float64_agrees_to_rounding(chain, device):
             ours = run(chain, Ours, layers, x, r, weight, torch.float64)
         truth = run(chain, PyTorch, layers, x, r, weight, torch.float64)
         assert max(errors(ours, truth).values()) < 1e-12
+
+
+def wrong_signs(masks, truth) -> list[float]:
+    """For each mask: the largest |pre-activation| in float64 whose sign the mask contradicts, over the largest of all."""
+    worst = []
+    for mask, z in zip(masks, truth.preactivations, strict=True):
+        worst.append((torch.where(mask != (z > 0), z.abs(), 0.0).max() / z.abs().max()).item())
+    return worst
+
+
+@pytest.mark.parametrize("backend, dtype", RUNNABLE, ids=str)
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda c: c.__name__)
+def test_masks_differ_only_within_rounding_of_zero(chain, backend, dtype, device):
+    for shape in SHAPES[:3]:
+        layers, x, r = inputs(shape, device)
+        weight = loss_weight(chain, layers, x, r)
+        with fused_resnet.backend(backend):
+            ours = run(chain, Ours, layers, x, r, weight, dtype)
+        truth = matched_truth(chain, layers, x, r, weight, ours)
+        bound = 16 * torch.finfo(dtype).eps  # roundings of two convolutions and two norms
+        assert max(wrong_signs(ours.masks, truth), default=0.0) <= bound
+        if not ours.masks:
+            continue
+        ours.masks[0][0].logical_not_()  # the planted fault: an image's mask is turned
+        assert max(wrong_signs(ours.masks, truth)) > bound
