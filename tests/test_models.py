@@ -67,6 +67,60 @@ def test_builder_is_torchvisions(name, torchvision_models, operator_calls):
     assert operator_calls.count(("convolve_backward", "eager")) == norms - pairs
 
 
+#: A block a stage: everything that a network is made of, small enough for Triton's interpreter.
+CROPPED = {
+    "basic": lambda: models.ResNet(models.BasicBlock, [1, 1, 1, 1], num_classes=10, width_per_group=64),
+    "bottleneck": lambda: models.ResNet(models.Bottleneck, [2, 1, 1, 1], num_classes=10, width_per_group=16),
+    "grouped": lambda: models.ResNet(models.Bottleneck, [1, 1, 1, 1], num_classes=10, groups=4, width_per_group=8),
+    "dilated": lambda: models.ResNet(
+        models.Bottleneck, [1, 1, 1, 2], num_classes=10, width_per_group=8, replace_stride_with_dilation=[False, True, True]
+    ),
+    "cifar A": lambda: models.CifarResNet(8, shortcut="A"),
+    "cifar B": lambda: models.CifarResNet(8, shortcut="B"),
+    "plain": lambda: models.CifarResNet(8, shortcut=None),
+}
+
+
+def outcome(model: nn.Module, x: torch.Tensor, weight: torch.Tensor, backend: str) -> dict[str, torch.Tensor]:
+    """One step's output, gradients by kind of parameter, and running statistics, each as one long vector in float64."""
+    model = copy.deepcopy(model)
+    with fused_resnet.backend(backend):
+        output = model(x)
+    (output * weight.to(output.dtype)).sum().backward()
+    vectors = {"output": [output.detach()]}
+    for module in model.modules():
+        tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+        for name, tensor in tensors.items():
+            value = tensor.grad if tensor.requires_grad else tensor
+            vectors.setdefault(f"{type(module).__name__}.{name}", []).append(value)
+    vectors.pop("BatchNorm2d.num_batches_tracked")
+    return {name: torch.cat([v.double().flatten() for v in values]) for name, values in vectors.items()}
+
+
+@pytest.mark.parametrize("name", CROPPED)
+def test_passes_agree_with_float64_in_a_whole_network(name, operator_calls, device):
+    """In float32: at most twice PyTorch's error; four times on a CPU, where PyTorch's batch norm sums in float64.
+
+    A pre-activation that rounds to the other side of zero would drown that, so norms shift even channels well above zero and odd
+    ones well below. Masks that are neither are the business of test_operators.py.
+    """
+    model = CROPPED[name]().to(device)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            with torch.no_grad():
+                module.bias[0::2], module.bias[1::2] = 4.0, -4.0
+    x, weight = torch.randn(3, 3, 21, 29, device=device), torch.randn(3, 10, device=device)
+    truth = outcome(copy.deepcopy(model).double(), x.double(), weight, "off")
+    eager, ours = (outcome(model, x, weight, backend) for backend in ("off", "passes"))
+    for key, value in truth.items():
+        error, eagers = ((run[key] - value).norm() / value.norm() for run in (ours, eager))
+        assert error <= max((2 if device.type == "cuda" else 4) * eagers, 2e-5), (key, error, eagers)
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    projections = sum(isinstance(m.downsample, nn.Sequential) for m in model.modules() if getattr(m, "downsample", None))
+    assert operator_calls.count(("convolve", "passes")) == norms - projections
+    assert operator_calls.count(("convolve_backward", "passes")) == norms - projections
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
