@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# Checks and measurements on a machine with a GPU, in parts that take less than eight minutes a call:
+#
+#   bench/gpu_check.sh PART OUT [COMMIT]
+#
+# PART  test      build the native library, and run tests/ on the GPU
+#       sanitize  every pass under compute-sanitizer's memcheck, racecheck, synccheck and initcheck
+#       kernels   time every pass against PyTorch's eager mode and torch.compile
+#       train     time training steps of ResNet-50 against both
+#       profile   a trace and the kernels of one training step, ours and eager
+# OUT     a folder for logs, marks and results; it is made
+# COMMIT  of this repository; needed where there is no .git
+#
+# A part is a row of steps. Each leaves OUT/PART-STEP.log, and OUT/PART-STEP.done or .failed; a step with such a mark is not run
+# again, so a part that ran out of time goes on when it is called once more. Remove a mark to run its step again.
+# Exit status: 0 all steps done; 1 a step failed; 2 a wrong argument; 75 steps are left, call again.
+# PYTHON names the interpreter, with PyTorch in it; python3 where unset. No network is used.
+set -uo pipefail
+
+LIMIT=460  # seconds of a call
+PARTS="test sanitize kernels train profile"
+
+refuse() {
+  echo "gpu_check.sh: $1" >&2
+  exit 2
+}
+
+(($# <= 3)) || refuse "expected PART OUT [COMMIT]; got $# arguments"
+part=${1:-}
+[[ $part =~ ^(${PARTS// /|})$ ]] || refuse "PART: expected one of $PARTS; got '$part'"
+out=${2:-}
+[[ -n $out ]] || refuse "OUT: expected a folder for logs and results; got none"
+mkdir -p "$out" || refuse "OUT: $out can't be made"
+out=$(cd "$out" && pwd)
+python=${PYTHON:-python3}
+[[ $python != */* ]] || python=$(realpath -s "$python")
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root" || exit 1
+commit=${3:-$(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null)}
+[[ $commit =~ ^[0-9A-Za-z._-]+$ ]] || refuse "COMMIT: expected letters, digits, '.', '_' and '-', and $root is no git checkout; got '$commit'"
+
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+unset TRITON_INTERPRET FUSED_RESNET_BACKEND
+left_over=0
+
+# step NAME COMMAND...: run a command once, in what is left of the time.
+step() {
+  local name=$part-$1 started=$SECONDS status
+  shift
+  if [[ -e $out/$name.done || -e $out/$name.failed ]]; then
+    return
+  fi
+  if ((left_over || LIMIT - started < 30)); then
+    echo "$name: not started"
+    left_over=1
+    return
+  fi
+  echo "$name: started"
+  timeout --kill-after=10 $((LIMIT - started)) "$@" >"$out/$name.log" 2>&1
+  status=$?
+  if ((status == 0)); then
+    echo "$((SECONDS - started)) s" >"$out/$name.done"
+    echo "$name: done in $((SECONDS - started)) s"
+  elif ((status == 124 || status == 137)) && ((started > 30)); then
+    echo "$name: cut off, since other steps had taken the time"
+    left_over=1
+  else
+    echo "exit status $status after $((SECONDS - started)) s" >"$out/$name.failed"
+    echo "$name: failed with exit status $status; the end of $name.log:"
+    tail -n 20 "$out/$name.log"
+  fi
+}
+
+sanitizer() {
+  command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer || echo compute-sanitizer
+}
+
+case $part in
+  test)
+    # Without nvcc, CMake or Ninja the Triton kernels serve, and the tests say what they skip.
+    if FUSED_RESNET_NATIVE=1 timeout 240 "$python" setup.py -q build_native --build-lib . --build-temp "$out/build" \
+      >"$out/test-native.log" 2>&1; then
+      echo "native library: built"
+    else
+      echo "native library: not built, going on without it: $(tail -n 1 "$out/test-native.log")"
+    fi
+    for file in tests/test_*.py; do
+      # Without the settings of pyproject.toml, which ask for plug-ins that may be missing here.
+      step "$(basename "$file" .py)" "$python" -m pytest "$file" -x -q -o addopts= -rs
+    done
+    ;;
+  sanitize)
+    # First alone: it compiles the kernels, so that no tool has to watch that.
+    step plain "$python" bench/sanitize_passes.py
+    for tool in memcheck racecheck synccheck initcheck; do
+      # Without the caching allocator each tensor is an allocation of its own, whose ends the tools know.
+      step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$(sanitizer)" --tool "$tool" --error-exitcode 9 \
+        --target-processes application-only "$python" bench/sanitize_passes.py
+    done
+    ;;
+  kernels)
+    for dtype in bf16 fp16; do
+      step "$dtype" "$python" bench/kernels.py --dtype "$dtype" --batch 256 --commit "$commit" --out "$out/results"
+    done
+    step bf16-64 "$python" bench/kernels.py --dtype bf16 --batch 64 --commit "$commit" --out "$out/results"
+    ;;
+  train)
+    for dtype in bf16 fp16; do
+      step "$dtype" "$python" bench/train.py --model resnet50 --dtype "$dtype" --batch 256 \
+        --impl eager eager_nhwc compile ours:passes --commit "$commit" --out "$out/results"
+    done
+    ;;
+  profile)
+    for impl in ours:passes eager_nhwc; do
+      step "${impl/:/-}" "$python" bench/profile_step.py --model resnet50 --impl "$impl" --commit "$commit" --out "$out/profile"
+    done
+    ;;
+esac
+
+if ((left_over)); then
+  echo "$part: steps are left, call again"
+  exit 75
+fi
+failed=$(find "$out" -maxdepth 1 -name "$part-*.failed" | sort)
+if [[ -n $failed ]]; then
+  echo "$part: failed:"
+  echo "$failed"
+  exit 1
+fi
+echo "$part: done"

@@ -1,0 +1,96 @@
+"""Run every pass of `passes`, and the native kernel where it is built, on small shapes, and compare it with the reference.
+
+Made for compute-sanitizer: inputs are made and results are compared on the CPU, so that on the GPU next to nothing runs but this
+package's kernels, and what they leave unwritten is copied back and seen by initcheck. Without a GPU it runs in Triton's interpreter.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fused_resnet import native
+from fused_resnet.backends import BACKENDS
+from fused_resnet.bench.passes import error
+from fused_resnet.reference import Reference, nhwc
+
+REFERENCE = Reference()
+#: [N, C, H, W]: one tile; no vector load and a part of a mask's byte; several tiles; many channels and one pixel.
+SHAPES = [(2, 24, 5, 7), (3, 13, 4, 3), (2, 72, 11, 9), (6, 264, 1, 1)]
+WINDOW = (3, 2, 1)
+
+
+def calls(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
+    """(name of a pass, its arguments on the CPU): every pass, and every option that changes what a kernel reads or writes."""
+    x, residual, d, dact = (nhwc((torch.randn(shape) + offset).to(dtype)) for offset in (1.0, 0.0, 0.3, 0.0))
+    gamma, beta = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
+    mean, invstd, _, scale, bias = REFERENCE.batch_stats(x, gamma, beta, 1e-5)
+    statistics = mean, invstd, scale, bias
+    residual_mean, residual_invstd, _, residual_scale, residual_bias = REFERENCE.batch_stats(residual, gamma, beta, 1e-5)
+    raw = residual, residual_mean, residual_invstd
+    absent = None, None, None
+    for vectors in ((gamma, beta), (None, None)):
+        yield "batch_stats", (x, *vectors, 1e-5)
+    for given in (absent, (residual, None, None), (residual, residual_scale, residual_bias)):
+        yield "norm_add_act", (x, scale, bias, *given, True, True)
+        yield "norm_add_act", (x, scale, bias, *given, False, False)
+        yield "norm_add_act_avg_pool", (x, scale, bias, *given)
+    mask = REFERENCE.norm_add_act(x, scale, bias, residual, None, None, True, True)[1]
+    for of_residual, bits in ((absent, None), (absent, mask), (raw, mask)):
+        yield "norm_backward_reduce", (d, None, x, *statistics, *of_residual, bits, True)
+        yield "norm_backward_reduce", (d, dact, x, *statistics, *of_residual, bits, True)
+        dout = nhwc(d[:, :, :1, :1])
+        yield "norm_add_act_avg_pool_backward", (dout, x, *statistics, *of_residual, bits)
+    yield "norm_backward_apply", (d, x, mean, invstd, gamma, beta, gamma)
+    if min(shape[2:]) + 2 * WINDOW[2] >= WINDOW[0]:
+        out, index = REFERENCE.norm_act_max_pool(x, scale, bias, *WINDOW)
+        yield "norm_act_max_pool", (x, scale, bias, *WINDOW)
+        yield "norm_act_max_pool_backward", (out, index, x, *statistics, *WINDOW)
+
+
+def run(call: Callable, arguments: tuple, device: torch.device) -> list[Tensor | None]:
+    """The results of `call` on `device`, on the CPU."""
+    results = call(*(a.to(device) if isinstance(a, Tensor) else a for a in arguments))
+    return [None if r is None else r.cpu() for r in ([results] if isinstance(results, Tensor) else results)]
+
+
+def compare(call: Callable, name: str, arguments: tuple, device: torch.device) -> str | None:
+    """What is wrong with the results of `call`, or None."""
+    ours, expected = (run(c, arguments, where) for c, where in ((call, device), (getattr(REFERENCE, name), torch.device("cpu"))))
+    if [r is None for r in ours] != [r is None for r in expected]:
+        return "wrong: another number of results"
+    numbers = [(a, b) for a, b in zip(ours, expected, strict=True) if a is not None and a.dtype != torch.uint8]
+    flags = [(a, b) for a, b in zip(ours, expected, strict=True) if a is not None and a.dtype == torch.uint8]
+    if any((a != b).double().mean() > 1e-2 for a, b in flags):  # a pre-activation within rounding of zero may turn a bit
+        return "wrong: a mask or an index"
+    return error([a for a, _ in numbers], [b for _, b in numbers])[1]
+
+
+def main() -> int:
+    """The program; gives its exit status, 1 where a result is wrong."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    absence = native.load()
+    print(f"{device}; native library: {absence or 'loaded'}", flush=True)
+    count, bad = 0, 0
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        if reason := BACKENDS["passes"].declines(device, dtype):
+            print(f"{dtype}: {reason}")
+            continue
+        for shape in SHAPES:
+            for name, arguments in calls(shape, dtype):
+                implementations = {"passes": getattr(BACKENDS["passes"], name)}
+                if name == "norm_add_act" and absence is None and device.type == "cuda":
+                    implementations["native"] = torch.ops.fused_resnet_native.norm_add_act
+                for implementation, call in implementations.items():
+                    count += 1
+                    if status := compare(call, name, arguments, device):
+                        bad += 1
+                        print(f"{implementation} {name} {shape} {dtype}: {status}", flush=True)
+    print(f"{count} calls, {bad} wrong")
+    return int(bad > 0 or count == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""The cases of the suite `kernels`: each pass of a backend on the shapes that ResNet-50 gives it, with its peers.
+
+A case makes its inputs, knows the bytes that it must move, runs the pass by any backend, and, where ATen has operators for the
+same work, as PyTorch's eager mode runs them: NHWC, in the same dtype. Results are compared with the reference's before anything
+is timed. The ReLU masks of all peers are the same, so that no error is due to a sign that rounding turned.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..problem import NormProblem
+from ..reference import Reference, nhwc, pack_mask
+from ..roofline import Network
+
+EPS = 1e-5
+#: The largest error, over the largest value, of a result of that dtype. A few roundings; sums are float32 and differ in order only.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+ATEN = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pass on one shape."""
+
+    name: str
+    norm: NormProblem
+    bytes: int  #: read and written, each tensor once
+    ours: Callable[[Reference], tuple[Tensor, ...]]
+    eager: Callable[[], tuple[Tensor, ...]] | None  #: the leading results of `ours`, by ATen
+
+
+class Inputs:
+    """Random tensors of one shape; statistics are those of x. The gradients' mean is not zero."""
+
+    def __init__(self, norm: NormProblem, dtype: torch.dtype, device: torch.device):
+        self.norm, self.dtype, self.device = norm, dtype, device
+        self.gamma = torch.rand(norm.c, device=device) + 0.5
+        self.beta = torch.randn(norm.c, device=device) * 0.3
+        self.x = self.tensor()
+        self.mean, self.invstd, self.var, self.scale, self.bias = self.coefficients(self.x)
+
+    @property
+    def bytes(self) -> int:
+        """One trip over a tensor of the shape."""
+        return self.norm.tensor_bytes(self.dtype.itemsize)
+
+    def tensor(self, height: int | None = None, offset: float = 0.0) -> Tensor:
+        """[n, c, h, w], or [n, c, height, height]."""
+        h, w = (self.norm.h, self.norm.w) if height is None else (height, height)
+        shape = self.norm.n, self.norm.c, h, w
+        return nhwc((torch.randn(shape, device=self.device) + offset).to(self.dtype))
+
+    def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(mean, invstd, var, scale, bias) of x."""
+        return Reference().batch_stats(x, self.gamma, self.beta, EPS)
+
+    def mask(self) -> Tensor:
+        """Bool [n, c, h, w], half of it true."""
+        return nhwc(torch.rand(self.x.shape, device=self.device) < 0.5)
+
+    def eager_norm(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """norm(x), in x's dtype."""
+        return torch.nn.functional.batch_norm(x, mean, var, self.gamma, self.beta, False, 0.0, EPS)
+
+    def eager_backward(self, dz: Tensor, wanted: list[bool]) -> tuple[Tensor | None, ...]:
+        """(dy, dgamma, dbeta) by batch norm's backward, those of them that are `wanted`."""
+        return ATEN.native_batch_norm_backward(dz, self.x, self.gamma, None, None, self.mean, self.invstd, True, EPS, wanted)
+
+    def eager_sums(self, dz: Tensor) -> tuple[Tensor, ...]:
+        """(dz, Σ dz, Σ dz·x̂): dbeta and dgamma are these sums."""
+        _, s2, s1 = self.eager_backward(dz, [False, True, True])
+        return dz, s1, s2
+
+
+def batch_stats(i: Inputs) -> Case:
+    """Reads y."""
+
+    def eager():
+        if i.x.is_cuda and not torch.compiler.is_compiling():
+            return torch.batch_norm_stats(i.x, EPS)  # what eager's batch norm calls for NHWC
+        var, mean = torch.var_mean(i.x.float(), (0, 2, 3), correction=0)
+        return mean, (var + EPS).rsqrt()
+
+    return Case(
+        "batch_stats", i.norm, i.bytes, lambda backend: backend.batch_stats(i.x, i.gamma, i.beta, EPS)[:2], eager
+    )  # fmt: skip
+
+
+def norm_act(i: Inputs) -> Case:
+    """Reads x, writes act."""
+    return Case(
+        "norm_act", i.norm, 2 * i.bytes,
+        lambda backend: backend.norm_add_act(i.x, i.scale, i.bias, None, None, None, True, False)[:1],
+        lambda: (i.eager_norm(i.x, i.mean, i.var).relu_(),),
+    )  # fmt: skip
+
+
+def norm_add_act(i: Inputs) -> Case:
+    """Reads x and a residual, writes act and mask."""
+    residual = i.tensor()
+    return Case(
+        "norm_add_act", i.norm, 3 * i.bytes + i.norm.mask_bytes,
+        lambda backend: backend.norm_add_act(i.x, i.scale, i.bias, residual, None, None, True, True)[:1],
+        lambda: (i.eager_norm(i.x, i.mean, i.var).add_(residual).relu_(),),
+    )  # fmt: skip
+
+
+def norm_add_act_raw(i: Inputs) -> Case:
+    """The same with a raw residual."""
+    residual = i.tensor()
+    mean, _, var, scale, bias = i.coefficients(residual)
+    return Case(
+        "norm_add_act_raw", i.norm, 3 * i.bytes + i.norm.mask_bytes,
+        lambda backend: backend.norm_add_act(i.x, i.scale, i.bias, residual, scale, bias, True, True)[:1],
+        lambda: (i.eager_norm(i.x, i.mean, i.var).add_(i.eager_norm(residual, mean, var)).relu_(),),
+    )  # fmt: skip
+
+
+def norm_backward_reduce(i: Inputs) -> Case:
+    """Reads d and x, writes dz; the mask is recomputed."""
+    d = i.tensor(offset=0.5)
+    act = Reference().norm_add_act(i.x, i.scale, i.bias, None, None, None, True, False)[0]
+    return Case(
+        "norm_backward_reduce", i.norm, 3 * i.bytes,
+        lambda backend: backend.norm_backward_reduce(
+            d, None, i.x, i.mean, i.invstd, i.scale, i.bias, None, None, None, None, True
+        )[:3],
+        lambda: i.eager_sums(ATEN.threshold_backward(d, act, 0)),
+    )  # fmt: skip
+
+
+def norm_add_backward_reduce(i: Inputs) -> Case:
+    """Reads d, dact, mask and x, writes dz."""
+    d, dact, mask = i.tensor(offset=0.5), i.tensor(), i.mask()
+    packed, act = pack_mask(mask), mask.to(i.dtype)
+    return Case(
+        "norm_add_backward_reduce", i.norm, 4 * i.bytes + i.norm.mask_bytes,
+        lambda backend: backend.norm_backward_reduce(
+            d, dact, i.x, i.mean, i.invstd, i.scale, i.bias, None, None, None, packed, True
+        )[:3],
+        lambda: i.eager_sums(ATEN.threshold_backward(d + dact, act, 0)),
+    )  # fmt: skip
+
+
+def norm_backward_apply(i: Inputs) -> Case:
+    """Reads dz and y, writes dy. ATen has it with the reduction only: see `norm_add_backward`."""
+    dz = i.tensor(offset=0.5)
+    sums = Reference().norm_backward_reduce(
+        dz, None, i.x, i.mean, i.invstd, i.scale, i.bias, None, None, None, None, relu=False
+    )[1:3]
+    return Case(
+        "norm_backward_apply", i.norm, 3 * i.bytes,
+        lambda backend: (backend.norm_backward_apply(dz, i.x, i.mean, i.invstd, i.gamma, *sums),),
+        None,
+    )  # fmt: skip
+
+
+def norm_add_backward(i: Inputs) -> Case:
+    """Reduce and apply: the whole backward of relu(norm(x) + residual), the two gradients of its result added."""
+    d, dact, mask = i.tensor(offset=0.5), i.tensor(), i.mask()
+    packed, act = pack_mask(mask), mask.to(i.dtype)
+
+    def ours(backend):
+        dz, s1, s2, _ = backend.norm_backward_reduce(
+            d, dact, i.x, i.mean, i.invstd, i.scale, i.bias, None, None, None, packed, True
+        )
+        return (backend.norm_backward_apply(dz, i.x, i.mean, i.invstd, i.gamma, s1, s2),)
+
+    def eager():
+        dz = ATEN.threshold_backward(d + dact, act, 0)
+        return i.eager_backward(dz, [True, True, True])[:1]
+
+    return Case("norm_add_backward", i.norm, 7 * i.bytes + i.norm.mask_bytes, ours, eager)
+
+
+def norm_act_max_pool(i: Inputs) -> Case:
+    """Reads x, writes the pool's output and index. 3x3, stride 2."""
+    pooled = i.norm.n * i.norm.c * ((i.norm.h + 1) // 2) * ((i.norm.w + 1) // 2)
+    return Case(
+        "norm_act_max_pool", i.norm, i.bytes + pooled * (i.dtype.itemsize + 1),
+        lambda backend: backend.norm_act_max_pool(i.x, i.scale, i.bias, 3, 2, 1)[:1],
+        lambda: (torch.nn.functional.max_pool2d(i.eager_norm(i.x, i.mean, i.var).relu_(), 3, 2, 1),),
+    )  # fmt: skip
+
+
+def norm_act_max_pool_backward(i: Inputs) -> Case:
+    """Reads the output's gradient, the index and x; writes dz."""
+    index = Reference().norm_act_max_pool(i.x, i.scale, i.bias, 3, 2, 1)[1]
+    dout = nhwc((torch.randn(index.shape, device=i.device) + 0.5).to(i.dtype))
+    act = Reference().norm_add_act(i.x, i.scale, i.bias, None, None, None, True, False)[0]
+    winners = torch.nn.functional.max_pool2d(act, 3, 2, 1, return_indices=True)[1]
+
+    def eager():
+        d = ATEN.max_pool2d_with_indices_backward(dout, act, [3, 3], [2, 2], [1, 1], [1, 1], False, winners)
+        return i.eager_sums(ATEN.threshold_backward(d, act, 0))
+
+    return Case(
+        "norm_act_max_pool_backward", i.norm, 2 * i.bytes + dout.nbytes + index.nbytes,
+        lambda backend: backend.norm_act_max_pool_backward(
+            dout, index, i.x, i.mean, i.invstd, i.scale, i.bias, 3, 2, 1
+        ),
+        eager,
+    )  # fmt: skip
+
+
+def norm_add_act_avg_pool(i: Inputs) -> Case:
+    """Reads x and a residual, writes a value a channel and the mask."""
+    residual = i.tensor()
+    return Case(
+        "norm_add_act_avg_pool", i.norm, 2 * i.bytes + i.norm.mask_bytes,
+        lambda backend: backend.norm_add_act_avg_pool(i.x, i.scale, i.bias, residual, None, None)[:1],
+        lambda: (i.eager_norm(i.x, i.mean, i.var).add_(residual).relu_().mean((2, 3), keepdim=True),),
+    )  # fmt: skip
+
+
+def norm_add_act_avg_pool_backward(i: Inputs) -> Case:
+    """Reads x and the mask, writes dz."""
+    dout, mask = i.tensor(height=1, offset=0.5), i.mask()
+    packed, act = pack_mask(mask), mask.to(i.dtype)
+    area = i.norm.h * i.norm.w
+    return Case(
+        "norm_add_act_avg_pool_backward", i.norm, 2 * i.bytes + i.norm.mask_bytes,
+        lambda backend: backend.norm_add_act_avg_pool_backward(
+            dout, i.x, i.mean, i.invstd, i.scale, i.bias, None, None, None, packed
+        )[:3],
+        lambda: i.eager_sums(ATEN.threshold_backward((dout / area).expand_as(act), act, 0)),
+    )  # fmt: skip
+
+
+INNER = (batch_stats, norm_act, norm_backward_reduce, norm_backward_apply)
+ENDS = (batch_stats, norm_add_act, norm_add_act_raw, norm_add_backward_reduce, norm_backward_apply, norm_add_backward)
+STEM = (batch_stats, norm_act_max_pool, norm_act_max_pool_backward, norm_backward_apply)
+TAIL = (norm_add_act_avg_pool, norm_add_act_avg_pool_backward)
+Maker = Callable[[Inputs], Case]
+NAMES = tuple(dict.fromkeys(make.__name__ for make in (*STEM, *INNER, *ENDS, *TAIL)))
+
+
+def plan(network: Network, names: Sequence[str] = NAMES) -> Iterator[tuple[Maker, NormProblem]]:
+    """The passes called `names` on the shapes of `network`, each shape once."""
+    ends = [block.branch[-1].conv.output_norm for block in network.blocks]
+    inner = [layer.conv.output_norm for block in network.blocks for layer in block.branch[:-1]]
+    groups = ((STEM, [network.stem.conv.output_norm]), (INNER, inner), (ENDS, ends), (TAIL, ends[-1:]))
+    for makers, norms in groups:
+        for norm in dict.fromkeys(norms):
+            for make in makers:
+                if make.__name__ in names:
+                    yield make, norm
+
+
+def error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, str | None]:
+    """(the largest difference over the largest value, of all results; "wrong: …" where one is beyond its tolerance).
+
+    A NaN counts as infinite.
+    """
+    worst, status, first = 0.0, None, results[0]
+    for number, (result, truth) in enumerate(zip(results, expected, strict=False)):
+        tolerance = TOLERANCES[result.dtype]
+        if result.dim() == 1 < first.dim():  # sums of the first result as rounded; its roundings average out
+            tolerance += TOLERANCES[first.dtype] * (first.shape[1] / first.numel()) ** 0.5
+        difference = ((result.double() - truth.double()).abs().max() / truth.double().abs().max().clamp_min(1e-30)).item()
+        difference = float("inf") if difference != difference else difference
+        worst = max(worst, difference)
+        if difference > tolerance:
+            status = f"wrong: result {number} differs by {difference:.1e} of its largest value; tolerance {tolerance:.0e}"
+    return worst, status

@@ -1,0 +1,112 @@
+"""bench/gpu_check.sh: its arguments, and that a part goes on where it stopped. A small script stands for the Python that it calls."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu_check.sh"
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+
+
+def gpu_check(*arguments, python="python3"):
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python)}
+    command = ["bash", str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+
+
+@pytest.fixture
+def python(tmp_path):
+    """A program that writes down what it is called with, and fails where a file `fail` beside it names an argument of the call."""
+    path = tmp_path / "python"
+    path.write_text(
+        '#!/bin/sh\ncd "$(dirname "$0")"\necho "$@" >> calls\n[ -e fail ] || exit 0\n'
+        'for argument in "$@"; do [ "$argument" = "$(cat fail)" ] && echo "no $argument today" && exit 7; done\nexit 0\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+def calls(python):
+    return (python.parent / "calls").read_text().splitlines()
+
+
+def test_bash_accepts_it():
+    assert subprocess.run(["bash", "-n", str(SCRIPT)], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "PART: expected one of test sanitize kernels train profile; got ''"),
+        (["tests", "out"], "PART: expected one of test sanitize kernels train profile; got 'tests'"),
+        (["test sanitize", "out"], "PART: expected one of"),
+        (["kernels"], "OUT: expected a folder"),
+        (["kernels", "/dev/null/out", "c0ffee"], "OUT: /dev/null/out can't be made"),
+        (["kernels", "{tmp}", "../x"], "COMMIT: expected letters"),
+        (["kernels", "{tmp}", "c0ffee", "more"], "expected PART OUT [COMMIT]; got 4 arguments"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, message, tmp_path):
+    done = gpu_check(*(a.replace("{tmp}", str(tmp_path)) for a in arguments))
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("gpu_check.sh: " + message), done.stderr
+
+
+def test_a_part_runs_its_steps_once(tmp_path, python):
+    first = gpu_check("kernels", tmp_path / "out", "c0ffee", python=python)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.endswith("kernels: done\n")
+    assert [call.split()[:3] for call in calls(python)] == [
+        ["bench/kernels.py", "--dtype", "bf16"], ["bench/kernels.py", "--dtype", "fp16"], ["bench/kernels.py", "--dtype", "bf16"],
+    ]  # fmt: skip
+    assert all(f"--commit c0ffee --out {tmp_path / 'out' / 'results'}" in call for call in calls(python))
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.done")) == [
+        "kernels-bf16-64.done", "kernels-bf16.done", "kernels-fp16.done",
+    ]  # fmt: skip
+    assert gpu_check("kernels", tmp_path / "out", "c0ffee", python=python).returncode == 0
+    assert len(calls(python)) == 3
+
+
+def test_a_step_that_failed_is_shown_and_the_others_run(tmp_path, python):
+    (tmp_path / "fail").write_text("fp16")
+    done = gpu_check("train", tmp_path / "out", "c0ffee", python=python)
+    assert done.returncode == 1
+    assert "train-fp16: failed with exit status 7" in done.stdout
+    assert "no fp16 today" in done.stdout
+    assert (tmp_path / "out" / "train-bf16.done").exists()
+    again = gpu_check("train", tmp_path / "out", "c0ffee", python=python)
+    assert again.returncode == 1, "a failure is not forgotten"
+    assert len(calls(python)) == 2
+    (tmp_path / "fail").unlink()
+    (tmp_path / "out" / "train-fp16.failed").unlink()
+    assert gpu_check("train", tmp_path / "out", "c0ffee", python=python).returncode == 0
+    assert len(calls(python)) == 3
+
+
+def test_the_test_part_goes_on_without_a_native_library(tmp_path, python):
+    (tmp_path / "fail").write_text("setup.py")
+    done = gpu_check("test", tmp_path / "out", "c0ffee", python=python)
+    assert done.returncode == 0
+    assert "native library: not built, going on without it: no setup.py today" in done.stdout
+    files = sorted(f"tests/{p.name}" for p in Path(__file__).parent.glob("test_*.py"))
+    assert [call.split()[2] for call in calls(python) if call.startswith("-m pytest")] == files
+
+
+def test_a_missing_sanitizer_is_a_failure(tmp_path, python):
+    if shutil.which("compute-sanitizer") or Path("/usr/local/cuda/bin/compute-sanitizer").exists():
+        pytest.skip("compute-sanitizer is here")
+    done = gpu_check("sanitize", tmp_path / "out", "c0ffee", python=python)
+    assert done.returncode == 1
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.failed")) == [
+        f"sanitize-{tool}.failed" for tool in ("initcheck", "memcheck", "racecheck", "synccheck")
+    ]
+    assert "compute-sanitizer" in (tmp_path / "out" / "sanitize-memcheck.log").read_text()
+
+
+def test_every_program_that_it_calls_is_there():
+    for name in ("kernels.py", "train.py", "profile_step.py", "sanitize_passes.py"):
+        assert f"bench/{name}" in SCRIPT.read_text()
+        assert (SCRIPT.parent / name).exists()
