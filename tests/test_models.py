@@ -99,7 +99,7 @@ def outcome(model: nn.Module, x: torch.Tensor, weight: torch.Tensor, backend: st
 
 @pytest.mark.parametrize("name", CROPPED)
 def test_passes_agree_with_float64_in_a_whole_network(name, operator_calls, device):
-    """In float32: at most twice PyTorch's error; four times on a CPU, where PyTorch's batch norm sums in float64.
+    """In float32: at most twice PyTorch's error, or what sums in float32 explain: on a CPU PyTorch's batch norm sums in float64.
 
     A pre-activation that rounds to the other side of zero would drown that, so norms shift even channels well above zero and odd
     ones well below. Masks that are neither are the business of test_operators.py.
@@ -108,13 +108,13 @@ def test_passes_agree_with_float64_in_a_whole_network(name, operator_calls, devi
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             with torch.no_grad():
-                module.bias[0::2], module.bias[1::2] = 4.0, -4.0
-    x, weight = torch.randn(3, 3, 21, 29, device=device), torch.randn(3, 10, device=device)
+                module.bias[0::2], module.bias[1::2] = 2.5, -2.5
+    x, weight = torch.randn(8, 3, 21, 29, device=device), torch.randn(8, 10, device=device)
     truth = outcome(copy.deepcopy(model).double(), x.double(), weight, "off")
     eager, ours = (outcome(model, x, weight, backend) for backend in ("off", "passes"))
     for key, value in truth.items():
         error, eagers = ((run[key] - value).norm() / value.norm() for run in (ours, eager))
-        assert error <= max((2 if device.type == "cuda" else 4) * eagers, 2e-5), (key, error, eagers)
+        assert error <= max(2 * eagers, 2e-5), (key, error, eagers)
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     projections = sum(isinstance(m.downsample, nn.Sequential) for m in model.modules() if getattr(m, "downsample", None))
     assert operator_calls.count(("convolve", "passes")) == norms - projections
