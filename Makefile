@@ -13,7 +13,8 @@ CONSTRAINTS ?=
 PIP_FLAGS ?=
 # Two processes suit a small machine; on a GPU they share it.
 PYTEST_FLAGS ?= -n 2
-OUT ?= runs/demo
+# The demo's folder; a new one in runs/ where it is not given.
+OUT ?=
 
 PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(PIP_FLAGS)
 NATIVE = CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*)
@@ -31,7 +32,7 @@ endif
 .PHONY: demo test slow lint clean
 
 demo: $(READY)
-	$(RUN) -m fused_resnet demo --out $(OUT)
+	$(RUN) -m fused_resnet demo $(if $(OUT),--out $(OUT))
 
 test: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PYTEST_FLAGS) -m "not slow and not alone"

@@ -117,7 +117,9 @@ def _options(launch: Launch, all_launches: list[Launch]) -> str:
         optional = any(peer[name] is None for peer in peers)
         if (optional and value is not None) or value is True:
             on.append(name.removesuffix("_ptr").lower())
-    return " ".join(on)
+    plain = [word for word in on if not word.startswith("residual")]
+    # A raw residual brings vectors of its own, which the word stands for.
+    return " ".join(plain if plain == on else [*plain, "raw residual" if any("_" in word for word in on) else "residual"])
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -1,0 +1,109 @@
+"""How the command line reads its arguments, and how it refuses them: one line, exit code 2."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import NoReturn
+
+import torch
+
+from .. import backends, models
+from ..data import DataSet
+from ..train import AUTOCAST
+
+COLOUR = 3  # channels
+
+
+class UsageError(Exception):
+    """An argument that can't be used, or an environment variable. The message names it and says what was expected."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"argument {name}: {reason}" if name.startswith("-") else f"{name}: {reason}")
+
+
+class Unavailable(Exception):
+    """A command can't run on this machine. The message says what is missing."""
+
+
+@contextmanager
+def blaming(name: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turns these errors of the block into a `UsageError` about the argument `name`."""
+    try:
+        yield
+    except errors as error:
+        raise UsageError(name, str(error)) from error
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage, and whose help keeps its own line breaks."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def whole_number(text: str) -> int:
+    """The type of an argument: an integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number; got {text!r}") from None
+
+
+def number(text: str) -> float:
+    """The type of an argument: a real number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number; got {text!r}") from None
+
+
+def one_of(*known: str):
+    """The type of an argument: one of these words. Its error lists them all."""
+
+    def word(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}; got {text!r}")
+        return text
+
+    return word
+
+
+def device(name: str) -> torch.device:
+    """The device for `--device auto|cpu|cuda`. Raises `UsageError` where PyTorch sees no GPU and one was asked for."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "--device", f"cuda was asked for, but PyTorch {torch.__version__} sees no GPU here; expected cpu"
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def build_model(name: str, data: DataSet) -> torch.nn.Module:
+    """An untrained network for the classes and channels of a data set.
+
+    Raises `UsageError` for images that are not in colour and a network that takes nothing else.
+    """
+    options = {"num_classes": len(data.classes)}
+    if data.channels != COLOUR:
+        able = [
+            known for known in models.list_models() if "in_channels" in signature(getattr(models, known)).parameters
+        ]
+        if name not in able:
+            expected = f"expected a network for {data.channels}-channel images, such as those of {data.name}"
+            raise UsageError("--model", f"{expected}: {', '.join(able)}; got {name!r}, which takes {COLOUR} channels")
+        options["in_channels"] = data.channels
+    return models.get_model(name, **options)
+
+
+def chosen_backend(where: torch.device, precision: str, option: str | None) -> str:
+    """The backend that a run in that precision takes, with the choice in force.
+
+    Raises `UsageError` where a forced one is unknown or can't run there; `option` is what `--backend` said, or None.
+    """
+    with blaming("FUSED_RESNET_BACKEND" if option is None else "--backend", RuntimeError, ValueError):
+        return backends.resolve(where, AUTOCAST[precision] or torch.float32)

@@ -1,0 +1,123 @@
+"""`fused-resnet info`: what a bug report needs."""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from .. import __version__, backends, environment, native
+
+DESCRIPTION = """Prints versions, GPUs, whether the native library loaded, and which backends
+can run here."""
+EXAMPLES = """example:
+  fused-resnet info
+  fused-resnet info --json > info.json
+"""
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def add_parser(commands) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser("info", help="print what a bug report needs", description=DESCRIPTION, epilog=EXAMPLES)
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.set_defaults(run=info)
+
+
+def info(args: argparse.Namespace) -> int:
+    """Runs the subcommand."""
+    found = collect()
+    print(json.dumps(found, indent=2) if args.json else text(found))
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """All facts, as JSON values. A version is null where the thing is not there."""
+    gpus = [_gpu(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    reason = native.load()
+    device = torch.device("cuda" if gpus else "cpu")
+    return {
+        "versions": {
+            "fused_resnet": __version__,
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "torchvision": _version("torchvision"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": _driver(),
+        },
+        "gpus": gpus,
+        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "native_library": {"loaded": reason is None, "reason": reason},
+        "device": device.type,
+        "backends": {
+            name: {str(dtype).removeprefix("torch."): backend.declines(device, dtype) for dtype in DTYPES}
+            for name, backend in backends.BACKENDS.items()
+        },
+        "environment": {
+            name: os.environ.get(name) for name in ("FUSED_RESNET_BACKEND", "FUSED_RESNET_CACHE", "FUSED_RESNET_DATA")
+        },
+        "cache": str(environment.cache_dir()),
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """The facts for people: one a line."""
+    lines = [(name, value or "not there") for name, value in found["versions"].items()]
+    for i, gpu in enumerate(found["gpus"]):
+        memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB"
+        lines.append((f"GPU {i}", f"{gpu['name']}, sm_{gpu['capability']}, {gpu['multiprocessors']} SMs, {memory}"))
+    if not found["gpus"]:
+        lines.append(("GPU", "none that PyTorch sees"))
+    lines.append(("CPU", f"{found['cpu']['cores']} cores, {found['cpu']['threads']} threads"))
+    native_library = found["native_library"]
+    lines.append(
+        ("native library", "loaded" if native_library["loaded"] else f"not loaded: {native_library['reason']}")
+    )
+    lines.append(("backend off", "PyTorch's own modules; runs everywhere"))
+    for name, reasons in found["backends"].items():
+        able = [dtype for dtype, reason in reasons.items() if reason is None]
+        parts = [f"runs on {found['device']} in {', '.join(able)}"] if able else []
+        # Most reasons are the same for all dtypes, and told once.
+        parts += [f"can't run here: {reason}" for reason in dict.fromkeys(filter(None, reasons.values()))]
+        lines.append((f"backend {name}", "; ".join(parts)))
+    lines += [(name, value) for name, value in found["environment"].items() if value is not None]
+    lines.append(("cache folder", found["cache"]))
+    width = max(len(name) for name, _ in lines) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in lines)
+
+
+def _version(distribution: str) -> str | None:
+    # Asked of the metadata: an import may fail, or take seconds.
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+    }
+
+
+def _driver() -> str | None:
+    if (command := shutil.which("nvidia-smi")) is None:
+        return None
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.splitlines()[0].strip() if answer.strip() else None

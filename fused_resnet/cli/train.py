@@ -1,0 +1,125 @@
+"""`fused-resnet train`: trains a network and writes a checkpoint, metrics and a picture."""
+
+import argparse
+import contextlib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import backend, backends, data, models
+from ..train import CHECKPOINT, CURVES, METRICS, PRECISIONS, CheckpointError, TrainConfig, Trainer, resumable, run
+from .arguments import UsageError, blaming, build_model, chosen_backend, device, number, one_of, whole_number
+
+DESCRIPTION = """Trains a network with SGD and a cosine schedule, and evaluates it after each
+epoch. The folder of the run gets checkpoint.pt, metrics.jsonl (one line an
+epoch) and curves.png."""
+EXAMPLES = """example:
+  fused-resnet train --model resnet20 --data fashion-mnist-mini --epochs 8 --out runs/first
+  fused-resnet train --resume runs/first
+  fused-resnet train --model resnet56 --data cifar10 --epochs 160 --precision bf16 --out runs/cifar
+  fused-resnet train --model resnet50 --data synthetic --precision fp16 --batch-size 64 --epochs 2
+"""
+
+
+def add_parser(commands) -> None:
+    """Adds the subcommand."""
+    # Options that were not given are absent, so that a resumed run can tell what contradicts its checkpoint.
+    parser = commands.add_parser(
+        "train", help="train a network", description=DESCRIPTION, epilog=EXAMPLES, argument_default=argparse.SUPPRESS
+    )
+    default = TrainConfig()
+
+    def option(name: str, kind, text: str, metavar: str) -> None:
+        value = getattr(default, name)
+        shown = "" if value is None else f" (default: {value})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text + shown)
+
+    option("model", one_of(*models.list_models()), "one of " + ", ".join(models.list_models()), "MODEL")
+    option("data", one_of(*data.NAMES), "one of " + ", ".join(data.NAMES), "DATA")
+    option("epochs", whole_number, "passes over the training split", "N")
+    option("batch_size", whole_number, "images a step", "N")
+    option("lr", number, "highest learning rate", "RATE")
+    option("warmup_epochs", number, "epochs of linear warm-up", "N")
+    option("momentum", number, "momentum of SGD", "M")
+    option("weight_decay", number, "weight decay", "W")
+    parser.add_argument(
+        "--no-norm-decay", dest="decay_norms", action="store_false", help="no weight decay on norms and biases"
+    )
+    option("label_smoothing", number, "label smoothing, 0 to 1", "S")
+    option("precision", one_of(*PRECISIONS), "one of " + ", ".join(PRECISIONS), "P")
+    option("seed", whole_number, "seed of the weights, the order and the augmentation", "N")
+    option("limit_train", whole_number, "use only the first N training images", "N")
+    option("limit_eval", whole_number, "use only the first N evaluation images", "N")
+    option("image_size", whole_number, "pixels of a side, for synthetic images (default: 224)", "N")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run (default: runs/MODEL-DATA)")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
+    parser.add_argument("--stop-after", type=whole_number, metavar="N", help="stop after epoch N, to be resumed later")
+    parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), metavar="D", help="auto (default), cpu, cuda")
+    parser.add_argument(
+        "--backend", type=one_of(*backends.CHOICES), metavar="B",
+        help=f"one of {', '.join(backends.CHOICES)} (default: FUSED_RESNET_BACKEND, else auto)",
+    )  # fmt: skip
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.set_defaults(run=train)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Runs the subcommand."""
+    options = vars(args)
+    settings = {field.name: options[field.name] for field in fields(TrainConfig) if field.name in options}
+    where = device(options.get("device", "auto"))
+    if (stop_after := options.get("stop_after", 1)) < 1:
+        raise UsageError("--stop-after", f"expected an epoch, 1 or more; got {stop_after}")
+    folder, config, state = _resumed(options, settings) if "resume" in options else _fresh(options, settings)
+    with backend(options["backend"]) if "backend" in options else contextlib.nullcontext():
+        chosen = chosen_backend(where, config.precision, options.get("backend"))
+        with blaming("--data", data.DataError):
+            images = data.load(
+                config.data,
+                limit_train=config.limit_train,
+                limit_eval=config.limit_eval,
+                image_size=config.image_size,
+            )
+        torch.backends.cudnn.benchmark = True  # shapes do not change
+        torch.manual_seed(config.seed)
+        trainer = Trainer(build_model(config.model, images), images, config, where)
+        if state is not None:
+            with blaming("--resume", CheckpointError):
+                trainer.load_state(state)
+        print(
+            f"{config.model} on {config.data}: {len(images.train):,} training and {len(images.eval):,} evaluation "
+            f"images\n{where}, {config.precision}, backend {chosen}",
+            flush=True,
+        )
+        run(trainer, folder, options.get("stop_after"), "no_progress" not in options)
+    print(f"{trainer.epoch} of {config.epochs} epochs are done")
+    pictured = f", {CURVES}" if (folder / CURVES).exists() else " (no picture: matplotlib is not installed)"
+    print(f"{folder}: {CHECKPOINT}, {METRICS}{pictured}")
+    return 0
+
+
+def _fresh(options: dict[str, Any], settings: dict[str, Any]) -> tuple[Path, TrainConfig, None]:
+    config = TrainConfig(**settings)
+    folder = options.get("out", Path("runs") / f"{config.model}-{config.data}")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError("--out", f"expected a folder; {folder} is a file")
+    if (folder / CHECKPOINT).exists():
+        raise UsageError(
+            "--out", f"expected a folder without a run; {folder} has a {CHECKPOINT}: go on with --resume {folder}"
+        )
+    return folder, config, None
+
+
+def _resumed(options: dict[str, Any], settings: dict[str, Any]) -> tuple[Path, TrainConfig, dict[str, Any]]:
+    folder = options["resume"]
+    if options.get("out", folder) != folder:
+        raise UsageError("--out", f"expected none, or {folder}, which is resumed; got {options['out']}")
+    with blaming("--resume", CheckpointError):
+        config, state = resumable(folder)
+    for name, value in settings.items():
+        if value != (kept := getattr(config, name)):
+            option = "no-norm-decay" if name == "decay_norms" else name.replace("_", "-")
+            raise UsageError(f"--{option}", f"expected {kept}, with which the run was started; got {value}")
+    return folder, config, state

@@ -1,0 +1,76 @@
+"""Batches from a split in memory: shuffled, augmented and normalised on the device, the same for the same seed."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .dataset import DataSet, Split
+
+
+class Loader:
+    """Batches of one split.
+
+    The split is moved to `device` once, as bytes. `batches(epoch)` depends on nothing but the arguments here and the
+    epoch: the random choices are drawn on the CPU, from a generator of their own, so every device sees the same ones.
+    """
+
+    def __init__(
+        self, data: DataSet, split: Split, batch_size: int, device: torch.device, augment: bool, seed: int = 0
+    ):
+        """With `augment` an epoch is shuffled, cropped, flipped where the data set allows it, and its last, smaller
+        batch is left out; without, it is the split in its order, whole."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1; got {batch_size}")
+        if augment and len(split) < batch_size:
+            raise ValueError(f"batch_size: expected at most the {len(split)} images of the split; got {batch_size}")
+        self.batch_size, self.augment, self.seed = batch_size, augment, seed
+        self.flip, self.padding = data.flip, data.crop_padding
+        self.images, self.labels = split.images.to(device), split.labels.to(device)
+        self.mean, self.std = (t.to(device)[:, None, None] for t in (data.mean, data.std))
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        count = len(self.images)
+        return count // self.batch_size if self.augment else -(-count // self.batch_size)
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (images float32 [B, C, H, W] channels_last, normalised; labels int64 [B]) on the device."""
+        if not self.augment:
+            for images, labels in zip(
+                self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True
+            ):
+                yield self._normalised(images), labels
+            return
+        device, count = self.images.device, len(self.images)
+        generator = torch.Generator().manual_seed(_mixed(self.seed, epoch))
+        order = torch.randperm(count, generator=generator).to(device)
+        offsets = torch.randint(2 * self.padding + 1, (count, 2), generator=generator).to(device)
+        flips = (torch.rand(count, generator=generator) < 0.5 if self.flip else torch.zeros(count).bool()).to(device)
+        for i in range(len(self)):
+            pick = slice(i * self.batch_size, (i + 1) * self.batch_size)
+            images = crop_and_flip(self.images[order[pick]], offsets[pick], flips[pick], self.padding)
+            yield self._normalised(images), self.labels[order[pick]]
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+
+
+def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
+    """Pads each image with zeros, cuts its own size out again, and mirrors it from left to right where asked.
+
+    images: uint8 [B, H, W, C]; offsets: int64 [B, 2], row and column of the cut in the padded image, 0..2·padding;
+    flips: bool [B]. Returns uint8 [B, H, W, C].
+    """
+    batch, height, width, _ = images.shape
+    padded = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
+    rows = offsets[:, :1] + torch.arange(height, device=images.device)  # [B, H]
+    columns = torch.arange(width, device=images.device)
+    columns = offsets[:, 1:] + torch.where(flips[:, None], columns.flip(0), columns)  # [B, W]
+    which = torch.arange(batch, device=images.device)[:, None, None]
+    return padded[which, rows[:, :, None], columns[:, None, :]]
+
+
+def _mixed(seed: int, epoch: int) -> int:
+    """One seed for a generator from two numbers, so that neighbouring seeds and epochs do not meet."""
+    return (seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03) % (1 << 63)

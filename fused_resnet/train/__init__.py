@@ -1,0 +1,25 @@
+"""Training on one device: SGD, mixed precision, checkpoints that resume exactly, metrics and curves."""
+
+from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .config import PRECISIONS, SettingError, TrainConfig
+from .curves import draw_curves
+from .trainer import AUTOCAST, CHECKPOINT, CURVES, METRICS, Trainer, TrainingDiverged, autocast, resumable, run
+
+__all__ = [
+    "AUTOCAST",
+    "CHECKPOINT",
+    "CURVES",
+    "METRICS",
+    "PRECISIONS",
+    "CheckpointError",
+    "SettingError",
+    "TrainConfig",
+    "Trainer",
+    "TrainingDiverged",
+    "autocast",
+    "draw_curves",
+    "load_checkpoint",
+    "resumable",
+    "run",
+    "save_checkpoint",
+]

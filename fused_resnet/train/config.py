@@ -1,0 +1,58 @@
+"""The settings of a training run: what a checkpoint keeps, and what a resumed run must not change."""
+
+from dataclasses import dataclass
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+class SettingError(ValueError):
+    """A setting has a value that can't be used. `name` is the field's name, `reason` says what was expected."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `train`. Raises `SettingError` for a value out of range."""
+
+    model: str = "resnet20"
+    data: str = "fashion-mnist-mini"
+    epochs: int = 10
+    batch_size: int = 128
+    lr: float = 0.1  #: the highest learning rate, at the end of the warm-up
+    warmup_epochs: float = 1.0
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    decay_norms: bool = True  #: whether weight decay also acts on norms and biases, as in He et al. 2015
+    label_smoothing: float = 0.0
+    precision: str = "fp32"  #: of convolutions and activations; parameters and statistics are fp32
+    seed: int = 0
+    limit_train: int | None = None  #: use only so many images of the training split
+    limit_eval: int | None = None
+    image_size: int | None = None  #: pixels; for synthetic data only
+
+    def __post_init__(self):
+        for name in ("epochs", "limit_train", "limit_eval", "image_size", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(name, f"expected a whole number of at least 1; got {value}")
+        if self.image_size is not None and self.data != "synthetic":
+            raise SettingError(
+                "image_size", f"expected none, since only synthetic images have one to choose, not {self.data}"
+            )
+        if not 0 < self.lr < float("inf"):
+            raise SettingError("lr", f"expected a number above 0; got {self.lr}")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise SettingError("warmup_epochs", f"expected 0 to epochs = {self.epochs}; got {self.warmup_epochs}")
+        if not 0 <= self.momentum < 1:
+            raise SettingError("momentum", f"expected at least 0 and below 1; got {self.momentum}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise SettingError("weight_decay", f"expected at least 0; got {self.weight_decay}")
+        if not 0 <= self.label_smoothing < 1:
+            raise SettingError("label_smoothing", f"expected at least 0 and below 1; got {self.label_smoothing}")
+        if self.precision not in PRECISIONS:
+            raise SettingError("precision", f"expected one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+        if not 0 <= self.seed < 1 << 63:
+            raise SettingError("seed", f"expected 0 to 2^63 - 1; got {self.seed}")

@@ -1,0 +1,54 @@
+"""What a run tells while it goes on: a bar on a terminal, and one line an epoch everywhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+REFRESH_SECONDS = 0.25  # reading a loss waits for the GPU, so it is done seldom
+
+
+def bar(batches: Iterable, total: int, batch_size: int, label: str, loss: Tensor, enabled: bool) -> Iterator:
+    """Yields from `batches`, with a bar of images/s and the mean of `loss` so far, where stderr is a terminal.
+
+    `loss` is a scalar on any device, the sum over the batches done; the caller adds to it in place. Without the
+    package rich, or with `enabled` False, there is no bar.
+    """
+    if not (enabled and sys.stderr.isatty()):
+        yield from batches
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        yield from batches
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    start = shown = time.perf_counter()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=total, state="")
+        for done, batch in enumerate(batches, start=1):
+            yield batch
+            now = time.perf_counter()
+            if now - shown >= REFRESH_SECONDS or done == total:
+                shown = now
+                state = f"loss {loss.item() / done:.4f}  {done * batch_size / (now - start):,.0f} images/s"
+                progress.update(task, completed=done, state=state)
+
+
+EPOCH_HEADER = f"{'epoch':>9}{'training loss':>16}{'accuracy':>11}{'evaluation loss':>18}{'accuracy':>11}{'images/s':>12}"
+
+
+def epoch_line(record: dict[str, Any], epochs: int) -> str:
+    """One epoch's record of `metrics.jsonl` for people, in the columns of `EPOCH_HEADER`."""
+    return (
+        f"{record['epoch']:>{8 - len(str(epochs))}}/{epochs}"
+        f"{record['train_loss']:>16.4f}{100 * record['train_accuracy']:>10.2f}%"
+        f"{record['eval_loss']:>18.4f}{100 * record['eval_accuracy']:>10.2f}%"
+        f"{record['images_per_second']:>12,.0f}"
+    )

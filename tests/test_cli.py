@@ -1,0 +1,358 @@
+"""The command line: real processes for what it does, `main` in this process for what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_resnet
+from fused_resnet import __version__, backends, models, native
+from fused_resnet.cli import demo, main
+from fused_resnet.cli.comparison import compare_losses
+from fused_resnet.data import NAMES
+from fused_resnet.train import CHECKPOINT, CURVES, METRICS, trainer
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--epochs", "2", "--batch-size", "16", "--limit-train", "48", "--limit-eval", "32", "--no-progress")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As in `command`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def command(*args, env=(), cwd=None) -> subprocess.CompletedProcess:
+    """`python -m fused_resnet ARGS`, as a user's shell would run it."""
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FUSED_RESNET_BACKEND")
+    }
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    line = [sys.executable, "-m", "fused_resnet", *map(str, args)]
+    # These runs are tiny: a second thread would only wait, and dearly where other tests run beside them.
+    kept["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(line, check=False, capture_output=True, text=True, timeout=240, env=kept | dict(env), cwd=cwd)
+
+
+def refused(capsys, *args) -> str:
+    """The one line with which `main` refuses these arguments."""
+    try:
+        code = main([*map(str, args)])
+    except SystemExit as exit:  # argparse's way
+        code = exit.code
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err.count("\n") == 1, "one line"
+    assert "Traceback" not in err
+    return err
+
+
+# ---- help, version, refusals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "train", "demo", "info", "kernels"])
+def test_help_has_an_example(capsys, name):
+    with pytest.raises(SystemExit) as caught:
+        main([*filter(None, [name]), "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert f"example:\n  fused-resnet {name}" in out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"fused_resnet {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "known"),
+    [
+        ("--model", "resnet19", models.list_models()),
+        ("--data", "mnist", NAMES),
+        ("--backend", "fastest", backends.CHOICES),
+        ("--precision", "fp8", ("fp32", "bf16", "fp16")),
+        ("--device", "tpu", ("auto", "cpu", "cuda")),
+    ],
+)
+def test_unknown_names_list_the_known_ones(capsys, option, value, known):
+    line = refused(capsys, "train", option, value)
+    assert f"argument {option}: expected one of {', '.join(known)}; got '{value}'" in line
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("--epochs", "many"), "argument --epochs: expected a whole number; got 'many'"),
+        (("--lr", "high"), "argument --lr: expected a number; got 'high'"),
+        (("--epochs", "0"), "argument --epochs: expected a whole number of at least 1; got 0"),
+        (("--lr", "-1"), "argument --lr: expected a number above 0; got -1.0"),
+        (("--label-smoothing", "2"), "argument --label-smoothing: expected at least 0 and below 1"),
+        (("--batch-size", "64", "--limit-train", "32"), "argument --batch-size: expected at most 32"),
+        (("--stop-after", "0"), "argument --stop-after: expected an epoch"),
+        (("--image-size", "32"), "argument --image-size: expected none"),
+        (("--model", "resnet50"), "argument --model: expected a network for 1-channel images"),
+        (("--colour", "red"), "unrecognized arguments: --colour red"),
+    ],
+)
+def test_arguments_out_of_range_are_named(capsys, tmp_path, monkeypatch, args, expected):
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(capsys, "train", "--device", "cpu", *args)
+    assert list(tmp_path.iterdir()) == [], "nothing is written before the arguments are known to be good"
+
+
+def test_no_command_is_refused(capsys):
+    assert "COMMAND" in refused(capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_says_so(capsys):
+    assert "argument --device: cuda was asked for, but PyTorch" in refused(capsys, "train", "--device", "cuda")
+
+
+def test_a_forced_backend_that_can_not_run_says_why(capsys, monkeypatch):
+    monkeypatch.setattr(backends.BACKENDS["passes"], "declines", lambda device, dtype: "it rains")
+    line = refused(capsys, "train", "--backend", "passes", "--device", "cpu")
+    assert "argument --backend:" in line
+    assert "it rains" in line
+
+
+@pytest.mark.parametrize("name", ["train", "demo"])
+def test_an_unknown_backend_in_the_environment_is_named(capsys, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("FUSED_RESNET_BACKEND", "fastest")
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, name)
+    assert "FUSED_RESNET_BACKEND" in line
+    assert "auto, off, eager, passes" in line
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory):
+    """A folder in which a real process trained the first of two epochs."""
+    folder = tmp_path_factory.mktemp("half")
+    done = command("train", *SMALL, "--stop-after", 1, "--device", "cpu", "--out", folder)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 epochs are done" in done.stdout
+    return folder
+
+
+def test_resumed_process_ends_with_the_same_bits(tmp_path, half_done):
+    straight = command("train", *SMALL, "--device", "cpu", "--out", tmp_path / "straight")
+    assert straight.returncode == 0, straight.stderr
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for name in (CHECKPOINT, METRICS):
+        (parts / name).write_bytes((half_done / name).read_bytes())
+    resumed = command("train", "--resume", parts, "--device", "cpu", "--no-progress")
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in (tmp_path / "straight", parts))
+    assert a["epoch"] == b["epoch"] == 2
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    for i, state in a["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][i]["momentum_buffer"])
+    records = [json.loads(line) for line in (parts / METRICS).read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert sorted(path.name for path in parts.iterdir()) == sorted((CHECKPOINT, METRICS, CURVES))
+    assert (parts / CURVES).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_folder_with_a_run_is_not_written_over(capsys, half_done):
+    before = (half_done / CHECKPOINT).read_bytes()
+    line = refused(capsys, "train", *SMALL, "--out", half_done, "--device", "cpu")
+    assert f"argument --out: expected a folder without a run; {half_done} has a {CHECKPOINT}" in line
+    assert (half_done / CHECKPOINT).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("--lr", "0.2"), "argument --lr: expected 0.1, with which the run was started; got 0.2"),
+        (("--no-norm-decay",), "argument --no-norm-decay: expected"),
+        (("--out", "elsewhere"), "argument --out: expected none"),
+    ],
+)
+def test_a_resumed_run_keeps_its_settings(capsys, half_done, args, expected):
+    assert expected in refused(capsys, "train", "--resume", half_done, *args)
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path, capsys, half_done):
+    (tmp_path / CHECKPOINT).write_bytes((half_done / CHECKPOINT).read_bytes()[:-100])
+    line = refused(capsys, "train", "--resume", tmp_path)
+    assert f"argument --resume: {tmp_path / CHECKPOINT}: truncated, or not a checkpoint" in line
+
+
+def test_a_checkpoint_of_another_network_is_named(tmp_path, capsys, half_done):
+    state = torch.load(half_done / CHECKPOINT, weights_only=True)
+    state["config"]["model"] = "resnet32"
+    torch.save(state, tmp_path / CHECKPOINT)
+    assert "argument --resume: the checkpoint does not fit resnet32" in refused(capsys, "train", "--resume", tmp_path)
+
+
+def test_a_truncated_data_file_is_named(tmp_path):
+    """In a real process: no traceback, one line."""
+    data_file = tmp_path / "train-images-idx3-ubyte.gz"
+    data_file.write_bytes(b"\x1f\x8b\x08\0\0")
+    failed = command("train", "--data", "fashion-mnist", cwd=tmp_path, env={"FUSED_RESNET_DATA": str(tmp_path)})
+    assert failed.returncode == 2
+    assert failed.stderr.count("\n") == 1
+    assert f"argument --data: {data_file}: truncated" in failed.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "demo"])
+def test_a_file_as_the_folder_is_refused(tmp_path, capsys, name):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "argument --out: expected a folder" in refused(capsys, name, "--device", "cpu", "--out", file)
+    assert file.read_text() == "mine"
+
+
+def test_a_full_disk_ends_a_run_with_one_line(tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "replace_file", full)
+    size = ("--epochs", "1", "--batch-size", "2", "--limit-train", "2", "--limit-eval", "2", "--device", "cpu")
+    assert main(["train", *size, "--out", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "No space left on device" in err
+
+
+@pytest.mark.parametrize("backend", ["eager", "off"])
+def test_train_uses_the_backend_that_it_is_told(capsys, monkeypatch, tmp_path, backend):
+    asked = []
+    network = models.CifarResNet
+    forward = network.forward
+    monkeypatch.setattr(
+        network, "forward", lambda self, x: asked.append(backends.resolve(x.device, x.dtype)) or forward(self, x)
+    )
+    size = ("--epochs", "1", "--batch-size", "2", "--limit-train", "2", "--limit-eval", "2")
+    assert main(["train", *size, "--device", "cpu", "--backend", backend, "--out", str(tmp_path)]) == 0
+    assert set(asked) == {backend}
+    assert f"backend {backend}" in capsys.readouterr().out
+
+
+def test_synthetic_images_train_an_imagenet_network(capsys, tmp_path):
+    size = ("--epochs", "1", "--batch-size", "2", "--limit-train", "2", "--limit-eval", "2", "--image-size", "32")
+    args = ["train", "--model", "resnet18", "--data", "synthetic", *size, "--device", "cpu", "--out", str(tmp_path)]
+    assert main(args) == 0
+    assert "resnet18 on synthetic: 2 training and 2 evaluation images" in capsys.readouterr().out
+
+
+# ---- info, kernels ---------------------------------------------------------------------------------------------------
+
+
+def test_info_as_json(tmp_path):
+    done = command("info", "--json", env={"FUSED_RESNET_CACHE": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["versions"]["fused_resnet"] == __version__
+    assert found["versions"]["torch"] == torch.__version__
+    assert {"triton", "torchvision", "python", "platform", "cuda", "cudnn", "driver"} <= set(found["versions"])
+    assert found["cache"] == str(tmp_path)
+    assert found["native_library"]["loaded"] == (found["native_library"]["reason"] is None)
+    assert set(found["backends"]) == set(backends.BACKENDS)
+    assert found["backends"]["eager"] == {"float32": None, "float16": None, "bfloat16": None}
+    assert len(found["gpus"]) == torch.cuda.device_count()
+
+
+def test_info_for_people(capsys, monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: "nvcc was not there")
+    monkeypatch.setattr(backends.BACKENDS["passes"], "declines", lambda device, dtype: "it rains")
+    assert main(["info"]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    found = {name: value.strip() for name, value in lines.items()}
+    assert found["torch"] == torch.__version__
+    assert found["native library"] == "not loaded: nvcc was not there"
+    assert found["backend passes"] == "can't run here: it rains"
+    assert found["backend eager"].startswith("runs on")
+    assert "cache folder" in found
+    assert "driver" in found
+
+
+def test_kernels_prints_the_table(capsys, monkeypatch):
+    inspect = pytest.importorskip("fused_resnet.kernels.inspect")
+    monkeypatch.setattr(inspect, "INTERPRETED", False)
+    monkeypatch.setattr(inspect, "table", lambda: "kernel  registers")
+    assert main(["kernels"]) == 0
+    assert capsys.readouterr().out == "kernel  registers\n"
+    monkeypatch.setattr(inspect, "INTERPRETED", True)
+    assert "TRITON_INTERPRET: expected to be unset" in refused(capsys, "kernels")
+
+
+def test_kernels_without_triton_says_so(capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("fused_resnet.kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(fused_resnet, "kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    assert main(["kernels"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "the kernels need Triton" in err
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_trains_compares_and_draws(tmp_path):
+    folder = tmp_path / "demo"
+    size = ("--epochs", 1, "--limit-train", 64, "--limit-eval", 32, "--device", "cpu", "--no-progress")
+    done = command("demo", *size, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    assert "PyTorch's own modules" in done.stdout
+    assert "fused_resnet, backend eager" in done.stdout
+    assert "They agree." in done.stdout
+    assert max(map(len, done.stdout.split("time:")[0].splitlines())) <= 80
+    picture = Path(done.stdout.split("picture: ")[1].strip())
+    assert picture == (folder / CURVES).resolve()
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.gpu
+def test_demo_on_a_gpu_trains_and_times_both(tmp_path):
+    size = ("--epochs", 1, "--limit-train", 128, "--limit-eval", 64, "--device", "cuda", "--no-progress")
+    done = command("demo", *size, "--out", tmp_path / "demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "They agree." in done.stdout
+    assert "Milliseconds a training step" in done.stdout
+    for name in ("passes", "off"):
+        assert (tmp_path / "demo" / name / METRICS).exists()
+
+
+def test_demo_fails_where_the_operators_do_not_agree(capsys, monkeypatch, tmp_path):
+    right = backends.BACKENDS["eager"].norm_backward_apply
+
+    def without_mean_correction(dz, y, mean, invstd, gamma, s1, s2):
+        return right(dz, y, mean, invstd, gamma, torch.zeros_like(s1), s2)
+
+    monkeypatch.setattr(backends.BACKENDS["eager"], "norm_backward_apply", without_mean_correction)
+    monkeypatch.setattr(demo, "COMPARED_BATCH", 4)
+    size = ["--epochs", "1", "--limit-train", "16", "--limit-eval", "8", "--device", "cpu", "--no-progress"]
+    assert main(["demo", *size, "--out", str(tmp_path)]) == 1
+    assert "THEY DO NOT AGREE." in capsys.readouterr().out
+
+
+def test_demo_does_not_write_over_a_run(capsys, half_done):
+    assert "argument --out: expected a folder that is new or empty" in refused(capsys, "demo", "--out", half_done)
+
+
+def test_a_nan_is_no_agreement():
+    model = models.resnet20(in_channels=1)
+    torch.nn.init.constant_(model.fc.bias, float("nan"))
+    batch = (torch.randn(2, 1, 8, 8).to(memory_format=torch.channels_last), torch.tensor([0, 1]))
+    assert not compare_losses(model, [batch], "eager", torch.float64).holds
+
+
+def test_demo_settings_are_valid():
+    assert demo.SETTINGS.model in models.list_models()

@@ -1,0 +1,426 @@
+"""Data sets: parsing, damage, downloads, the fixed split, augmentation and its determinism."""
+
+import dataclasses
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import pickle
+import struct
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from fused_resnet.data import NAMES, DataError, DataSet, Loader, Split, cifar, download, fashion, load, loader
+from fused_resnet.data.idx import read_idx
+
+CPU = torch.device("cpu")
+
+
+def idx_bytes(values: torch.Tensor, magic: int | None = None) -> bytes:
+    magic = 0x0800 | values.dim() if magic is None else magic
+    return struct.pack(f">{1 + values.dim()}I", magic, *values.shape) + values.to(torch.uint8).numpy().tobytes()
+
+
+@pytest.fixture(autouse=True)
+def own_folders(monkeypatch, tmp_path):
+    """No test reads or writes the user's folders."""
+    monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FUSED_RESNET_DATA", raising=False)
+    monkeypatch.setattr(fashion, "DEBIAN_FOLDER", tmp_path / "debian")
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Serves `tmp_path / "served"` over HTTP; yields (folder, address, paths asked for)."""
+    folder, asked = tmp_path / "served", []
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+# ---- the embedded images ---------------------------------------------------------------------------------------------
+
+
+def test_mini_is_split_8000_to_2000_by_position():
+    data = load("fashion-mnist-mini")
+    whole = read_idx(fashion.EMBEDDED_FOLDER / "t10k-images-idx3-ubyte.gz", 3)
+    labels = read_idx(fashion.EMBEDDED_FOLDER / "t10k-labels-idx1-ubyte.gz", 1)
+    assert (len(data.train), len(data.eval), data.channels, len(data.classes)) == (8000, 2000, 1, 10)
+    assert torch.equal(data.eval.images[..., 0], whole[4::5])
+    assert torch.equal(data.eval.labels, labels[4::5].long())
+    assert torch.equal(data.train.images[:5, ..., 0], whole[[0, 1, 2, 3, 5]])
+    assert torch.bincount(data.train.labels).min() > 750, "each class is there, about evenly"
+
+
+def test_mini_statistics_are_those_of_the_training_split():
+    data = load("fashion-mnist-mini")
+    pixels = data.train.images.double() / 255
+    assert data.mean.item() == pytest.approx(pixels.mean().item(), rel=1e-6)
+    assert data.std.item() == pytest.approx(pixels.std(correction=0).item(), rel=1e-6)
+
+
+def test_licence_lies_beside_the_embedded_files():
+    assert "Copyright (c) 2017 Zalando SE" in (fashion.EMBEDDED_FOLDER / "LICENSE").read_text()
+
+
+def test_limits_keep_the_statistics():
+    whole, some = load("fashion-mnist-mini"), load("fashion-mnist-mini", limit_train=100, limit_eval=30)
+    assert (len(some.train), len(some.eval)) == (100, 30)
+    assert torch.equal(some.mean, whole.mean)
+    assert torch.equal(some.train.images, whole.train.images[:100])
+
+
+# ---- damaged files ---------------------------------------------------------------------------------------------------
+
+IMAGES = torch.arange(3 * 28 * 28).reshape(3, 28, 28) % 256
+WHOLE = gzip.compress(idx_bytes(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (WHOLE[:-12], "truncated"),
+        (gzip.compress(idx_bytes(IMAGES)[:-1]), "truncated: expected 2352 bytes for shape (3, 28, 28)"),
+        (gzip.compress(idx_bytes(IMAGES) + b"\0"), "too long: expected 2352 bytes"),
+        (gzip.compress(idx_bytes(IMAGES)[:10]), "truncated: expected an IDX header of 16 bytes"),
+        (gzip.compress(idx_bytes(IMAGES, magic=0x0801)), "wrong magic number: expected 0x00000803"),
+        (gzip.compress(idx_bytes(IMAGES, magic=0x0D03)), "got 0x00000d03"),
+        (idx_bytes(IMAGES), "expected a gzip-compressed IDX file"),
+        (b"", "truncated"),
+        (WHOLE[:20] + b"\xff" * 30 + WHOLE[50:], "gzip"),
+    ],
+)
+def test_damaged_idx_file_is_named_with_what_was_expected(tmp_path, content, expected):
+    path = tmp_path / "images.gz"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_idx(path, 3)
+    assert str(path) in str(caught.value)
+    assert expected in str(caught.value)
+
+
+def test_missing_idx_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"absent\.gz: no such file"):
+        read_idx(tmp_path / "absent.gz", 3)
+
+
+def write_fashion(folder, train=60, evaluation=20):
+    """Files in the format of Fashion-MNIST with random content; returns {name: bytes}."""
+    files = {}
+    for prefix, count in (("train", train), ("t10k", evaluation)):
+        images = torch.randint(256, (count, 28, 28), generator=torch.Generator().manual_seed(count))
+        files[f"{prefix}-images-idx3-ubyte.gz"] = gzip.compress(idx_bytes(images))
+        files[f"{prefix}-labels-idx1-ubyte.gz"] = gzip.compress(idx_bytes(torch.arange(count) % 10))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return files
+
+
+@pytest.mark.parametrize("place", ["named", "inside the named", "debian", "cache"])
+def test_fashion_mnist_is_found_in_its_folders(tmp_path, monkeypatch, place):
+    folder = {
+        "named": tmp_path / "mine",
+        "inside the named": tmp_path / "mine" / "fashion-mnist",
+        "debian": tmp_path / "debian",
+        "cache": tmp_path / "cache" / "fashion-mnist",
+    }[place]
+    write_fashion(folder)
+    monkeypatch.setenv("FUSED_RESNET_DATA", str(tmp_path / "mine"))
+    data = load("fashion-mnist")
+    assert (len(data.train), len(data.eval)) == (60, 20)
+    assert data.train.labels[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("train-labels-idx1-ubyte.gz", idx_bytes(torch.zeros(59)), "expected 60 labels"),
+        ("train-labels-idx1-ubyte.gz", idx_bytes(torch.full((60,), 10)), r"expected labels 0\.\.9; got 10"),
+        ("t10k-images-idx3-ubyte.gz", idx_bytes(torch.zeros(20, 28, 27)), "expected images of 28×28"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_named(tmp_path, monkeypatch, name, content, expected):
+    write_fashion(tmp_path)
+    (tmp_path / name).write_bytes(gzip.compress(content))
+    monkeypatch.setenv("FUSED_RESNET_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=f"{name}: {expected}"):
+        load("fashion-mnist")
+
+
+# ---- downloads -------------------------------------------------------------------------------------------------------
+
+
+def test_fashion_mnist_is_downloaded_once_and_checked(tmp_path, monkeypatch, serve):
+    folder, address, asked = serve
+    files = write_fashion(folder)
+    monkeypatch.setattr(fashion, "SHA256", {name: hashlib.sha256(files[name]).hexdigest() for name in fashion.SHA256})
+    assert len(fashion.load_fashion_mnist(address).train) == 60
+    assert sorted(p.name for p in (tmp_path / "cache" / "fashion-mnist").iterdir()) == sorted(files)
+    assert len(asked) == 4
+    assert len(fashion.load_fashion_mnist(address).train) == 60
+    assert len(asked) == 4, "the second time nothing is downloaded"
+
+
+@pytest.mark.parametrize("fault", ["other bytes", "cut short", "absent"])
+def test_failed_download_names_the_address_and_keeps_nothing(tmp_path, serve, fault):
+    folder, address, _ = serve
+    content = b"right" * 1000
+    if fault != "absent":
+        (folder / "file").write_bytes(content[:-1] if fault == "cut short" else b"wrong" * 1000)
+    target = tmp_path / "deep" / "file"
+    with pytest.raises(DataError, match=f"{address}/file") as caught:
+        download.fetch(f"{address}/file", target, hashlib.sha256(content).hexdigest())
+    assert ("404" if fault == "absent" else "wrong SHA-256") in str(caught.value)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_unreachable_address_is_a_data_error(tmp_path):
+    with pytest.raises(DataError, match="the download to .* failed"):
+        download.fetch("http://127.0.0.1:9/file", tmp_path / "file", "0" * 64)
+
+
+# ---- CIFAR -----------------------------------------------------------------------------------------------------------
+
+PER_FILE = 20
+CIFARS = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
+
+
+@pytest.fixture(params=CIFARS)
+def published(request):
+    return CIFARS[request.param]
+
+
+@pytest.fixture
+def cifar_files(monkeypatch, published):
+    """(pixels, labels) of small files of a published data set, by name."""
+    monkeypatch.setattr(cifar, "TRAIN_IMAGES", PER_FILE * len(published.train))
+    monkeypatch.setattr(cifar, "EVAL_IMAGES", PER_FILE)
+    random, classes = np.random.default_rng(0), len(published.classes)
+    names = (*published.train, published.eval)
+    return {
+        name: (random.integers(0, 256, (PER_FILE, 3072), np.uint8), random.integers(0, classes, PER_FILE))
+        for name in names
+    }
+
+
+def binary(pixels, labels, label_bytes) -> bytes:
+    coarse = np.full((len(labels), label_bytes - 1), 3)  # CIFAR-100's other label, which must be passed over
+    return np.concatenate([coarse, labels[:, None], pixels], axis=1).astype(np.uint8).tobytes()
+
+
+def assert_is_cifar(data: DataSet, files, published):
+    pixels, labels = files[published.train[-1]]
+    assert (data.name, len(data.classes)) == (published.name, {"cifar10": 10, "cifar100": 100}[published.name])
+    assert len(set(data.classes)) == len(data.classes)
+    assert (len(data.train), len(data.eval), data.channels) == (PER_FILE * len(published.train), PER_FILE, 3)
+    expected = torch.from_numpy(pixels.reshape(-1, 3, 32, 32)).permute(0, 2, 3, 1)
+    assert torch.equal(data.train.images[-PER_FILE:], expected)
+    assert data.train.labels[-PER_FILE:].tolist() == labels.tolist()
+    green = torch.from_numpy(files[published.eval][0][0, 1024:2048])
+    assert torch.equal(data.eval.images[0, :, :, 1].reshape(-1), green)
+
+
+def write_python_version(folder, files, published):
+    folder.mkdir(parents=True)
+    for name, (pixels, labels) in files.items():
+        content = {b"data": pixels, published.labels: labels.tolist(), b"batch_label": name.encode()}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+
+
+def write_binary_version(folder, files, published):
+    folder.mkdir(parents=True)
+    for name, (pixels, labels) in files.items():
+        (folder / f"{name}.bin").write_bytes(binary(pixels, labels, published.label_bytes))
+
+
+@pytest.mark.parametrize("place", ["", "{0.binary}", "{0.name}/{0.binary}"])
+def test_cifar_binary_version(tmp_path, monkeypatch, cifar_files, published, place):
+    write_binary_version(tmp_path / "mine" / place.format(published), cifar_files, published)
+    monkeypatch.setenv("FUSED_RESNET_DATA", str(tmp_path / "mine"))
+    assert_is_cifar(load(published.name), cifar_files, published)
+
+
+def test_cifar_python_version(tmp_path, monkeypatch, cifar_files, published):
+    write_python_version(tmp_path / "mine" / published.python, cifar_files, published)
+    monkeypatch.setenv("FUSED_RESNET_DATA", str(tmp_path / "mine"))
+    assert_is_cifar(load(published.name), cifar_files, published)
+
+
+def test_cifar_is_downloaded_and_unpacked(tmp_path, monkeypatch, cifar_files, published, serve):
+    folder, address, asked = serve
+    with tarfile.open(folder / published.archive, "w:gz") as tar:
+        for name, (pixels, labels) in cifar_files.items():
+            member = tarfile.TarInfo(f"{published.binary}/{name}.bin")
+            content = binary(pixels, labels, published.label_bytes)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    archive = (folder / published.archive).read_bytes()
+    served = dataclasses.replace(published, sha256=hashlib.sha256(archive).hexdigest())
+    for _ in range(2):
+        assert_is_cifar(served.load(address), cifar_files, published)
+    assert len(asked) == 1
+
+
+def test_damaged_cifar_files_are_named(tmp_path, monkeypatch, cifar_files, published):
+    monkeypatch.setenv("FUSED_RESNET_DATA", str(tmp_path / "mine"))
+    folder = tmp_path / "mine" / published.binary
+    write_binary_version(folder, cifar_files, published)
+    path = folder / f"{published.eval}.bin"
+    whole = path.read_bytes()
+    wrong_label = bytearray(whole)
+    wrong_label[published.label_bytes - 1] = 200
+    for content, expected in (
+        (whole[:-5], "truncated: expected 20 records"),
+        (whole + b"1", "too long: expected 20 records"),
+        (wrong_label, f"expected labels 0..{len(published.classes) - 1}"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            load(published.name)
+        assert f"{path}: {expected}" in str(caught.value)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{path.name}: no such file; expected the files of {published.name}"):
+        load(published.name)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("run!",))
+
+
+def test_cifar_pickle_runs_no_code_and_damage_is_named(tmp_path, monkeypatch, cifar_files, published, capsys):
+    monkeypatch.setenv("FUSED_RESNET_DATA", str(tmp_path / "mine"))
+    folder = tmp_path / "mine" / published.python
+    write_python_version(folder, cifar_files, published)
+    path = folder / published.train[0]
+    whole = path.read_bytes()
+    for content in (pickle.dumps({b"data": Harmful()}), whole[: len(whole) // 2], b"nonsense"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"{path.name}: truncated, or not of {published.name}'s Python version"):
+            load(published.name)
+    assert "run!" not in capsys.readouterr().out
+
+
+# ---- names, synthetic images -----------------------------------------------------------------------------------------
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(DataError) as caught:
+        load("mnist")
+    assert "'mnist'" in str(caught.value)
+    assert all(name in str(caught.value) for name in NAMES)
+
+
+def test_synthetic_images():
+    data = load("synthetic", limit_train=6, limit_eval=4, image_size=40)
+    assert tuple(data.train.images.shape) == (6, 40, 40, 3)
+    assert (len(data.eval), len(data.classes)) == (4, 1000)
+    assert torch.equal(data.train.images, load("synthetic", limit_train=6, image_size=40).train.images)
+    with pytest.raises(DataError, match="image size: expected none"):
+        load("fashion-mnist-mini", image_size=32)
+    with pytest.raises(DataError, match="image size: expected at least 1"):
+        load("synthetic", image_size=0)
+
+
+def test_split_names_what_it_expects():
+    with pytest.raises(ValueError, match="images: expected uint8"):
+        Split(torch.zeros(2, 4, 4, 1), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"labels: expected int64 \[2\]"):
+        Split(torch.zeros(2, 4, 4, 1, dtype=torch.uint8), torch.zeros(3, dtype=torch.long))
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def small(count=10, size=6, channels=3, flip=True) -> DataSet:
+    images = torch.randint(1, 256, (count, size, size, channels), dtype=torch.uint8)
+    split = Split(images, torch.arange(count))
+    return DataSet(
+        "small", tuple("abc"), split, split, torch.full((channels,), 0.5), torch.full((channels,), 0.25), flip, 4
+    )
+
+
+def test_evaluation_is_whole_in_order_and_normalised():
+    data = small()
+    batches = list(Loader(data, data.eval, 4, CPU, augment=False).batches(0))
+    assert [len(labels) for _, labels in batches] == [4, 4, 2]
+    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(10))
+    images = torch.cat([images for images, _ in batches])
+    expected = (data.eval.images.permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.25
+    torch.testing.assert_close(images.double(), expected, atol=1e-6, rtol=0)
+    assert images.dtype == torch.float32
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("augment", [False, True])
+def test_batches_are_channels_last(channels, augment):
+    data = small(channels=channels)
+    for images, _ in Loader(data, data.train, 4, CPU, augment).batches(0):
+        assert tuple(images.shape) == (4, channels, 6, 6)[: images.dim()] or len(images) == 2
+        assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_epoch_depends_on_seed_and_epoch_alone():
+    data = small(count=64)
+
+    def epoch(seed, number):
+        torch.rand(3)  # the global generator plays no part
+        batches = Loader(data, data.train, 16, CPU, augment=True, seed=seed).batches(number)
+        images, labels = zip(*batches, strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    first, second = epoch(1, 5), epoch(1, 5)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert sorted(first[1].tolist()) == list(range(64)), "each image once"
+    for other in (epoch(1, 6), epoch(2, 5)):
+        assert not torch.equal(first[1], other[1])
+        assert not torch.equal(first[0], other[0])
+
+
+def test_the_last_smaller_batch_of_training_is_left_out():
+    data = small(count=10)
+    batches = Loader(data, data.train, 4, CPU, augment=True)
+    assert len(batches) == len(list(batches.batches(0))) == 2
+
+
+def test_crop_and_flip_equals_slicing():
+    images = small(count=9, size=7).train.images
+    offsets = torch.tensor([[i, 8 - i] for i in range(9)])
+    flips = torch.arange(9) % 2 == 1
+    padded = torch.nn.functional.pad(images, (0, 0, 4, 4, 4, 4))
+    for i, found in enumerate(loader.crop_and_flip(images, offsets, flips, 4)):
+        row, column = offsets[i]
+        expected = padded[i, row : row + 7, column : column + 7]
+        assert torch.equal(found, expected.flip(1) if flips[i] else expected)
+
+
+def test_no_flip_where_the_data_set_forbids_it():
+    picture = torch.arange(36, dtype=torch.uint8).reshape(1, 6, 6, 1).repeat(32, 1, 1, 1)
+    split = Split(picture, torch.zeros(32, dtype=torch.long))
+    data = DataSet("text", ("a",), split, split, torch.zeros(1), torch.ones(1), flip=False, crop_padding=4)
+    for images, _ in Loader(data, split, 32, CPU, augment=True).batches(0):
+        # Inside the picture a pixel's right neighbour is one larger; mirrored, one smaller.
+        steps = (images[:, 0, :, 1:] - images[:, 0, :, :-1]) * 255
+        assert torch.isclose(steps, torch.ones(())).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0, "at least 1"), (11, "at most the 10 images")])
+def test_batch_size_out_of_range(size, expected):
+    data = small()
+    with pytest.raises(ValueError, match=f"batch_size: expected {expected}"):
+        Loader(data, data.train, size, CPU, augment=True)
