@@ -156,6 +156,7 @@ def test_equal_activations_give_the_gradient_to_the_first():
     assert index.cpu()[0, 0].tolist() == [[4, 3, 3], [1, 0, 0], [1, 0, 0]]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, in the interpreter: as asked for
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_not_hidden(value):
     """NaN and infinities come out where the reference has them: GradScaler relies on it."""
@@ -178,7 +179,7 @@ def test_what_is_not_finite_is_not_hidden(value):
 
 def test_the_same_input_gives_the_same_bits():
     case = Case((5, 40, 23, 17), torch.float16)
-    tile = tiling.reduction(5 * 23 * 17, 40, multiprocessors(DEVICE), elements=2048)
+    tile = tiling.reduction(5 * 23 * 17, 40, 2, multiprocessors(DEVICE), loads=1)
     assert tile.row_programs > 1  # there is something to merge
     for _ in range(2):
         first, second = (PASSES.batch_stats(case.x, case.gamma, case.beta, 1e-5) for _ in range(2))
@@ -213,7 +214,11 @@ class TestTiling:
     @pytest.mark.parametrize("channels", [1, 3, 64, 100, 2048])
     @pytest.mark.parametrize("rows", [1, 7, 49 * 256, 112 * 112 * 256])
     def test_every_row_and_channel_is_taken_once(self, rows, channels):
-        tilings = [tiling.elementwise(rows, channels), *(tiling.reduction(rows, channels, sms, 2048) for sms in (1, 108, 132))]
+        tilings = [
+            tiling.elementwise(rows, channels, 2),
+            tiling.elementwise(rows, channels, 4, loads=1),
+            *(tiling.reduction(rows, channels, 2, sms, loads=1) for sms in (1, 108, 132)),
+        ]
         for tile in [*tilings, tiling.finalisation(rows % 1000 + 1, channels)]:
             assert tile.rows_per_program * tile.row_programs >= tile.rows
             assert tile.rows_per_program * (tile.row_programs - 1) < tile.rows  # so no program is without a row
@@ -224,6 +229,6 @@ class TestTiling:
 
     def test_a_reduction_fills_the_gpu_and_leaves_few_partial_results(self):
         for channels, rows in ((64, 112 * 112 * 256), (256, 56 * 56 * 256), (2048, 7 * 7 * 256)):
-            tile = tiling.reduction(rows, channels, 132, elements=4096)
+            tile = tiling.reduction(rows, channels, 2, 132, loads=2)
             assert tile.programs <= 4 * 132
             assert tile.programs >= 2 * 132, (channels, rows)

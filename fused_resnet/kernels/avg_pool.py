@@ -79,7 +79,7 @@ def norm_add_act_avg_pool(
     n, channels, height, width = x.shape
     out = torch.empty((n, channels, 1, 1), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     mask = None if residual is None else packed_mask(x)
-    tile = tiling.per_image(height * width, channels)
+    tile = tiling.per_image(height * width, channels, x.element_size())
     launch(
         norm_add_act_avg_pool_kernel, n * tile.channel_programs, x.device, tile.warps,
         x_ptr=x, scale_ptr=scale, bias_ptr=bias, residual_ptr=residual, residual_scale_ptr=residual_scale,

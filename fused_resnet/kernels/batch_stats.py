@@ -120,7 +120,7 @@ def batch_stats_finalise_kernel(
 def batch_stats(y: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, ...]:
     """`Reference.batch_stats` in two kernels: y is read once."""
     rows, channels = matrix_shape(y)
-    tile = tiling.reduction(rows, channels, multiprocessors(y.device), elements=4096)
+    tile = tiling.reduction(rows, channels, y.element_size(), multiprocessors(y.device), loads=2)
     partial = torch.empty((2, tile.row_programs, channels), dtype=torch.float32, device=y.device)
     launch(
         batch_stats_partial_kernel, tile.programs, y.device, tile.warps,

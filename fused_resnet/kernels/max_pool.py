@@ -147,7 +147,7 @@ def norm_act_max_pool(
     p, q = ((extent + 2 * padding - kernel_size) // stride + 1 for extent in (height, width))
     out = torch.empty((n, channels, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     index = torch.empty_like(out, dtype=torch.uint8)
-    tile = tiling.elementwise(n * p * q, channels, elements=1024)  # nine loads a thread are in flight
+    tile = tiling.elementwise(n * p * q, channels, x.element_size(), loads=1)  # of each of nine taps
     launch(
         norm_act_max_pool_kernel, tile.programs, x.device, tile.warps,
         x_ptr=x, scale_ptr=scale, bias_ptr=bias, out_ptr=out, index_ptr=index,
@@ -173,7 +173,7 @@ def norm_act_max_pool_backward(
     _, channels, height, width = x.shape
     rows, _ = matrix_shape(x)
     dz = torch.empty_like(x, memory_format=torch.channels_last)
-    tile = tiling.reduction(rows, channels, multiprocessors(x.device), elements=2048)
+    tile = tiling.reduction(rows, channels, x.element_size(), multiprocessors(x.device), loads=1)
     sums = PartialSums(tile, x.device)
     launch(
         norm_act_max_pool_backward_kernel, tile.programs, x.device, tile.warps,

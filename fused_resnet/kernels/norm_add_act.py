@@ -74,7 +74,7 @@ def norm_add_act(
     rows, channels = matrix_shape(x)
     act = torch.empty_like(x, memory_format=torch.channels_last)
     mask = packed_mask(x) if save_mask else None
-    tile = tiling.elementwise(rows, channels)
+    tile = tiling.elementwise(rows, channels, x.element_size())
     launch(
         norm_add_act_kernel, tile.programs, x.device, tile.warps,
         x_ptr=x, scale_ptr=scale, bias_ptr=bias, residual_ptr=residual, residual_scale_ptr=residual_scale,

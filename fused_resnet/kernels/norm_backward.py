@@ -210,7 +210,7 @@ def norm_backward_reduce(
     rows, channels = matrix_shape(x)
     dz = torch.empty_like(x, memory_format=torch.channels_last)
     raw = residual_mean is not None
-    tile = tiling.reduction(rows, channels, multiprocessors(x.device), elements=2048)
+    tile = tiling.reduction(rows, channels, x.element_size(), multiprocessors(x.device), loads=1)
     sums = PartialSums(tile, x.device, raw)
     launch(
         norm_backward_reduce_kernel, tile.programs, x.device, tile.warps,
@@ -228,7 +228,7 @@ def norm_backward_apply(
     """`Reference.norm_backward_apply` in one kernel."""
     rows, channels = matrix_shape(y)
     dy = torch.empty_like(y, memory_format=torch.channels_last)
-    tile = tiling.elementwise(rows, channels)
+    tile = tiling.elementwise(rows, channels, y.element_size())
     launch(
         norm_backward_apply_kernel, tile.programs, y.device, tile.warps,
         dz_ptr=dz, y_ptr=y, mean_ptr=mean, invstd_ptr=invstd, gamma_ptr=gamma, s1_ptr=s1, s2_ptr=s2, dy_ptr=dy,

@@ -51,39 +51,42 @@ class Tiling:
         return self.row_programs * self.channel_programs
 
 
-def _block(rows: int, channels: int, elements: int, most_channels: int) -> tuple[int, int]:
-    """(rows, channels) of a tile of at most `elements`. Whole bytes of a packed mask, so 8 channels at least."""
+def _block(rows: int, channels: int, warps: int, loads: int, itemsize: int, most_channels: int) -> tuple[int, int]:
+    """(rows, channels) of a tile that is `loads` 16-byte loads of an operand a thread.
+
+    Not fewer than 8 channels, since a packed mask has whole bytes.
+    """
+    elements = 32 * warps * loads * 16 // itemsize
     block_channels = min(most_channels, max(8, power_of_two(channels)))
     return min(elements // block_channels, power_of_two(rows)), block_channels
 
 
-def elementwise(rows: int, channels: int, elements: int = 2048) -> Tiling:
-    """One tile of `elements` a program of 128 threads.
+def elementwise(rows: int, channels: int, itemsize: int, loads: int = 2) -> Tiling:
+    """One tile a program of 128 threads.
 
-    2,048 are 16 a thread: two independent 16-byte loads of each operand of 2-byte elements, and few enough registers that eight or
-    more programs share a multiprocessor: 32 KiB in flight for each operand.
+    With two loads, eight programs on a multiprocessor, which the registers allow, have 32 KiB of each operand in flight.
     """
-    block_rows, block_channels = _block(rows, channels, elements, 256)
+    block_rows, block_channels = _block(rows, channels, 4, loads, itemsize, 256)
     return Tiling(rows, channels, block_rows, block_channels, steps=1, warps=4)
 
 
-def reduction(rows: int, channels: int, multiprocessors: int, elements: int) -> Tiling:
-    """Four programs of 256 threads a multiprocessor, each with tiles of `elements`: all run at once, and partial results are few.
+def reduction(rows: int, channels: int, itemsize: int, multiprocessors: int, loads: int) -> Tiling:
+    """Four programs of 256 threads a multiprocessor, which go along the rows: all run at once, and partial results are few.
 
-    4,096 elements are two 16-byte loads of an operand a thread, 32 KiB in flight on a multiprocessor: right for one operand. Two
-    or more operands make up for half of that, and need the registers.
-    64 channels a program are 128 bytes a row: whole cache lines, and as many rows as can be in a tile, since rows are what the
-    threads sum without talking to each other.
+    Two loads are 32 KiB in flight on a multiprocessor: right for one operand. With two or more operands one load of each does as
+    much, and they need the registers.
+    64 channels a program are at least 128 bytes a row: whole cache lines, and as many rows as can be in a tile, since rows are what
+    the threads sum without talking to each other.
     """
-    block_rows, block_channels = _block(rows, channels, elements, 64)
+    block_rows, block_channels = _block(rows, channels, 8, loads, itemsize, 64)
     row_programs = max(1, 4 * multiprocessors // ceil_div(channels, block_channels))
     steps = ceil_div(ceil_div(rows, row_programs), block_rows)
     return Tiling(rows, channels, block_rows, block_channels, steps, warps=8)
 
 
-def per_image(pixels: int, channels: int) -> Tiling:
+def per_image(pixels: int, channels: int, itemsize: int) -> Tiling:
     """One image and 64 channels a program, all pixels of it: 8,192 programs for the 2,048 channels of 256 images."""
-    block_rows, block_channels = _block(pixels, channels, 2048, 64)
+    block_rows, block_channels = _block(pixels, channels, 4, 2, itemsize, 64)
     return Tiling(pixels, channels, block_rows, block_channels, steps=ceil_div(pixels, block_rows), warps=4)
 
 
