@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import fused_resnet
 from fused_resnet import models
@@ -13,10 +14,10 @@ from fused_resnet.backends import BACKENDS
 STEPS = 20
 
 
-def losses(model, images, labels, backend: str) -> torch.Tensor:
+def losses(model, images, labels, lr: float, backend: str) -> torch.Tensor:
     """The loss of each step of SGD with momentum on one batch a step. [STEPS], float64."""
     model = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
     found = []
     with fused_resnet.backend(backend):
         for x, y in zip(images, labels, strict=True):
@@ -28,27 +29,47 @@ def losses(model, images, labels, backend: str) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
-CASES = [("resnet18", 3, 8, 64, "eager"), ("resnet50", 3, 8, 64, "eager"), ("resnet20", 3, 16, 16, "eager"), ("resnet20", 3, 8, 8, "passes")]
+def calm(model: nn.Module) -> None:
+    """Norms that shift even channels well above zero and odd ones well below.
+
+    In a network as it is initialised, last bits grow to 1e-1 of the loss within twenty steps, by pre-activations that end on the
+    other side of zero, and any wrong formula could hide behind that. Those masks are the business of test_operators.py.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            with torch.no_grad():
+                module.bias[0::2], module.bias[1::2] = 2.5, -2.5
 
 
-@pytest.mark.parametrize(("name", "channels", "batch", "size", "backend"), CASES, ids=lambda v: str(v))
-def test_losses_drift_no_more_than_eagers_own(name, channels, batch, size, backend, device):
+#: Network, batch, size of an image, learning rate: where eager's own drift stays small.
+CASES = [
+    ("resnet18", 8, 64, 1e-4, "eager"),
+    ("resnet50", 8, 64, 2e-5, "eager"),
+    ("resnet20", 16, 16, 1e-4, "eager"),
+    ("resnet20", 8, 8, 1e-4, "passes"),
+]
+
+
+@pytest.mark.parametrize(("name", "batch", "size", "lr", "backend"), CASES, ids=lambda v: str(v))
+def test_losses_drift_no_more_than_eagers_own(name, batch, size, lr, backend, device):
     if reason := BACKENDS[backend].declines(device, torch.float32):
         pytest.skip(reason)
     model = models.get_model(name, num_classes=10).to(device)
-    images = torch.randn(STEPS, batch, channels, size, size, device=device)
+    calm(model)
+    images = torch.randn(STEPS, batch, 3, size, size, device=device)
     labels = torch.randint(10, (STEPS, batch), device=device)
-    eager = losses(model, images, labels, "off")
-    orders = [torch.randperm(batch) for _ in range(3)]  # the same batches, their sums taken in another order
-    others = [losses(model, images[:, o], labels[:, o], "off") for o in orders]
+    eager = losses(model, images, labels, lr, "off")
+    orders = [torch.randperm(batch) for _ in range(2)]  # the same batches, their sums taken in another order
+    others = [losses(model, images[:, o], labels[:, o], lr, "off") for o in orders]
     # A kernel rounds at every layer where PyTorch on a CPU, which sums batch norm in float64, does not: as if inputs had other last bits.
-    others.append(losses(model, torch.nextafter(images, torch.randn_like(images) * float("inf")), labels, "off"))
+    others.append(losses(model, images * (1 + 2**-23), labels, lr, "off"))
     nhwc = [x.contiguous(memory_format=torch.channels_last) for x in images]
-    others.append(losses(model.to(memory_format=torch.channels_last), nhwc, labels, "off"))
-    ours = losses(model.to(memory_format=torch.contiguous_format), images, labels, backend)
+    others.append(losses(model.to(memory_format=torch.channels_last), nhwc, labels, lr, "off"))
+    ours = losses(model.to(memory_format=torch.contiguous_format), images, labels, lr, backend)
     own_drift = torch.stack([(o - eager).abs() for o in others]).amax(0).cummax(0).values
     our_drift = (ours - eager).abs()
     print("eager's own drift", own_drift.tolist(), "ours", our_drift.tolist())
-    # Drift grows by chance, as any difference does in training: thrice the largest of five is one draw more, not another law.
-    assert (our_drift <= 3 * own_drift + 2e-6).all()
-    assert eager[-1] != eager[0]
+    assert own_drift[-1] < 1e-3 * eager.max()  # else the comparison means nothing
+    # Drift grows by chance, as any difference does in training: thrice the largest of four is one draw more, not another law.
+    assert (our_drift <= 3 * own_drift + 1e-5).all()
+    assert (eager[-1] - eager[0]).abs() > 100 * our_drift.max()  # the network did change

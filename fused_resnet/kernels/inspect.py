@@ -190,12 +190,22 @@ def rows(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[t
         )  # fmt: skip
 
 
-def table(name: str = "") -> str:
-    """The table as text, columns aligned. Compiling everything takes minutes the first time; Triton caches it."""
+def names() -> list[str]:
+    """The names of all kernels."""
+    return sorted({launch.kernel.__name__ for launch, _ in variants(dtypes=DTYPES[:1])})
+
+
+def table(name: str = "") -> str | None:
+    """The table as text, columns aligned; None where no kernel's name holds `name`.
+
+    Compiling everything takes minutes the first time; Triton caches it.
+    """
     lines = [HEADER, *rows(name)]
+    if len(lines) == 1:
+        return None
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 if __name__ == "__main__":
-    print(table(*sys.argv[1:2]))
+    print(table(*sys.argv[1:2]) or f"no kernel has that in its name; there are {', '.join(names())}")
