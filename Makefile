@@ -1,5 +1,7 @@
 # make demo    train a small residual network on real images, on whatever device there is
 # make test    all tests
+# make slow    the tests that are too slow for every day
+# make bench   the benchmarks: small on a CPU, whole on a GPU
 #
 # Both set up .venv first. To use a PyTorch that is already there, and no network:
 #
@@ -29,7 +31,7 @@ READY = $(VENV)/installed.stamp
 TEST_READY = $(VENV)/tests.stamp
 endif
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow bench lint clean
 
 demo: $(READY)
 	$(RUN) -m fused_resnet demo $(if $(OUT),--out $(OUT))
@@ -40,6 +42,9 @@ test: $(TEST_READY)
 
 slow: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PYTEST_FLAGS) -m slow
+
+bench: $(TEST_READY)
+	$(RUN) -m pytest -q bench
 
 lint: $(TEST_READY)
 	$(RUN) -m ruff check .

@@ -102,6 +102,7 @@ WHOLE = gzip.compress(idx_bytes(IMAGES))
         (b"", "truncated"),
         (WHOLE[:20] + b"\xff" * 30 + WHOLE[50:], "gzip"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "file",  # the bytes hold the time of compression
 )
 def test_damaged_idx_file_is_named_with_what_was_expected(tmp_path, content, expected):
     path = tmp_path / "images.gz"
