@@ -36,8 +36,10 @@ class Layer(NamedTuple):
 
 
 def random_layer(k: int, c: int, size: int, stride: int = 1) -> Layer:
-    shapes = (k, c, size, size), (k,), (k,)
-    return Layer(*((torch.randn(s, dtype=torch.float64) * 0.4).requires_grad_() for s in shapes), stride, size // 2)
+    weight, beta = (torch.randn(s, dtype=torch.float64) * 0.4 for s in ((k, c, size, size), (k,)))
+    # Not near zero, or ReLU lets a whole channel through, the next norm takes beta away again, and its gradient is zero.
+    gamma = torch.rand(k, dtype=torch.float64) + 0.5
+    return Layer(*(t.requires_grad_() for t in (weight, gamma, beta)), stride, size // 2)
 
 
 def random_network() -> list[list[Layer]]:

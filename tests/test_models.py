@@ -154,7 +154,7 @@ def test_other_networks_equal_their_own_modules(name, shortcut):
         return
     options = dict(shortcut=shortcut) if name.startswith("resnet") else {}
     ours = models.get_model(name, num_classes=5, **options).double()
-    x = torch.randn(3, 3, 24, 20, dtype=torch.float64)
+    x = torch.randn(8, 3, 24, 20, dtype=torch.float64)  # eight values a channel in the last stage of plain34: fewer are ill-conditioned
     with fused_resnet.backend("off"):
         plain = copy.deepcopy(ours)
         assert worst_difference(plain, ours, x, "eager") < 1e-9
