@@ -173,6 +173,24 @@ class Reference:
         dtype = accumulate_dtype(y.dtype)
         return self._coefficients(mean.to(dtype), var.to(dtype), gamma, beta, eps)
 
+    def batch_moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, M2) of y [N, C, H, W], each [C]; M2 = Σ (y − mean)². What devices that share a batch send each other."""
+        m2, mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+        dtype = accumulate_dtype(y.dtype)
+        return mean.to(dtype), (m2 * (y.numel() // y.shape[1])).to(dtype)
+
+    def merge_moments(
+        self, counts: Tensor, means: Tensor, m2s: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+    ) -> tuple[Tensor, ...]:
+        """As `batch_stats`, of the union of sets of rows: counts int64 [parts], means and m2s [parts, C], by `batch_moments`.
+
+        Chan, Golub & LeVeque 1979: M2 = Σ M2ᵢ + nᵢ·(meanᵢ − mean)². M2 can't be added up, since each is about a mean of its own.
+        """
+        share = (counts.double() / counts.sum()).unsqueeze(1)
+        mean = (share * means.double()).sum(0)
+        var = (m2s.double() / counts.sum() + share * (means.double() - mean) ** 2).sum(0)
+        return self._coefficients(mean.to(means.dtype), var.to(means.dtype), gamma, beta, eps)
+
     def running_stats(self, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """As `batch_stats`, from the running statistics: what a norm in eval mode uses."""
         mean, var = (t.to(accumulate_dtype(dtype), copy=True) for t in (norm.running_mean, norm.running_var))

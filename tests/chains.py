@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet import ops
+from fused_resnet.backends import BACKENDS
 from fused_resnet.ops import Conv, ConvGeometry, Norm, Pending
 
 EPS = 1e-5
 #: Where the operators are tested: the GPU where there is one.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+#: The backends that run the passes here, one for each kernel language: on a CPU the CUDA kernels run by the SIMT shim.
+LANGUAGES = [name for name in ("passes_cuda", "emulated", "passes_triton") if not BACKENDS[name].declines(DEVICE, torch.float32)]
 
 
 @dataclass

@@ -12,6 +12,12 @@ if not CUDA:  # before the kernels are imported: Triton's interpreter then runs 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.pop("FUSED_RESNET_BACKEND", None)
 
+from emulated import Emulated  # noqa: E402
+
+from fused_resnet.backends import BACKENDS  # noqa: E402
+
+BACKENDS[Emulated.name] = Emulated()
+
 
 def _import_torchvision() -> bool:
     """Import torchvision; where its binary library does not load, define the two operators that its Python code asks for."""

@@ -5,7 +5,7 @@ import torch
 
 import fused_resnet
 from fused_resnet import ops
-from fused_resnet.backends import BACKENDS, CHOICES, resolve
+from fused_resnet.backends import BACKENDS, PASSES, choices, resolve
 from fused_resnet.functional import conv_bn_act
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def test_a_choice_is_nested_and_undone(monkeypatch):
 
 
 def test_unknown_names_are_refused_with_the_known_ones(monkeypatch):
-    with pytest.raises(ValueError, match="unknown backend 'fast'; expected one of " + ", ".join(CHOICES)), fused_resnet.backend("fast"):
+    with pytest.raises(ValueError, match="unknown backend 'fast'; expected one of " + ", ".join(choices())), fused_resnet.backend("fast"):
         pass
     monkeypatch.setenv("FUSED_RESNET_BACKEND", "quick")
     with pytest.raises(ValueError, match="FUSED_RESNET_BACKEND: unknown backend 'quick'"):
@@ -49,21 +49,40 @@ def test_every_backend_is_asked_the_same_way():
         assert backend.declines(CPU, torch.int32)
 
 
-def test_passes_runs_where_the_tests_run(device):
-    """On a GPU, or by Triton's interpreter, which conftest.py asks for: the operator tests take only what is not declined."""
-    dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if device.type == "cuda" else [])
-    assert {dtype: BACKENDS["passes"].declines(device, dtype) for dtype in dtypes} == dict.fromkeys(dtypes)
+def test_both_languages_of_the_passes_run_where_the_tests_run(device):
+    """On a GPU; on a CPU by Triton's interpreter and by the SIMT shim: the operator tests take only what is not declined."""
+    gpu = device.type == "cuda"
+    floats = [torch.float32, torch.float16, torch.bfloat16]
+    runnable = {"passes_triton": floats if gpu else floats[:2], "passes_cuda" if gpu else "emulated": floats}
+    for name, dtypes in runnable.items():
+        assert {dtype: BACKENDS[name].declines(device, dtype) for dtype in dtypes} == dict.fromkeys(dtypes), name
+
+
+def test_passes_is_the_first_language_that_runs(monkeypatch):
+    assert PASSES == ("passes_cuda", "passes_triton")
+    with fused_resnet.backend("passes"):
+        for able in (PASSES, PASSES[1:]):
+            for name in PASSES:
+                monkeypatch.setattr(BACKENDS[name], "declines", lambda device, dtype, name=name, able=able: None if name in able else "it rains")
+            assert resolve(CPU, torch.float32) == able[0]
+        monkeypatch.setattr(BACKENDS[PASSES[1]], "declines", lambda device, dtype: "it snows")
+        with pytest.raises(RuntimeError, match="passes_cuda: it rains; passes_triton: it snows"):
+            resolve(CPU, torch.float32)
 
 
 def test_passes_says_what_it_lacks(monkeypatch):
-    passes = BACKENDS["passes"]
-    assert "not torch.float64" in passes.declines(CPU, torch.float64)
-    assert "'mps'" in passes.declines(torch.device("mps"), torch.float32)
-    assert "bfloat16" in passes.declines(CPU, torch.bfloat16) or torch.cuda.is_available()
+    cuda, triton = (BACKENDS[name] for name in PASSES)
+    for backend in (cuda, triton):
+        assert "not torch.float64" in backend.declines(CPU, torch.float64)
+        assert "'mps'" in backend.declines(torch.device("mps"), torch.float32)
+    assert "'cpu'" in cuda.declines(CPU, torch.float32)
+    monkeypatch.setattr("fused_resnet.native.load", lambda: "not built: nvcc was not found")
+    assert cuda.declines(torch.device("cuda"), torch.float32) == "native library not built: nvcc was not found"
+    assert "bfloat16" in triton.declines(CPU, torch.bfloat16) or torch.cuda.is_available()
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert passes.declines(CPU, torch.float32).endswith("set TRITON_INTERPRET=1")
+    assert triton.declines(CPU, torch.float32).endswith("set TRITON_INTERPRET=1")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert passes.declines(CPU, torch.float32).startswith("Triton is not installed")
+    assert triton.declines(CPU, torch.float32).startswith("Triton is not installed")
 
 
 def conv(k=4, c=3, size=3, dtype=torch.float32, norm=None, stride=1, padding=1, dilation=1, groups=1):

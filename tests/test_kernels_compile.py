@@ -52,7 +52,7 @@ def test_kernels_compile_without_a_spill_and_keep_nan(dtype):
     compiled = json.loads(run("-c", COMPILE, dtype))
     assert {c["architecture"] for c in compiled} == {80, 90}
     assert {c["kernel"] for c in compiled} == {
-        "batch_stats_partial_kernel", "batch_stats_finalise_kernel", "norm_add_act_kernel", "norm_backward_reduce_kernel",
+        "batch_stats_partial_kernel", "merge_moments_kernel", "norm_add_act_kernel", "norm_backward_reduce_kernel",
         "sums_finalise_kernel", "norm_backward_apply_kernel", "norm_act_max_pool_kernel", "norm_act_max_pool_backward_kernel",
         "norm_add_act_avg_pool_kernel",
     }  # fmt: skip
@@ -61,7 +61,8 @@ def test_kernels_compile_without_a_spill_and_keep_nan(dtype):
         assert c["spilled"] == 0, where
         assert c["registers"] <= 128, where
         assert not LOSES_NAN.search(c["ptx"]), where
-        if "C=256" in c["variant"]:  # everything of an activation's size moves 16 bytes at a time
+        # Everything of an activation's size moves 16 bytes at a time; the moments of a few devices, told by their counts, are small.
+        if "C=256" in c["variant"] and "counts" not in c["variant"]:
             assert c["wide"] / c["accesses"] >= 0.5, where
 
 

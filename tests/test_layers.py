@@ -9,8 +9,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "fused_resnet"
 #: The top-level modules from left to right; those of one group do not import each other. "" is the package's __init__.
 ORDER = [
-    ["_version", "environment", "problem", "reference", "native"],
-    ["roofline"],
+    ["_version", "environment", "problem", "reference", "native", "binary"],
+    ["roofline", "native_kernels"],
     ["kernels"],
     ["backends"],
     ["ops"],
@@ -84,7 +84,7 @@ def test_every_module_has_its_place():
         ("reference.py", "from . import ops", "reference imports ops"),
         ("reference.py", "from .problem import ConvProblem", "reference imports problem"),
         ("kernels/launch.py", "from fused_resnet.backends import resolve", "kernels imports backends"),
-        ("backends/passes.py", "def late():\n    from ..ops.checks import check_conv", "backends imports ops"),
+        ("backends/passes_triton.py", "def late():\n    from ..ops.checks import check_conv", "backends imports ops"),
         ("nn/block.py", "import fused_resnet.functional", "nn imports functional"),
         ("models/cifar.py", "from .. import backend", "models imports __init__"),
         ("train/config.py", "import fused_resnet.cli.info as info", "train imports cli"),

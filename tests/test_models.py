@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from chains import LANGUAGES
 from torch import nn
 
 import fused_resnet
@@ -97,8 +98,9 @@ def outcome(model: nn.Module, x: torch.Tensor, weight: torch.Tensor, backend: st
     return {name: torch.cat([v.double().flatten() for v in values]) for name, values in vectors.items()}
 
 
+@pytest.mark.parametrize("passes", LANGUAGES)
 @pytest.mark.parametrize("name", CROPPED)
-def test_passes_agree_with_float64_in_a_whole_network(name, operator_calls, device):
+def test_passes_agree_with_float64_in_a_whole_network(name, passes, operator_calls, device):
     """In float32: at most twice PyTorch's error, or what sums in float32 explain: on a CPU PyTorch's batch norm sums in float64.
 
     A pre-activation that rounds to the other side of zero would drown that, so norms shift even channels well above zero and odd
@@ -111,14 +113,14 @@ def test_passes_agree_with_float64_in_a_whole_network(name, operator_calls, devi
                 module.bias[0::2], module.bias[1::2] = 2.5, -2.5
     x, weight = torch.randn(8, 3, 21, 29, device=device), torch.randn(8, 10, device=device)
     truth = outcome(copy.deepcopy(model).double(), x.double(), weight, "off")
-    eager, ours = (outcome(model, x, weight, backend) for backend in ("off", "passes"))
+    eager, ours = (outcome(model, x, weight, backend) for backend in ("off", passes))
     for key, value in truth.items():
         error, eagers = ((run[key] - value).norm() / value.norm() for run in (ours, eager))
         assert error <= max(2 * eagers, 2e-5), (key, error, eagers)
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     projections = sum(isinstance(m.downsample, nn.Sequential) for m in model.modules() if getattr(m, "downsample", None))
-    assert operator_calls.count(("convolve", "passes")) == norms - projections
-    assert operator_calls.count(("convolve_backward", "passes")) == norms - projections
+    assert operator_calls.count(("convolve", passes)) == norms - projections
+    assert operator_calls.count(("convolve_backward", passes)) == norms - projections
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Every pass of `passes` against the reference, pass by pass: all options, odd shapes, NaN, reproducibility, precision.
+"""Every pass in both kernel languages against the reference, pass by pass: all options, odd shapes, NaN, reproducibility, precision.
+
+CUDA C++ and Triton on a GPU; on a CPU the same CUDA C++ by the SIMT shim, and Triton by its interpreter.
 
 The reference evaluates in float64 and rounds once. A pass may differ by the rounding of float32 arithmetic, which is a last bit of the
 result's dtype here and there; memory that a kernel forgets to write holds NaN (see `poisoned`).
@@ -6,17 +8,19 @@ result's dtype here and there; memory that a kernel forgets to write holds NaN (
 
 import pytest
 import torch
-from chains import DEVICE
+from chains import DEVICE, LANGUAGES
 
 from fused_resnet.backends import BACKENDS
 from fused_resnet.kernels import tiling
 from fused_resnet.kernels.launch import multiprocessors
 from fused_resnet.reference import Reference, unpack_mask
 
-REFERENCE, PASSES = Reference(), BACKENDS["passes"]
-DTYPES = [d for d in (torch.float32, torch.float16, torch.bfloat16) if not PASSES.declines(DEVICE, d)]
-#: One tile; no vector load and a part of a mask's byte; several programs, steps and blocks of channels; many channels, one pixel.
-SHAPES = [(2, 24, 5, 7), (3, 13, 4, 3), (2, 72, 21, 19), (6, 264, 1, 1)]
+REFERENCE = Reference()
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: One tile; no vector load and a part of a mask's byte; several programs, steps and blocks of channels, and more rows than the CUDA
+#: kernels give to one block; many channels, one pixel.
+SHAPES = [(2, 24, 5, 7), (3, 13, 4, 3), (3, 72, 21, 19), (6, 264, 1, 1)]
+CASES = [(name, s, d) for name in LANGUAGES for s in SHAPES for d in DTYPES if not BACKENDS[name].declines(DEVICE, d)]
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +38,10 @@ def nhwc(shape, dtype, offset=0.0):
 
 
 class Case:
-    """Random tensors of a shape."""
+    """A backend, and random tensors of a shape for it."""
 
-    def __init__(self, shape, dtype):
-        self.shape, self.dtype = shape, dtype
+    def __init__(self, passes, shape, dtype):
+        self.passes, self.shape, self.dtype = passes, shape, dtype
         self.x, self.residual, self.d, self.dact = (nhwc(shape, dtype, offset) for offset in (1.0, 0.0, 0.3, 0.0))
         c = shape[1]
         self.gamma, self.beta = torch.rand(c, device=DEVICE) + 0.5, torch.randn(c, device=DEVICE)
@@ -58,9 +62,15 @@ class Case:
         return (self.residual, self.residual_mean, self.residual_invstd) if kind == "raw" else (None, None, None)
 
 
-@pytest.fixture(params=[(s, d) for s in SHAPES for d in DTYPES], ids=lambda p: f"{'x'.join(map(str, p[0]))}-{p[1]}".replace("torch.", ""))
+@pytest.fixture(params=CASES, ids=lambda p: f"{p[0]}-{'x'.join(map(str, p[1]))}-{p[2]}".replace("torch.", ""))
 def case(request, seed):
-    return Case(*request.param)
+    name, shape, dtype = request.param
+    return Case(BACKENDS[name], shape, dtype)
+
+
+@pytest.fixture(params=LANGUAGES)
+def passes(request, seed):
+    return BACKENDS[request.param]
 
 
 def agree(ours, expected, flips=0.0):
@@ -83,26 +93,42 @@ def agree(ours, expected, flips=0.0):
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_stats(case, affine):
     arguments = (case.x, *((case.gamma, case.beta) if affine else (None, None)), 1e-5)
-    agree(PASSES.batch_stats(*arguments), REFERENCE.batch_stats(*arguments))
+    agree(case.passes.batch_stats(*arguments), REFERENCE.batch_stats(*arguments))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter, where a block goes past the channels
 @pytest.mark.parametrize("ratio", [100.0, 1000.0])
-def test_statistics_survive_a_mean_far_above_the_deviation(ratio):
+def test_statistics_survive_a_mean_far_above_the_deviation(passes, ratio):
     x = nhwc((4, 20, 19, 17), torch.float32, ratio)
     var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
-    ours = PASSES.batch_stats(x, None, None, 0.0)
+    ours = passes.batch_stats(x, None, None, 0.0)
     assert ((ours[0] - mean).abs() / var.sqrt()).max() < 2 * torch.finfo(torch.float32).eps * ratio
     assert ((ours[2] - var).abs() / var).max() < 1e-5
     naive = (x * x).mean((0, 2, 3)) - x.mean((0, 2, 3)) ** 2  # the planted fault: this bound is one that it can't meet
     assert ((naive - var).abs() / var).max() > 1e-5
 
 
+@pytest.mark.parametrize("parts", [1, 3, 41])
+def test_moments_of_parts_merge_into_those_of_the_whole(case, parts):
+    """As devices that share a batch merge theirs: the counts differ, and the parts' means lie apart."""
+    case.x += torch.linspace(0, 3, case.shape[3], device=DEVICE).to(case.dtype)
+    columns = case.x.permute(0, 2, 3, 1).reshape(-1, case.shape[1]).tensor_split(min(parts, len(case.x) * case.shape[2]))
+    pieces = [c.T.reshape(1, case.shape[1], -1, 1).contiguous(memory_format=torch.channels_last) for c in columns if len(c)]
+    ours = [case.passes.batch_moments(piece) for piece in pieces]
+    for piece, moments in zip(pieces, ours, strict=True):
+        agree(moments, REFERENCE.batch_moments(piece))
+    means, m2s = (torch.stack(t) for t in zip(*ours, strict=True))
+    counts = torch.tensor([len(c) for c in columns if len(c)], device=DEVICE)
+    merged = case.passes.merge_moments(counts, means, m2s, case.gamma, case.beta, 1e-5)
+    agree(merged, REFERENCE.merge_moments(counts, means, m2s, case.gamma, case.beta, 1e-5))
+    agree(merged, REFERENCE.batch_stats(case.x, case.gamma, case.beta, 1e-5))
+
+
 @pytest.mark.parametrize("relu, save_mask", [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("kind", ["none", "materialised", "raw"])
 def test_norm_add_act(case, kind, relu, save_mask):
     arguments = (case.x, case.scale, case.bias, *case.residuals[kind], relu, save_mask)
-    ours, expected = PASSES.norm_add_act(*arguments), REFERENCE.norm_add_act(*arguments)
+    ours, expected = case.passes.norm_add_act(*arguments), REFERENCE.norm_add_act(*arguments)
     agree(ours, expected, flips=1e-3)
     if save_mask:  # bits past the last channel are zero
         assert ours[1].shape[-1] == -(-case.shape[1] // 8)
@@ -117,7 +143,7 @@ def test_norm_backward_reduce(case, kind, relu, with_dact):
         mask = REFERENCE.norm_add_act(case.x, case.scale, case.bias, *case.residuals[kind], True, True)[1]
     dact = case.dact if with_dact else None
     arguments = (case.d, dact, case.x, *case.statistics(), *case.raw(kind), mask, relu)
-    agree(PASSES.norm_backward_reduce(*arguments), REFERENCE.norm_backward_reduce(*arguments))
+    agree(case.passes.norm_backward_reduce(*arguments), REFERENCE.norm_backward_reduce(*arguments))
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -126,86 +152,86 @@ def test_norm_backward_apply(case, affine):
         case.d, None, case.x, *case.statistics(), None, None, None, None, relu=False
     )
     arguments = (dz, case.x, case.mean, case.invstd, case.gamma if affine else None, s1, s2)
-    agree([PASSES.norm_backward_apply(*arguments)], [REFERENCE.norm_backward_apply(*arguments)])
+    agree([case.passes.norm_backward_apply(*arguments)], [REFERENCE.norm_backward_apply(*arguments)])
 
 
 @pytest.mark.parametrize("window", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 1), (1, 1, 0)], ids=str)
 def test_norm_act_max_pool(case, window):
     size, _, padding = window
     if min(case.shape[2:]) + 2 * padding < size:
-        case = Case((2, 11, 3, 4), case.dtype)
+        case = Case(case.passes, (2, 11, 3, 4), case.dtype)
     forward = (case.x, case.scale, case.bias, *window)
     out, index = REFERENCE.norm_act_max_pool(*forward)
-    agree(PASSES.norm_act_max_pool(*forward), (out, index), flips=2e-3)
+    agree(case.passes.norm_act_max_pool(*forward), (out, index), flips=2e-3)
     backward = (nhwc(out.shape, case.dtype, 0.5), index, case.x, *case.statistics(), *window)
-    agree(PASSES.norm_act_max_pool_backward(*backward), REFERENCE.norm_act_max_pool_backward(*backward))
+    agree(case.passes.norm_act_max_pool_backward(*backward), REFERENCE.norm_act_max_pool_backward(*backward))
 
 
 @pytest.mark.parametrize("kind", ["none", "materialised", "raw"])
 def test_norm_add_act_avg_pool(case, kind):
     forward = (case.x, case.scale, case.bias, *case.residuals[kind])
     out, mask = REFERENCE.norm_add_act_avg_pool(*forward)
-    agree(PASSES.norm_add_act_avg_pool(*forward), (out, mask), flips=1e-3)
+    agree(case.passes.norm_add_act_avg_pool(*forward), (out, mask), flips=1e-3)
     backward = (nhwc(out.shape, case.dtype, 0.5), case.x, *case.statistics(), *case.raw(kind), mask)
-    agree(PASSES.norm_add_act_avg_pool_backward(*backward), REFERENCE.norm_add_act_avg_pool_backward(*backward))
+    agree(case.passes.norm_add_act_avg_pool_backward(*backward), REFERENCE.norm_add_act_avg_pool_backward(*backward))
 
 
-def test_equal_activations_give_the_gradient_to_the_first():
+def test_equal_activations_give_the_gradient_to_the_first(passes):
     x = torch.ones(1, 3, 5, 6, device=DEVICE).contiguous(memory_format=torch.channels_last)
     ones, zeros = torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE)
-    index = PASSES.norm_act_max_pool(x, ones, zeros, 3, 2, 1)[1]
+    index = passes.norm_act_max_pool(x, ones, zeros, 3, 2, 1)[1]
     assert index.cpu()[0, 0].tolist() == [[4, 3, 3], [1, 0, 0], [1, 0, 0]]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, in the interpreter: as asked for
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_is_not_hidden(value):
+def test_what_is_not_finite_is_not_hidden(passes, value):
     """NaN and infinities come out where the reference has them: GradScaler relies on it."""
-    case = Case((2, 10, 6, 5), torch.float32)
+    case = Case(passes, (2, 10, 6, 5), torch.float32)
     case.x[1, 3, 2, 2] = value
     for kind in case.residuals:
         arguments = (case.x, case.scale, case.bias, *case.residuals[kind], True, True)
-        agree(PASSES.norm_add_act(*arguments), REFERENCE.norm_add_act(*arguments), flips=1e-2)
+        agree(passes.norm_add_act(*arguments), REFERENCE.norm_add_act(*arguments), flips=1e-2)
         arguments = arguments[:-2]
-        agree(PASSES.norm_add_act_avg_pool(*arguments), REFERENCE.norm_add_act_avg_pool(*arguments), flips=1e-2)
+        agree(passes.norm_add_act_avg_pool(*arguments), REFERENCE.norm_add_act_avg_pool(*arguments), flips=1e-2)
     arguments = (case.x, case.scale, case.bias, 3, 2, 1)
-    agree(PASSES.norm_act_max_pool(*arguments), REFERENCE.norm_act_max_pool(*arguments), flips=1e-2)
-    ours = PASSES.batch_stats(case.x, None, None, 1e-5)
+    agree(passes.norm_act_max_pool(*arguments), REFERENCE.norm_act_max_pool(*arguments), flips=1e-2)
+    ours = passes.batch_stats(case.x, None, None, 1e-5)
     assert not any(statistic[3].isfinite() for statistic in ours[:2] if not statistic[3] == 0)
     assert all(statistic[[0, 1, 2, 4]].isfinite().all() for statistic in ours)
     case.d[0, 5, 1, 1] = value
     arguments = (case.d, None, case.x.nan_to_num(0, 0, 0), *case.statistics(), None, None, None, None, False)
-    agree(PASSES.norm_backward_reduce(*arguments), REFERENCE.norm_backward_reduce(*arguments))
+    agree(passes.norm_backward_reduce(*arguments), REFERENCE.norm_backward_reduce(*arguments))
 
 
-def test_the_same_input_gives_the_same_bits():
-    case = Case((5, 40, 23, 17), torch.float16)
+def test_the_same_input_gives_the_same_bits(passes):
+    case = Case(passes, (5, 40, 23, 17), torch.float16)
     tile = tiling.reduction(5 * 23 * 17, 40, 2, multiprocessors(DEVICE), loads=1)
     assert tile.row_programs > 1  # there is something to merge
     for _ in range(2):
-        first, second = (PASSES.batch_stats(case.x, case.gamma, case.beta, 1e-5) for _ in range(2))
+        first, second = (passes.batch_stats(case.x, case.gamma, case.beta, 1e-5) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         arguments = (case.d, case.dact, case.x, *case.statistics(), None, None, None, None, True)
-        first, second = (PASSES.norm_backward_reduce(*arguments)[:3] for _ in range(2))
+        first, second = (passes.norm_backward_reduce(*arguments)[:3] for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.gpu
-def test_offsets_past_two_to_the_31():
+def test_offsets_past_two_to_the_31(passes):
     """A tensor of 2³¹ + elements: its last rows are what the same rows are by themselves."""
     n = 2**31 // (64 * 112 * 112) + 2
     x = torch.randn(n, 64, 112, 112, device=DEVICE, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
     assert x.numel() > 2**31
     scale, bias = torch.rand(64, device=DEVICE) + 0.5, torch.randn(64, device=DEVICE)
-    act, mask = PASSES.norm_add_act(x, scale, bias, None, None, None, True, True)
-    tail, tail_mask = PASSES.norm_add_act(x[-1:], scale, bias, None, None, None, True, True)
+    act, mask = passes.norm_add_act(x, scale, bias, None, None, None, True, True)
+    tail, tail_mask = passes.norm_add_act(x[-1:], scale, bias, None, None, None, True, True)
     assert torch.equal(act[-1:], tail) and torch.equal(mask[-1:], tail_mask)
     del act, mask
-    out, index = PASSES.norm_act_max_pool(x, scale, bias, 3, 2, 1)
-    tail, tail_index = PASSES.norm_act_max_pool(x[-1:], scale, bias, 3, 2, 1)
+    out, index = passes.norm_act_max_pool(x, scale, bias, 3, 2, 1)
+    tail, tail_index = passes.norm_act_max_pool(x[-1:], scale, bias, 3, 2, 1)
     assert torch.equal(out[-1:], tail) and torch.equal(index[-1:], tail_index)
     x[:-1] = 0
-    mean = PASSES.batch_stats(x, None, None, 1e-5)[0]
+    mean = passes.batch_stats(x, None, None, 1e-5)[0]
     torch.testing.assert_close(mean, x[-1].float().mean((1, 2)) / n, rtol=1e-4, atol=1e-9)
 
 

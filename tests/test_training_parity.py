@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from chains import LANGUAGES
 from torch import nn
 
 import fused_resnet
@@ -46,7 +47,7 @@ CASES = [
     ("resnet18", 8, 64, 1e-4, "eager"),
     ("resnet50", 8, 64, 2e-5, "eager"),
     ("resnet20", 16, 16, 1e-4, "eager"),
-    ("resnet20", 8, 8, 1e-4, "passes"),
+    *(("resnet20", 8, 8, 1e-4, name) for name in LANGUAGES),
 ]
 
 

@@ -1,7 +1,8 @@
 """The implementations of the operators, and the one place where one of them is chosen.
 
 `auto`, the default, takes PyTorch's own modules ("off") on a CPU and for float64, and `passes` on a GPU that can run it,
-else "off". Any other name forces that backend: where it can't run, an error says why.
+else "off". `passes` is the CUDA C++ kernels where the native library can be loaded, else the Triton kernels. Any other name forces
+that backend: where it can't run, an error says why.
 """
 
 from collections.abc import Iterator
@@ -11,24 +12,32 @@ import torch
 
 from .. import environment
 from ..reference import Reference
-from .passes import Passes
+from .passes_cuda import PassesCuda
+from .passes_triton import PassesTriton
 
-#: The backends by name. "off" and "auto" are choices, not backends.
-BACKENDS: dict[str, Reference] = {b.name: b for b in (Reference(), Passes())}
-CHOICES = ("auto", "off", *BACKENDS)
+#: The backends by name.
+BACKENDS: dict[str, Reference] = {b.name: b for b in (Reference(), PassesCuda(), PassesTriton())}
+#: What the choice "passes" stands for: the first of these that can run.
+PASSES = (PassesCuda.name, PassesTriton.name)
+
+
+def choices() -> tuple[str, ...]:
+    """The names that may be asked for: the backends, and what stands for one of them or for none."""
+    return ("auto", "off", "passes", *BACKENDS)
+
 
 _forced: str | None = None
 
 
 def _checked(name: str, origin: str) -> str:
-    if name not in CHOICES:
-        raise ValueError(f"{origin}: unknown backend {name!r}; expected one of {', '.join(CHOICES)}")
+    if name not in choices():
+        raise ValueError(f"{origin}: unknown backend {name!r}; expected one of {', '.join(choices())}")
     return name
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend within a `with` block: one of `CHOICES`; it goes before `FUSED_RESNET_BACKEND`.
+    """Force a backend within a `with` block: one of `choices()`; it goes before `FUSED_RESNET_BACKEND`.
 
     The choice is made when an operator's forward runs, and its backward keeps it, wherever that runs. It holds for the whole
     process, since autograd runs in threads of its own. Raises ValueError for an unknown name; a backend that can't run where
@@ -48,10 +57,17 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
     Raises RuntimeError where a forced backend can't run there, and ValueError where `FUSED_RESNET_BACKEND` names none.
     """
     choice = _forced or _checked(environment.backend_name(), "FUSED_RESNET_BACKEND")
+    if choice == "auto" and (device.type == "cpu" or dtype == torch.float64):
+        return "off"
+    if choice == "off":
+        return choice
+    candidates = PASSES if choice in ("auto", "passes") else (choice,)
+    reasons = {}
+    for name in candidates:
+        reasons[name] = BACKENDS[name].declines(device, dtype)
+        if reasons[name] is None:
+            return name
     if choice == "auto":
-        if device.type == "cpu" or dtype == torch.float64 or BACKENDS["passes"].declines(device, dtype):
-            return "off"
-        return "passes"
-    if choice != "off" and (reason := BACKENDS[choice].declines(device, dtype)):
-        raise RuntimeError(f"backend {choice!r} was asked for and can't run here: {reason}")
-    return choice
+        return "off"
+    why = next(iter(reasons.values())) if len(reasons) == 1 else "; ".join(f"{name}: {why}" for name, why in reasons.items())
+    raise RuntimeError(f"backend {choice!r} was asked for and can't run here: {why}")

@@ -1,8 +1,6 @@
-"""The backend `passes`: the framework's convolution, and one trip over memory of ours where eager PyTorch makes three."""
+"""What the two implementations of the passes share: which tensors and GPUs they take."""
 
-import importlib.metadata
-import importlib.util
-import os
+from abc import ABC, abstractmethod
 
 import torch
 
@@ -12,84 +10,26 @@ CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _version(package: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+class Passes(Reference, ABC):
+    """The framework's convolution, and one trip over memory of ours where eager PyTorch makes three.
 
-
-class Passes(Reference):
-    """Overrides the passes with Triton kernels (`fused_resnet.kernels`); the operators made of them are the reference's.
-
-    Triton is imported at the first use: it takes a while, and a machine may lack it.
+    A subclass overrides the passes with kernels of its language; the operators made of them are the reference's.
     """
-
-    name = "passes"
 
     def declines(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend can't take tensors of `dtype` on `device`; None where it can."""
         if dtype not in DTYPES:
             return f"{self.name} takes float32, float16 and bfloat16, not {dtype}"
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed (pip install triton; Linux only)"
-        if device.type == "cpu":
-            return self._declines_cpu(dtype)
+        if reason := self._declines_here(device, dtype):
+            return reason
         if device.type != "cuda":
-            return f"{self.name} runs on CUDA GPUs, not on {device.type!r}"
+            return None
         if torch.version.hip:
             return "the kernels are written and checked for NVIDIA GPUs, and this PyTorch is built for AMD's"
         if (capability := torch.cuda.get_device_capability(device)) < CAPABILITY:
             return f"the GPU's compute capability is {capability[0]}.{capability[1]}; {CAPABILITY[0]}.{CAPABILITY[1]} is the least"
         return None
 
-    def _declines_cpu(self, dtype: torch.dtype) -> str | None:
-        wanted = "on a CPU the Triton kernels run in Triton's interpreter alone: set TRITON_INTERPRET=1"
-        if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
-            return wanted
-        if dtype == torch.bfloat16:
-            return "Triton's interpreter cuts bfloat16 off where a GPU rounds; float32 and float16 are right"
-        if _version("triton") < (3, 7) and _version("numpy") >= (2, 4):
-            return "the interpreter of Triton 3.6 does not run with NumPy 2.4 or later: pip install 'numpy<2.4'"
-        from ..kernels.launch import INTERPRETED
-
-        return None if INTERPRETED else f"{wanted} before Triton is first imported"
-
-    # Each as in `Reference`, where the docstrings are.
-
-    def batch_stats(self, *args):
-        from ..kernels.batch_stats import batch_stats
-
-        return batch_stats(*args)
-
-    def norm_add_act(self, *args, **options):
-        from ..kernels.norm_add_act import norm_add_act
-
-        return norm_add_act(*args, **options)
-
-    def norm_backward_reduce(self, *args, **options):
-        from ..kernels.norm_backward import norm_backward_reduce
-
-        return norm_backward_reduce(*args, **options)
-
-    def norm_backward_apply(self, *args):
-        from ..kernels.norm_backward import norm_backward_apply
-
-        return norm_backward_apply(*args)
-
-    def norm_act_max_pool(self, *args):
-        from ..kernels.max_pool import norm_act_max_pool
-
-        return norm_act_max_pool(*args)
-
-    def norm_act_max_pool_backward(self, *args):
-        from ..kernels.max_pool import norm_act_max_pool_backward
-
-        return norm_act_max_pool_backward(*args)
-
-    def norm_add_act_avg_pool(self, *args):
-        from ..kernels.avg_pool import norm_add_act_avg_pool
-
-        return norm_add_act_avg_pool(*args)
-
-    def norm_add_act_avg_pool_backward(self, *args):
-        from ..kernels.avg_pool import norm_add_act_avg_pool_backward
-
-        return norm_add_act_avg_pool_backward(*args)
+    @abstractmethod
+    def _declines_here(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """What the kernels' language has against tensors on `device`."""

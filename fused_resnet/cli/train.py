@@ -58,8 +58,8 @@ def add_parser(commands) -> None:
     parser.add_argument("--stop-after", type=whole_number, metavar="N", help="stop after epoch N, to be resumed later")
     parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), metavar="D", help="auto (default), cpu, cuda")
     parser.add_argument(
-        "--backend", type=one_of(*backends.CHOICES), metavar="B",
-        help=f"one of {', '.join(backends.CHOICES)} (default: FUSED_RESNET_BACKEND, else auto)",
+        "--backend", type=one_of(*backends.choices()), metavar="B",
+        help=f"one of {', '.join(backends.choices())} (default: FUSED_RESNET_BACKEND, else auto)",
     )  # fmt: skip
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=train)

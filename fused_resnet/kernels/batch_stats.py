@@ -56,13 +56,25 @@ def batch_stats_partial_kernel(
 
 
 @triton.jit
-def batch_stats_finalise_kernel(
+def part_count(counts_ptr, part, partials, rows, rows_per_partial):
+    """How many rows each partial result stands for, float32: `counts`, or else rows_per_partial in all but the last."""
+    if counts_ptr is not None:
+        count = tl.load(counts_ptr + part, mask=part < partials, other=0)
+    else:
+        count = tl.minimum(tl.maximum(rows - part.to(tl.int64) * rows_per_partial, 0), rows_per_partial)
+    return count.to(tl.float32)[:, None]
+
+
+@triton.jit
+def merge_moments_kernel(
     partial_mean_ptr,  # [partials, C] float32
     partial_m2_ptr,  # [partials, C] float32
+    counts_ptr,  # [partials] int64, or None: of rows_per_partial each
     gamma_ptr,  # [C] or None
     beta_ptr,  # [C] or None
     mean_ptr,  # [C] float32, as all that follow
-    invstd_ptr,
+    m2_ptr,  # None, or the only result beside the mean
+    invstd_ptr,  # this and all that follow: None with m2
     var_ptr,
     scale_ptr,
     bias_ptr,
@@ -86,39 +98,70 @@ def batch_stats_finalise_kernel(
     # About the first partial mean: the sum is then of differences, and as precise as they are small.
     shift = tl.load(partial_mean_ptr + channels, mask=inside, other=0.0)
     offset = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    counted = tl.zeros([BLOCK_M, 1], tl.float32)
     for step in range(STEPS):
         part = step * BLOCK_M + lane
         valid = (part < partials)[:, None] & inside[None, :]
-        count = tl.minimum(rows - part.to(tl.int64) * rows_per_partial, rows_per_partial).to(tl.float32)[:, None]
+        count = part_count(counts_ptr, part, partials, rows, rows_per_partial)
+        counted += count
         mean = tl.load(partial_mean_ptr + part[:, None] * C + channels[None, :], mask=valid, other=0.0)
         offset += tl.where(valid, count * (mean - shift[None, :]), 0.0)
-    n = tl.cast(rows, tl.float32)
+    n = tl.sum(counted)
     merged = shift + tl.sum(offset, axis=0) / n
     m2 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for step in range(STEPS):
         part = step * BLOCK_M + lane
         valid = (part < partials)[:, None] & inside[None, :]
-        count = tl.minimum(rows - part.to(tl.int64) * rows_per_partial, rows_per_partial).to(tl.float32)[:, None]
+        count = part_count(counts_ptr, part, partials, rows, rows_per_partial)
         mean = tl.load(partial_mean_ptr + part[:, None] * C + channels[None, :], mask=valid, other=0.0)
         own = tl.load(partial_m2_ptr + part[:, None] * C + channels[None, :], mask=valid, other=0.0)
         m2 += tl.where(valid, own + count * (mean - merged[None, :]) * (mean - merged[None, :]), 0.0)
-    var = tl.sum(m2, axis=0) / n
-    invstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
-    scale = invstd
-    if gamma_ptr is not None:
-        scale = invstd * tl.load(gamma_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-    bias = -merged * scale
-    if beta_ptr is not None:
-        bias = tl.fma(-merged, scale, tl.load(beta_ptr + channels, mask=inside, other=0.0).to(tl.float32))
+    total_m2 = tl.sum(m2, axis=0)
     tl.store(mean_ptr + channels, merged, mask=inside)
-    tl.store(invstd_ptr + channels, invstd, mask=inside)
-    tl.store(var_ptr + channels, var, mask=inside)
-    tl.store(scale_ptr + channels, scale, mask=inside)
-    tl.store(bias_ptr + channels, bias, mask=inside)
+    if m2_ptr is not None:
+        tl.store(m2_ptr + channels, total_m2, mask=inside)
+    else:
+        var = total_m2 / n
+        invstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+        scale = invstd
+        if gamma_ptr is not None:
+            scale = invstd * tl.load(gamma_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+        bias = -merged * scale
+        if beta_ptr is not None:
+            bias = tl.fma(-merged, scale, tl.load(beta_ptr + channels, mask=inside, other=0.0).to(tl.float32))
+        tl.store(invstd_ptr + channels, invstd, mask=inside)
+        tl.store(var_ptr + channels, var, mask=inside)
+        tl.store(scale_ptr + channels, scale, mask=inside)
+        tl.store(bias_ptr + channels, bias, mask=inside)
 
 
-def batch_stats(y: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-    """`Reference.batch_stats` in two kernels: y is read once."""
+def _merge(
+    means: Tensor,
+    m2s: Tensor,
+    counts: Tensor | None = None,
+    rows: int = 0,
+    rows_per_partial: int = 0,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, ...]:
+    """(mean, M2), or with `eps` (mean, invstd, var, scale, bias), of partial results [partials, C]."""
+    partials, channels = means.shape
+    names = ("mean", "m2") if eps is None else ("mean", "invstd", "var", "scale", "bias")
+    results = {name: torch.empty(channels, dtype=torch.float32, device=means.device) for name in names}
+    merge = tiling.finalisation(partials, channels)
+    launch(
+        merge_moments_kernel, merge.programs, means.device, merge.warps,
+        partial_mean_ptr=means, partial_m2_ptr=m2s, counts_ptr=counts, gamma_ptr=gamma, beta_ptr=beta,
+        **{f"{name}_ptr": results.get(name) for name in ("mean", "m2", "invstd", "var", "scale", "bias")},
+        partials=partials, rows=rows, rows_per_partial=rows_per_partial, C=channels, eps=eps or 0.0, STEPS=merge.steps,
+        BLOCK_M=merge.block_rows, BLOCK_C=merge.block_channels,
+    )  # fmt: skip
+    return tuple(results.values())
+
+
+def _reduce(y: Tensor, **coefficients: Tensor | float | None) -> tuple[Tensor, ...]:
+    """The partial results of y, merged."""
     rows, channels = matrix_shape(y)
     tile = tiling.reduction(rows, channels, y.element_size(), multiprocessors(y.device), loads=2)
     partial = torch.empty((2, tile.row_programs, channels), dtype=torch.float32, device=y.device)
@@ -127,13 +170,21 @@ def batch_stats(y: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
         y_ptr=y, mean_ptr=partial[0], m2_ptr=partial[1], rows=rows, C=channels, STEPS=tile.steps,
         BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
     )  # fmt: skip
-    mean, invstd, var, scale, bias = (torch.empty(channels, dtype=torch.float32, device=y.device) for _ in range(5))
-    merge = tiling.finalisation(tile.row_programs, channels)
-    launch(
-        batch_stats_finalise_kernel, merge.programs, y.device, merge.warps,
-        partial_mean_ptr=partial[0], partial_m2_ptr=partial[1], gamma_ptr=gamma, beta_ptr=beta,
-        mean_ptr=mean, invstd_ptr=invstd, var_ptr=var, scale_ptr=scale, bias_ptr=bias,
-        partials=tile.row_programs, rows=rows, rows_per_partial=tile.rows_per_program, C=channels, eps=eps, STEPS=merge.steps,
-        BLOCK_M=merge.block_rows, BLOCK_C=merge.block_channels,
-    )  # fmt: skip
-    return mean, invstd, var, scale, bias
+    return _merge(partial[0], partial[1], rows=rows, rows_per_partial=tile.rows_per_program, **coefficients)
+
+
+def batch_stats(y: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """`Reference.batch_stats` in two kernels: y is read once."""
+    return _reduce(y, gamma=gamma, beta=beta, eps=eps)
+
+
+def batch_moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    """`Reference.batch_moments` in two kernels: y is read once."""
+    return _reduce(y)
+
+
+def merge_moments(
+    counts: Tensor, means: Tensor, m2s: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:
+    """`Reference.merge_moments` in one kernel."""
+    return _merge(means, m2s, counts, gamma=gamma, beta=beta, eps=eps)

@@ -7,8 +7,6 @@ The passes run on tensors of PyTorch's device "meta", which have shapes and no m
 time. So the table shows the kernels as they are launched, in every variant, tiled as for ResNet-50's shapes.
 """
 
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .. import binary
 from . import avg_pool, batch_stats, max_pool, norm_add_act, norm_backward
 from .launch import INTERPRETED, Launch, packed_mask, recording
 
@@ -29,8 +28,6 @@ ARCHITECTURES = (80, 90)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: [N, C, H, W]: one of ResNet-50's, and one that suits no vector load and no tile.
 SHAPES = ((256, 256, 56, 56), (1, 10, 1, 1))
-REGISTERS_PER_MULTIPROCESSOR = 65536
-THREADS_PER_MULTIPROCESSOR = 2048
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,6 @@ class Compiled:
     accesses: int  #: all global loads and stores
     ptx: str
 
-    @property
-    def occupancy(self) -> float:
-        """The fraction of a multiprocessor's threads that registers let run at once."""
-        rounded = -(-self.registers // 8) * 8
-        programs = min(REGISTERS_PER_MULTIPROCESSOR // (rounded * self.threads), THREADS_PER_MULTIPROCESSOR // self.threads)
-        return programs * self.threads / THREADS_PER_MULTIPROCESSOR
-
 
 def _vectors(channels: int, count: int) -> list[Tensor]:
     return [torch.empty(channels, device="meta") for _ in range(count)]
@@ -71,9 +61,12 @@ def record(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> list[Launch]
     mean, invstd, scale, bias, gamma, beta, s1, s2 = _vectors(c, 8)
     statistics = (mean, invstd, scale, bias)
     mask, no_raw, raw = packed_mask(x), (None, None, None), (residual, mean, invstd)
+    counts, moments = torch.empty(8, dtype=torch.int64, device="meta"), torch.empty((8, c), device="meta")
     with recording() as launches:
+        batch_stats.batch_moments(x)
         for parameters in ((gamma, beta), (None, None)):
             batch_stats.batch_stats(x, *parameters, 1e-5)
+            batch_stats.merge_moments(counts, moments, moments, *parameters, 1e-5)
             norm_backward.norm_backward_apply(x, x, mean, invstd, parameters[0], s1, s2)
         for relu in (True, False):
             norm_add_act.norm_add_act(x, scale, bias, None, None, None, relu, False)
@@ -122,11 +115,6 @@ def _options(launch: Launch, all_launches: list[Launch]) -> str:
     return " ".join(plain if plain == on else [*plain, "raw residual" if any("_" in word for word in on) else "residual"])
 
 
-def _run(tool: str, *arguments: str) -> str:
-    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    return subprocess.run([str(binary), *arguments], capture_output=True, text=True, check=True).stdout
-
-
 def compile_launch(launch: Launch, variant: str, architecture: int) -> Compiled:
     """Compile a recorded launch for sm_`architecture`, and read what came out."""
     compiled = triton.compile(
@@ -135,20 +123,17 @@ def compile_launch(launch: Launch, variant: str, architecture: int) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _run("cuobjdump", "--dump-resource-usage", str(cubin))
-        sass = _run("nvdisasm", "-c", str(cubin))
-    figure = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    accesses = re.findall(r"\b(?:LDG|STG)\.E\S*", sass)
+        (code,) = binary.read(cubin)
     return Compiled(
         kernel=launch.kernel.__name__,
         variant=variant,
         architecture=architecture,
-        registers=figure["REG"],
-        spilled=figure["STACK"] + figure["LOCAL"],
+        registers=code.registers,
+        spilled=code.spilled,
         shared=compiled.metadata.shared,
         threads=32 * launch.warps,
-        wide=sum(".128" in access for access in accesses),
-        accesses=len(accesses),
+        wide=code.wide,
+        accesses=code.accesses,
         ptx=compiled.asm["ptx"],
     )
 
@@ -186,7 +171,7 @@ def rows(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[t
     for c in compile_all(name, dtypes):
         yield (
             c.kernel, c.variant, str(c.architecture), str(c.registers), str(c.spilled), str(c.shared), str(c.threads),
-            f"{c.occupancy:.0%}", f"{c.wide}/{c.accesses}",
+            f"{binary.occupancy(c.registers, c.threads):.0%}", f"{c.wide}/{c.accesses}",
         )  # fmt: skip
 
 
@@ -203,8 +188,7 @@ def table(name: str = "") -> str | None:
     lines = [HEADER, *rows(name)]
     if len(lines) == 1:
         return None
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return binary.aligned(lines)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,31 @@
+// What the operators ask of the device that their tensors are on. device.cpp answers for CUDA.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace fused_resnet {
+
+// Whether the kernels can reach the memory of `tensor`.
+bool on_device(const torch::stable::Tensor& tensor);
+
+// What such a tensor is called in an error.
+extern const char* const kDeviceTensor;
+
+// Makes the device of a tensor the current one for as long as it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const torch::stable::Tensor& tensor);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  void* guard_;
+};
+
+// PyTorch's current stream on the device of `tensor`. Throws where there is none.
+cudaStream_t current_stream(const torch::stable::Tensor& tensor);
+
+}  // namespace fused_resnet
