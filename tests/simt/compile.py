@@ -1,77 +1,200 @@
-"""Compiles CUDA sources for the host, with the SIMT shim of this folder, into a shared library. docs/simt.md tells the rest."""
+"""Compiles CUDA sources for the host, so that their kernels run on a CPU. docs/simt.md says what is modelled and what is not.
 
+    python tests/simt/compile.py FLAVOUR SOURCE...
+
+builds the sources, which define `extern "C" int main()`, and calls it in a process with the flavour's environment.
+"""
+
+import ctypes
 import fcntl
+import functools
 import hashlib
+import json
+import os
+import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "simt"
-#: Flags of each flavour, for compiling and linking. `race` instruments as ThreadSanitizer does, for callbacks of our own.
-FLAVOURS = {
-    "plain": ((), ()),
-    "asan": (("-fsanitize=address",), ("-fsanitize=address",)),
-    "ubsan": (("-fsanitize=undefined,bounds,alignment", "-fno-sanitize=vptr"), ("-fsanitize=undefined",)),
-    "race": (("-fsanitize=thread",), ()),
+#: What an `extern __shared__` array may have at most: the opt-in limit of compute capability 9.0.
+DYNAMIC_SHARED_BYTES = 227 * 1024
+COMPILERS_AT_ONCE = 2
+
+COMMON = (
+    "-std=c++17", "-O1", "-g", "-fPIC", "-ffp-contract=off", "-fno-omit-frame-pointer",
+    "-fno-gnu-unique",  # two libraries with the same template keep two copies of its variables
+    "-fno-extern-tls-init",  # a shared variable has no constructor
+    "-fstack-clash-protection",  # a frame of any size meets the guard below the stack
+)  # fmt: skip
+KERNELS = {
+    "plain": (),
+    "asan": ("-fsanitize=address",),
 }
-COMMON = ("-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas")
+#: Sources of the engine, with their flags, and flags of the linker.
+ENGINE = {
+    "plain": (("engine.cpp",), (), ()),
+    "asan": (("engine.cpp",), ("-DSIMT_ASAN",), ("-fsanitize=address",)),
+}
+FLAVOURS = tuple(KERNELS)
 
 
+class CompileError(RuntimeError):
+    """A compiler or linker failed; the message holds its command and its output."""
+
+
+@functools.cache
 def missing() -> str | None:
-    """Why nothing can be compiled here; None where it can."""
-    return None if shutil.which("g++") else "g++ was not found, which compiles the kernels for the host"
+    """None if `library` can work on this machine, else a sentence that says why not."""
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        return "the engine switches fibers on x86-64 Linux alone"
+    absent = [tool for tool in ("g++", "readelf", "objcopy", "addr2line") if not shutil.which(tool)]
+    return f"{', '.join(absent)}: not found" if absent else None
 
 
 def environment(flavour: str) -> dict[str, str]:
-    """What a Python process needs in its environment to load a library of that flavour, and to fail at the first finding."""
+    """The environment in which a Python process can load a library of this flavour: this process's own, and for asan its runtime."""
+    values = dict(os.environ)
     if flavour == "asan":
-        # It has to be the first library of a process, and looks for the C++ library's throw before Python has loaded that. Python's
-        # own memory is never all freed.
-        names = ("libasan.so", "libstdc++.so.6")
-        paths = [subprocess.run(["g++", f"-print-file-name={n}"], capture_output=True, text=True, check=True).stdout.strip() for n in names]
-        return {"LD_PRELOAD": ":".join(paths), "ASAN_OPTIONS": "detect_leaks=0"}
-    return {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"} if flavour == "ubsan" else {}
+        # libstdc++ too, since AddressSanitizer looks for __cxa_throw when the process starts, before Python loads it.
+        preloaded = [_run(["g++", f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so.6")]
+        values["LD_PRELOAD"] = ":".join(preloaded)
+        values["ASAN_OPTIONS"] = "detect_leaks=0"  # Python's own
+    return values
 
 
-def library(sources: Sequence[Path], flavour: str = "plain", include: Sequence[Path] = (), flags: Sequence[str] = (), link: Sequence[str] = ()) -> Path:
-    """The shared library of `sources` (.cu and .cpp) and the shim. Built once for the same inputs, whichever process asks first.
+def _run(command: Sequence[object]) -> str:
+    """The standard output of a command; CompileError with all of its output if it fails."""
+    words = [str(word) for word in command]
+    result = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    if result.returncode:
+        raise CompileError(f"{' '.join(words)}\nexit status {result.returncode}\n{result.stdout}{result.stderr}")
+    return result.stdout
 
-    Raises RuntimeError with the compiler's output where it fails.
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]
+
+
+def _stamp(path: str) -> list[int] | None:
+    """What changes when a file is written; None if there is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return [status.st_mtime_ns, status.st_size]
+
+
+class _Object:
+    """A source, compiled with certain flags, in a folder that is named by both."""
+
+    def __init__(self, source: Path, flags: Sequence[str]):
+        # A .cu file is C++ here; CUDA's headers are the stand-ins of this folder.
+        self.command = ["g++", *COMMON, f"-I{HERE}", *flags, "-x", "c++", "-c", str(source)]
+        self.folder = BUILD / "objects" / _digest([self.command, str(Path.cwd())])
+        self.path = self.folder / "object.o"
+
+    def inputs(self) -> dict[str, list[int]] | None:
+        """The stamps of all files that were read to compile it; None if it is not there, or one of them has changed."""
+        try:
+            inputs = json.loads((self.folder / "inputs.json").read_text())
+        except OSError:
+            return None
+        return inputs if all(_stamp(path) == stamp for path, stamp in inputs.items()) else None
+
+    def compile(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        inputs, rules = self.folder / "inputs.json", self.folder / "rules.d"
+        inputs.unlink(missing_ok=True)
+        _run([*self.command, "-MD", "-MF", rules, "-o", self.path])
+        # Lists the kernels with bounds (see __launch_bounds__), which the engine finds without it, and refers to functions
+        # that the linker drops as duplicates.
+        _run(["objcopy", "--remove-section=__patchable_function_entries", self.path])
+        names = rules.read_text().replace("\\\n", " ").partition(": ")[2].split()
+        inputs.write_text(json.dumps({name: _stamp(name) for name in names}))
+
+    def dynamic_shared(self) -> set[str]:
+        """The names of its `extern __shared__` arrays: thread-local symbols that it does not define."""
+        return set(re.findall(r"\bTLS\s+\w+\s+\w+\s+UND\s+(\S+)", _run(["readelf", "--symbols", "--wide", self.path])))
+
+
+def _link(objects: Sequence[_Object], link: Sequence[str], library: Path):
+    names = set().union(*(o.dynamic_shared() for o in objects)) | {"simt_dynamic_shared"}
+    names.discard("simt_dynamic_shared_end")
+    lines = ['.section .tbss, "awT", @nobits', ".balign 1024"]
+    for name in sorted(names):
+        lines += [f".globl {name}", f".hidden {name}", f".type {name}, @tls_object", f"{name}:"]
+    end = "simt_dynamic_shared_end"
+    lines += [f".zero {DYNAMIC_SHARED_BYTES}", f".globl {end}", f".hidden {end}", f".type {end}, @tls_object", f"{end}:"]
+    lines += ['.section .note.GNU-stack, "", @progbits']
+    library.parent.mkdir(parents=True, exist_ok=True)
+    assembly = library.with_suffix(".s")
+    assembly.write_text("\n".join(lines) + "\n")
+    staged = library.with_suffix(".new")
+    # -Bsymbolic: two libraries in one process don't take each other's functions for their own.
+    _run(["g++", "-shared", "-Wl,-Bsymbolic,--no-undefined", *(o.path for o in objects), assembly, "-ldl", *link, "-o", staged])
+    staged.replace(library)
+
+
+def library(
+    sources: Sequence[str | Path],
+    flavour: str = "plain",
+    include: Sequence[str | Path] = (),
+    flags: Sequence[str] = (),
+    link: Sequence[str] = (),
+) -> Path:
+    """A shared library of the sources (.cu, .cpp) and the engine, under build/simt; built only where an input has changed.
+
+    `flavour` is one of FLAVOURS; `include` holds folders of headers, `flags` and `link` further arguments of the compiler and of the
+    linker. A library of flavour asan is loaded in a process with `environment("asan")`. Safe to call from several processes at a
+    time. Raises CompileError.
     """
-    shim = [HERE / "simt.cpp", *([HERE / "races.cpp"] if flavour == "race" else [])]
-    compiling, linking = FLAVOURS[flavour]
-    headers = [p for folder in (HERE, *include) for p in sorted(Path(folder).glob("*")) if p.suffix in (".h", ".cuh")]
-    digest = hashlib.sha256(repr((flavour, COMMON, compiling, linking, list(flags), list(link))).encode())
-    for path in (*sources, *shim, *headers):
-        digest.update(path.name.encode() + path.read_bytes())
-    folder = BUILD / f"{flavour}-{digest.hexdigest()[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    result = folder / "library.so"
-    with (folder / "lock").open("w") as lock:
+    if flavour not in FLAVOURS:
+        raise ValueError(f"flavour: expected one of {', '.join(FLAVOURS)}, got {flavour!r}")
+    engine, engine_flags, engine_link = ENGINE[flavour]
+    flags = (*KERNELS[flavour], *(f"-I{Path(folder).resolve()}" for folder in include), *flags)
+    objects = [_Object(Path(source).resolve(), flags) for source in sources]
+    objects += [_Object(HERE / source, engine_flags) for source in engine]
+    link = (*engine_link, *link)
+
+    def up_to_date() -> Path | None:
+        inputs = [o.inputs() for o in objects]
+        return None if None in inputs else BUILD / _digest([inputs, [o.command for o in objects], link, DYNAMIC_SHARED_BYTES]) / "simt.so"
+
+    path = up_to_date()
+    if path and path.exists():
+        return path
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if result.exists():
-            return result
-        paths = [f"-I{p}" for p in (HERE, *include)]
-        own = ("-DSIMT_RACES",) if flavour == "race" else compiling  # the detector does not watch itself
-
-        def compiled(source: Path) -> Path:
-            target = folder / f"{source.stem}{source.suffix}.o"
-            run("g++", "-x", "c++", *COMMON, *(own if source in shim else compiling), *paths, *flags, "-c", source, "-o", target)
-            return target
-
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compiled, [*sources, *shim]))
-        staged = folder / "library.so.new"
-        run("g++", "-shared", *linking, *objects, *link, "-ldl", "-o", staged)
-        staged.rename(result)
-    return result
+        with ThreadPoolExecutor(COMPILERS_AT_ONCE) as pool:
+            list(pool.map(_Object.compile, [o for o in objects if o.inputs() is None]))
+        path = up_to_date()
+        if path is None:
+            raise CompileError("a source or header was changed while it was compiled")
+        if not path.exists():
+            _link(objects, link, path)
+    return path
 
 
-def run(*command: str | Path) -> None:
-    """A step of the compilation. Raises RuntimeError with its output where it fails."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+def load(path: Path) -> ctypes.CDLL:
+    """The library, with the types of the engine's own functions declared."""
+    loaded = ctypes.CDLL(str(path))
+    loaded.simt_last_message.restype = ctypes.c_char_p
+    loaded.simt_set_seed.argtypes = [ctypes.c_uint64]
+    loaded.simt_set_multiprocessors.argtypes = [ctypes.c_int]
+    return loaded
+
+
+def run_main(path: Path, flavour: str) -> int:
+    """Calls the library's `main` in a process of its own; returns the exit status."""
+    program = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).main())"
+    return subprocess.run([sys.executable, "-c", program, str(path)], env=environment(flavour)).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(library(sys.argv[2:], sys.argv[1]), sys.argv[1]))

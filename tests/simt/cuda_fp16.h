@@ -1,4 +1,4 @@
-// CUDA's half, as bits, with the conversions that csrc/ uses. IEEE 754 binary16.
+// Stands in for CUDA's header of this name: see cuda_runtime.h.
 #pragma once
 
 #include "cuda_runtime.h"
@@ -6,35 +6,34 @@
 struct __half {
   uint16_t bits;
 };
+struct alignas(4) __half2 {
+  __half x, y;
+};
 
-inline float __half2float(__half half) {
-  const uint32_t sign = (half.bits & 0x8000u) << 16, exponent = half.bits >> 10 & 0x1f, mantissa = half.bits & 0x3ff;
-  uint32_t bits;
-  if (exponent == 0) {
-    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;  // zero and subnormal numbers
-    std::memcpy(&bits, &magnitude, sizeof bits);
-  } else {
-    bits = (exponent == 0x1f ? 0xff : exponent + 112) << 23 | mantissa << 13;
-  }
-  bits |= sign;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+namespace simt {
+template <> struct is_loadable<__half> : std::true_type {};
+template <> struct is_loadable<__half2> : std::true_type {};
+}  // namespace simt
+
+inline float __half2float(__half value) {
+  const unsigned sign = (value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return __uint_as_float(sign | 0x7f800000u | magnitude << 13);  // infinity or NaN
+  // Its bits are those of a float whose exponent is too small by 127 - 15; subnormals come out right as well.
+  return __uint_as_float(sign | __float_as_uint(__uint_as_float(magnitude << 13) * 0x1p112f));
 }
 
-// Rounds to nearest even.
+// To nearest, ties to even. Every NaN becomes 0x7fff, as on a GPU.
 inline __half __float2half_rn(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return {0x7fff};                                         // NaN
-  if (bits >= 0x47800000) return {static_cast<uint16_t>(sign | 0x7c00)};          // 2^16 and more
-  if (bits < 0x38800000) {                                                        // below 2^-14: the last place of 0.5 is 2^-24
-    const float shifted = std::fabs(value) + 0.5f;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    return {static_cast<uint16_t>(sign | (bits - 0x3f000000))};
+  const unsigned bits = __float_as_uint(value), magnitude = bits & 0x7fffffffu;
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  if (magnitude > 0x7f800000u) return {0x7fff};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to 65536 or more
+  if (magnitude < 0x38800000u) {  // below 2^-14: in units of 2^-24, which the adder rounds to when 0.5 is added
+    return {static_cast<uint16_t>(sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u))};
   }
-  bits += 0xc8000fff + (bits >> 13 & 1);  // the other bias, and half of the last place
-  return {static_cast<uint16_t>(sign | bits >> 13)};
+  const unsigned rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
+  return {static_cast<uint16_t>(sign | (rounded >> 13) - ((127u - 15u) << 10))};
 }
+
+inline float2 __half22float2(__half2 value) { return {__half2float(value.x), __half2float(value.y)}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
