@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,11 +34,15 @@ COMMON = (
 KERNELS = {
     "plain": (),
     "asan": ("-fsanitize=address",),
+    "ubsan": ("-fsanitize=undefined,bounds,alignment", "-fno-sanitize=vptr"),
+    "race": ("-fsanitize=thread",),
 }
-#: Sources of the engine, with their flags, and flags of the linker.
+#: Sources of the engine, with their flags, and flags of the linker. The callbacks of ubsan and race are the engine's own.
 ENGINE = {
     "plain": (("engine.cpp",), (), ()),
     "asan": (("engine.cpp",), ("-DSIMT_ASAN",), ("-fsanitize=address",)),
+    "ubsan": (("engine.cpp", "undefined.cpp"), (), ()),
+    "race": (("engine.cpp", "race.cpp"), ("-DSIMT_RACE", "-O2"), ("-Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset",)),
 }
 FLAVOURS = tuple(KERNELS)
 
@@ -70,7 +74,7 @@ def environment(flavour: str) -> dict[str, str]:
 def _run(command: Sequence[object]) -> str:
     """The standard output of a command; CompileError with all of its output if it fails."""
     words = [str(word) for word in command]
-    result = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    result = subprocess.run(words, capture_output=True, text=True, errors="replace")
     if result.returncode:
         raise CompileError(f"{' '.join(words)}\nexit status {result.returncode}\n{result.stdout}{result.stderr}")
     return result.stdout

@@ -322,12 +322,15 @@ template <typename... Parameters>
 cudaError_t launch_kernel(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...), Parameters... values) {
   if (config.numAttrs != 0) return static_cast<cudaError_t>(fail(cudaErrorInvalidValue));
   auto body = [&]() __attribute__((no_sanitize("thread"))) { kernel(values...); };
+  const Argument arguments[] = {{&values, sizeof values}..., {}};
   return static_cast<cudaError_t>(launch({reinterpret_cast<const void*>(kernel),
                                           {config.gridDim.x, config.gridDim.y, config.gridDim.z},
                                           {config.blockDim.x, config.blockDim.y, config.blockDim.z},
                                           config.dynamicSmemBytes,
                                           &run_thread<decltype(body)>,
-                                          &body}));
+                                          &body,
+                                          arguments,
+                                          sizeof...(Parameters)}));
 }
 }  // namespace simt
 

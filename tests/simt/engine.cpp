@@ -107,6 +107,11 @@ const void* host_stack;
 size_t host_stack_bytes;
 #endif
 
+struct Shared {
+  char* begin;
+  size_t bytes;
+} shared;  // all shared variables of this module, as the launching thread has them
+
 struct {
   unsigned arrived, nonzero;
   int result;
@@ -175,20 +180,37 @@ uint3 index_of(uint64_t linear, Dimensions extent) {
           static_cast<unsigned>(linear / extent.x / extent.y)};
 }
 
-// What addr2line says of an address of this module: the function, and "file:line" of each call that was inlined there.
-std::vector<std::string> lines_of(const void* address, const char* options) {
-  Dl_info module;
+std::vector<std::string> output_of(const std::string& command) {
   std::vector<std::string> lines;
-  if (!address || !dladdr(address, &module)) return lines;
-  const auto offset = static_cast<const char*>(address) - static_cast<const char*>(module.dli_fbase);
-  const std::string command =
-      text("env -u LD_PRELOAD addr2line %s -e '%s' 0x%lx 2>/dev/null", options, module.dli_fname, static_cast<unsigned long>(offset));
-  if (FILE* output = popen(command.c_str(), "r")) {
+  if (FILE* output = popen(("unset LD_PRELOAD; " + command).c_str(), "r")) {
     char line[4096];
     while (fgets(line, sizeof line, output)) lines.emplace_back(line, strcspn(line, "\n"));
     pclose(output);
   }
   return lines;
+}
+
+// What addr2line says of an address of this module: the function, or "file:line" of it and of each call that was inlined there.
+std::vector<std::string> lines_of(const void* address, const char* options) {
+  Dl_info module;
+  if (!dladdr(address, &module)) return {};
+  const auto offset = static_cast<const char*>(address) - static_cast<const char*>(module.dli_fbase);
+  return output_of(text("addr2line %s -e '%s' 0x%zx 2>/dev/null", options, module.dli_fname, offset));
+}
+
+// The shared variable that has the given offset in the thread-local segment: "byte 4 of kernel(float*)::partial".
+std::string variable_text(size_t offset) {
+  Dl_info module;
+  if (dladdr(&active, &module)) {
+    for (const std::string& line : output_of(text("readelf -sW '%s' | c++filt", module.dli_fname))) {
+      size_t begin, bytes;
+      int name = 0;
+      if (sscanf(line.c_str(), " %*u: %zx %zu TLS %*s %*s %*s %n", &begin, &bytes, &name) == 2 && name && offset - begin < bytes) {
+        return text("byte %zu of %s", offset - begin, line.c_str() + name);
+      }
+    }
+  }
+  return text("byte %zu of the module's shared variables", offset);
 }
 
 std::string kernel_text() {
@@ -220,6 +242,31 @@ std::string site_text(const void* return_address) {
 std::string thread_text(uint64_t of_block, unsigned of_thread) {
   return "block " + index_text(index_of(of_block, active.grid), active.grid) + ", thread " +
          index_text(index_of(of_thread, active.block), active.block);
+}
+
+std::string memory_text(const void* pointer) {
+  const auto address = static_cast<const char*>(pointer);
+  if (address >= simt_dynamic_shared && address < simt_dynamic_shared_end) {
+    return text("byte %zd of dynamic shared memory", address - simt_dynamic_shared);
+  }
+  if (address >= shared.begin && address < shared.begin + shared.bytes) {
+    return variable_text(address - shared.begin);
+  }
+  // What may be pointers among the arguments, structs too; the nearest at or below the address.
+  const char* nearest = nullptr;
+  size_t argument = 0, offset = 0;
+  for (size_t i = 0; i < active.argument_count; ++i) {
+    for (size_t at = 0; at + sizeof nearest <= active.arguments[i].bytes; at += alignof(char*)) {
+      const char* candidate;
+      std::memcpy(&candidate, static_cast<const char*>(active.arguments[i].value) + at, sizeof candidate);
+      if (candidate > address || candidate <= nearest) continue;
+      nearest = candidate, argument = i, offset = at;
+    }
+  }
+  std::string result = text("global memory at %p", pointer);
+  if (nearest) result += text(", byte %zd past the pointer in argument %zu", address - nearest, argument);
+  if (nearest && active.arguments[argument].bytes > sizeof nearest) result += text(" (at byte %zu of it)", offset);
+  return result;
 }
 
 namespace {
@@ -423,16 +470,18 @@ class Handlers {
 std::string fault_text() {
   if (fault.overflow) return text("stack overflow: a thread has %zu bytes of stack", kStackBytes);
   if (fault.signal == SIGFPE) return "integer division by zero";
-  if (fault.general) return "an address that is misaligned for its access, or that no memory can have";
-  return text("access to %p, which is not mapped", fault.address);
+  if (fault.general) return "access to an address that is misaligned, or that no memory can have";
+  return text("access to %p, which is not mapped: ", fault.address) + memory_text(fault.address);
 }
 
-// ---- shared memory ---------------------------------------------------------------------------------------------------
+#ifdef SIMT_ASAN
+// AddressSanitizer ends the process; its stack trace names the kernel, this the thread.
+void on_report(const char*) {
+  if (current) fprintf(stderr, "simt: in %s\n", thread_text(block, static_cast<unsigned>(current - fibers)).c_str());
+}
+#endif
 
-struct Shared {
-  char* begin;
-  size_t bytes;
-};
+// ---- shared memory ---------------------------------------------------------------------------------------------------
 
 int find_module(dl_phdr_info* module, size_t, void* result) {
   const auto inside = reinterpret_cast<ElfW(Addr)>(&find_module);
@@ -448,12 +497,11 @@ int find_module(dl_phdr_info* module, size_t, void* result) {
   return found;
 }
 
-// All shared variables of this module, as this host thread has them.
 Shared find_shared() {
-  Shared shared = {};
+  Shared found = {};
   *const_cast<volatile char*>(simt_dynamic_shared) = 0;  // the segment is allocated when it is first used
-  dl_iterate_phdr(&find_module, &shared);
-  return shared;
+  dl_iterate_phdr(&find_module, &found);
+  return found;
 }
 
 // Fills with what is a NaN as float, double, half and bfloat16, and another integer in each of 15 blocks.
@@ -488,7 +536,7 @@ int check(const Launch& launch) {
   return cudaSuccess;
 }
 
-void run_block(Shared shared) {
+void run_block() {
   simt_block_index = index_of(block, active.grid);
   char* const dynamic_end = simt_dynamic_shared + active.dynamic_bytes;
   poison(shared.begin, dynamic_end);
@@ -496,7 +544,7 @@ void run_block(Shared shared) {
   barrier = {};
   ready_begin = ready_count = 0;
   for (unsigned t = 0; t < threads; ++t) prepare(t);
-  race::begin_block(block);
+  race::begin_block();
   switch_to(dequeue(), &host_stack_pointer, false);
   const auto has_ended = [](const Fiber& fiber) { return fiber.state == State::kEnded; };
   if (!failure && !std::all_of(fibers, fibers + threads, has_ended)) {
@@ -648,11 +696,12 @@ int launch(const Launch& launch) {
   fault = {};
 #ifdef SIMT_ASAN
   host_stack = nullptr;
+  __asan_set_error_report_callback(on_report);
 #endif
   if (!guard_stacks()) return fail(cudaErrorLaunchOutOfResources);
   ++launches;
 
-  const Shared shared = find_shared();
+  shared = find_shared();
   const uint64_t blocks = static_cast<uint64_t>(launch.grid.x) * launch.grid.y * launch.grid.z;
   uint64_t start = 0, step = 1;  // the i-th block to run is (start + i * step) % blocks
   if (random_state) {
@@ -664,12 +713,12 @@ int launch(const Launch& launch) {
   char* const tail = simt_dynamic_shared + launch.dynamic_bytes;
   __asan_poison_memory_region(tail, simt_dynamic_shared_end - tail);
 #endif
-  race::begin_launch(threads, shared.begin, shared.bytes, simt_dynamic_shared);
+  race::begin_launch(threads, shared.begin, shared.bytes);
   {
     const Handlers handlers;
     for (uint64_t i = 0; i < blocks && !failure; ++i) {
       block = static_cast<uint64_t>((start + static_cast<unsigned __int128>(i) * step) % blocks);
-      run_block(shared);
+      run_block();
     }
   }
   race::end_launch();

@@ -26,12 +26,19 @@ struct Dimensions {
   unsigned x, y, z;
 };
 
+struct Argument {
+  const void* value;
+  size_t bytes;
+};
+
 struct Launch {
   const void* kernel;  // its address: what it is known by
   Dimensions grid, block;
   size_t dynamic_bytes;
   void (*thread)(void* closure);  // runs one thread of the kernel
   void* closure;
+  const Argument* arguments;  // what reports name addresses by
+  size_t argument_count;
 };
 
 // All threads of the block meet; returns the number of them whose predicate is not zero.

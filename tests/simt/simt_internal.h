@@ -14,6 +14,9 @@ std::string thread_text(uint64_t block, unsigned thread);
 // "file:line" of the call that returns to this address.
 std::string site_text(const void* return_address);
 
+// Where an address lies: "byte 8 of dynamic shared memory", "byte 64 past the pointer in argument 0".
+std::string memory_text(const void* address);
+
 bool in_kernel();  // whether a thread of a kernel runs; if not, the two below mean nothing
 unsigned current_thread();
 uint64_t current_block();
@@ -24,16 +27,16 @@ int owner_of_stack(const void* address);
 
 namespace race {
 #ifdef SIMT_RACE
-void begin_launch(unsigned threads, const char* shared, size_t shared_bytes, const char* dynamic_shared);
+void begin_launch(unsigned threads, const char* shared, size_t shared_bytes);
 void end_launch();
-void begin_block(uint64_t block);
+void begin_block();
 void meet_block();
 void meet_warp(unsigned first_thread, unsigned mask);
 void fence();
 #else
-inline void begin_launch(unsigned, const char*, size_t, const char*) {}
+inline void begin_launch(unsigned, const char*, size_t) {}
 inline void end_launch() {}
-inline void begin_block(uint64_t) {}
+inline void begin_block() {}
 inline void meet_block() {}
 inline void meet_warp(unsigned, unsigned) {}
 inline void fence() {}
