@@ -11,6 +11,7 @@ constexpr int kThreads = 64;
 struct Data {
   float* values;      // [kThreads * blocks]
   unsigned* counter;  // [1]
+  float* nothing;     // nullptr
 };
 
 // ---- races -----------------------------------------------------------------------------------------------------------
@@ -97,8 +98,8 @@ __global__ void plain_and_atomic(Data data) {
 
 template <bool kMended>
 __global__ void races_by_memcpy(Data data) {
-  const unsigned bytes = 4 * blockDim.x / (kMended ? gridDim.x * 4 : 1);
-  if (threadIdx.x == 0) memcpy(data.values + blockIdx.x * bytes / 4, data.values + 256, bytes);
+  const size_t bytes = sizeof(float) * blockDim.x / 4;
+  if (threadIdx.x == 0) memcpy(data.values + blockIdx.x * (kMended ? 16 : 15), data.values + 2 * kThreads, bytes);
 }
 
 template <bool kMended>
@@ -134,40 +135,41 @@ __global__ void barriers_of_two_kinds(Data) {
 
 template <bool kMended>
 __global__ void shuffle_without_a_lane(Data data) {
-  if (kMended || threadIdx.x != 5) data.values[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 1);
+  if (kMended || threadIdx.x != 5) data.values[blockIdx.x * kThreads + threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 1);
   __syncthreads();
 }
 
 template <bool kMended>
 __global__ void ended_before_ballot(Data data) {
   if (!kMended && threadIdx.x == 33) return;
-  data.values[threadIdx.x] = static_cast<float>(__ballot_sync(0xffffffffu, 1));
+  data.values[blockIdx.x * kThreads + threadIdx.x] = static_cast<float>(__ballot_sync(0xffffffffu, 1));
 }
 
 template <bool kMended>
 __global__ void shuffles_of_two_masks(Data data) {
   const unsigned mask = kMended || threadIdx.x % 2 ? 0xffffffffu : 0x55555555u;
-  data.values[threadIdx.x] = __shfl_sync(mask, 1.0f, 0);
+  data.values[blockIdx.x * kThreads + threadIdx.x] = __shfl_sync(mask, 1.0f, 0);
 }
 
 template <bool kMended>
 __global__ void mask_without_the_caller(Data data) {
-  data.values[threadIdx.x] = __shfl_sync(kMended ? 0xffffffffu : 0x0000ffffu, 1.0f, 0);
+  data.values[blockIdx.x * kThreads + threadIdx.x] = __shfl_sync(kMended ? 0xffffffffu : 0x0000ffffu, 1.0f, 0);
 }
 
 template <bool kMended>
 __global__ void mask_of_lanes_that_are_not_there(Data data) {
-  if (threadIdx.x >= 32) data.values[threadIdx.x] = static_cast<float>(__any_sync(kMended ? 0xffffffffu >> (64 - blockDim.x) : 0xffffffffu, 1));
+  const unsigned mask = kMended ? 0xffffffffu >> (64 - blockDim.x) : 0xffffffffu;
+  if (threadIdx.x >= 32) data.values[blockIdx.x * kThreads + threadIdx.x] = static_cast<float>(__any_sync(mask, 1));
 }
 
 template <bool kMended>
 __global__ void reads_a_lane_outside_the_mask(Data data) {
-  if (threadIdx.x < 8) data.values[threadIdx.x] = __shfl_sync(0xffu, 1.0f, kMended ? 7 : 8);
+  if (threadIdx.x < 8) data.values[blockIdx.x * kThreads + threadIdx.x] = __shfl_sync(0xffu, 1.0f, kMended ? 7 : 8);
 }
 
 template <bool kMended>
 __global__ void width_that_is_no_power_of_two(Data data) {
-  data.values[threadIdx.x] = __shfl_down_sync(0xffffffffu, 1.0f, 1, kMended ? 16 : 12);
+  data.values[blockIdx.x * kThreads + threadIdx.x] = __shfl_down_sync(0xffffffffu, 1.0f, 1, kMended ? 16 : 12);
 }
 
 // ---- memory ----------------------------------------------------------------------------------------------------------
@@ -185,8 +187,7 @@ __global__ void recursion_without_end(Data data) {
 
 template <bool kMended>
 __global__ void null_pointer(Data data) {
-  float* volatile pointer = kMended ? data.values : nullptr;
-  if (threadIdx.x == 3 && blockIdx.x == 0) *pointer = 1.0f;
+  if (threadIdx.x == 3 && blockIdx.x == 0) *(kMended ? data.values : data.nothing) = 1.0f;
 }
 
 template <bool kMended>
@@ -197,9 +198,9 @@ __global__ void division_by_zero(Data data) {
 
 template <bool kMended>
 __global__ void global_read_beyond_the_end(Data data) {
-  __shared__ float s[kThreads];
-  s[threadIdx.x] = data.values[(blockIdx.x * kThreads + threadIdx.x) + (kMended ? 0 : 1)];
+  const float read = data.values[blockIdx.x * kThreads + threadIdx.x + (kMended ? 0 : 1)];
   __syncthreads();
+  data.values[blockIdx.x * kThreads + threadIdx.x] = read;
 }
 
 template <bool kMended>
@@ -239,6 +240,12 @@ __global__ void uninitialised_shared(Data data) {
   __shared__ float s[kThreads];
   if (kMended || threadIdx.x % 2) s[threadIdx.x] = 1.0f;
   data.values[blockIdx.x * kThreads + threadIdx.x] = s[threadIdx.x];
+}
+
+// No fault: shows the order in which threads run.
+template <bool kMended>
+__global__ void last_writer(Data data) {
+  data.values[0] = static_cast<float>(blockIdx.x * kThreads + threadIdx.x);
 }
 
 // ---- by name ---------------------------------------------------------------------------------------------------------
@@ -281,14 +288,15 @@ const Fault kFaults[] = {
     FAULT(misaligned_vector_load),
     FAULT(integer_overflow),
     FAULT(uninitialised_shared),
+    FAULT(last_writer),
 };
 
 }  // namespace
 
-// Runs one of them on data of its own; the data's values are left in `values` [2 * kThreads]. Returns the cudaError_t, -1 for no such name.
+// Runs one of them on data of its own, whose first values it leaves in `values` [kThreads]. Returns the cudaError_t, -1 for no such name.
 extern "C" int run_fault(const char* name, int mended, int blocks, int threads, float* values) {
   std::vector<float> data(blocks * kThreads + kThreads, 1.0f);
-  if (strstr(name, "global_") == name) data.resize(blocks * kThreads);
+  if (strstr(name, "global_") == name) data.resize(blocks * kThreads);  // nothing is left beyond the end
   data.shrink_to_fit();
   std::vector<unsigned> counter(1, 0u);
   for (const Fault& fault : kFaults) {
@@ -297,7 +305,7 @@ extern "C" int run_fault(const char* name, int mended, int blocks, int threads, 
     config.gridDim = blocks;
     config.blockDim = threads;
     config.dynamicSmemBytes = sizeof(float) * kThreads;
-    const cudaError_t error = cudaLaunchKernelEx(&config, mended ? fault.mended : fault.faulty, Data{data.data(), counter.data()});
+    const cudaError_t error = cudaLaunchKernelEx(&config, mended ? fault.mended : fault.faulty, Data{data.data(), counter.data(), nullptr});
     memcpy(values, data.data(), sizeof(float) * kThreads);
     return error;
   }
