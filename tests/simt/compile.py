@@ -15,12 +15,14 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BUILD = HERE.parents[1] / "build" / "simt"
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "simt"
 #: What an `extern __shared__` array may have at most: the opt-in limit of compute capability 9.0.
 DYNAMIC_SHARED_BYTES = 227 * 1024
 COMPILERS_AT_ONCE = 2
@@ -45,10 +47,17 @@ ENGINE = {
     "race": (("engine.cpp", "race.cpp"), ("-DSIMT_RACE", "-O2"), ("-Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset",)),
 }
 FLAVOURS = tuple(KERNELS)
+#: What a process that loads an asan library begins with. libstdc++ too, since AddressSanitizer looks for __cxa_throw at the start.
+ASAN_RUNTIME = ("libasan.so", "libstdc++.so.6")
 
 
 class CompileError(RuntimeError):
     """A compiler or linker failed; the message holds its command and its output."""
+
+
+def _runtime(name: str) -> str:
+    """The path of a library of the compiler; the name itself if there is none."""
+    return _run(["g++", f"-print-file-name={name}"]).strip()
 
 
 @functools.cache
@@ -56,17 +65,17 @@ def missing() -> str | None:
     """None if `library` can work on this machine, else a sentence that says why not."""
     if sys.platform != "linux" or os.uname().machine != "x86_64":
         return "the engine switches fibers on x86-64 Linux alone"
-    absent = [tool for tool in ("g++", "readelf", "objcopy", "addr2line") if not shutil.which(tool)]
+    absent = [tool for tool in ("g++", "readelf", "objcopy", "addr2line", "c++filt") if not shutil.which(tool)]
+    if "g++" not in absent:
+        absent += [name for name in ASAN_RUNTIME if not Path(_runtime(name)).is_absolute()]
     return f"{', '.join(absent)}: not found" if absent else None
 
 
 def environment(flavour: str) -> dict[str, str]:
-    """The environment in which a Python process can load a library of this flavour: this process's own, and for asan its runtime."""
+    """The environment in which a Python process can load a library of this flavour: this process's, and for asan its runtime."""
     values = dict(os.environ)
     if flavour == "asan":
-        # libstdc++ too, since AddressSanitizer looks for __cxa_throw when the process starts, before Python loads it.
-        preloaded = [_run(["g++", f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so.6")]
-        values["LD_PRELOAD"] = ":".join(preloaded)
+        values["LD_PRELOAD"] = ":".join(map(_runtime, ASAN_RUNTIME))
         values["ASAN_OPTIONS"] = "detect_leaks=0"  # Python's own
     return values
 
@@ -74,7 +83,7 @@ def environment(flavour: str) -> dict[str, str]:
 def _run(command: Sequence[object]) -> str:
     """The standard output of a command; CompileError with all of its output if it fails."""
     words = [str(word) for word in command]
-    result = subprocess.run(words, capture_output=True, text=True, errors="replace")
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, errors="replace")
     if result.returncode:
         raise CompileError(f"{' '.join(words)}\nexit status {result.returncode}\n{result.stdout}{result.stderr}")
     return result.stdout
@@ -93,13 +102,20 @@ def _stamp(path: str) -> list[int] | None:
     return [status.st_mtime_ns, status.st_size]
 
 
+def _write(path: Path, text: str):
+    """At once, for those who read without the lock."""
+    staged = path.with_suffix(".new")
+    staged.write_text(text)
+    staged.replace(path)
+
+
 class _Object:
     """A source, compiled with certain flags, in a folder that is named by both."""
 
     def __init__(self, source: Path, flags: Sequence[str]):
         # A .cu file is C++ here; CUDA's headers are the stand-ins of this folder.
         self.command = ["g++", *COMMON, f"-I{HERE}", *flags, "-x", "c++", "-c", str(source)]
-        self.folder = BUILD / "objects" / _digest([self.command, str(Path.cwd())])
+        self.folder = BUILD / "objects" / _digest(self.command)
         self.path = self.folder / "object.o"
 
     def inputs(self) -> dict[str, list[int]] | None:
@@ -114,12 +130,16 @@ class _Object:
         self.folder.mkdir(parents=True, exist_ok=True)
         inputs, rules = self.folder / "inputs.json", self.folder / "rules.d"
         inputs.unlink(missing_ok=True)
+        begun = time.time_ns()
         _run([*self.command, "-MD", "-MF", rules, "-o", self.path])
         # Lists the kernels with bounds (see __launch_bounds__), which the engine finds without it, and refers to functions
         # that the linker drops as duplicates.
         _run(["objcopy", "--remove-section=__patchable_function_entries", self.path])
         names = rules.read_text().replace("\\\n", " ").partition(": ")[2].split()
-        inputs.write_text(json.dumps({name: _stamp(name) for name in names}))
+        stamps = {name: _stamp(name) for name in names}
+        if None in stamps.values() or max(stamps.values())[0] >= begun:
+            raise CompileError(f"{self.command[-1]}: it, or a header of it, was changed while it was compiled")
+        _write(inputs, json.dumps(stamps))
 
     def dynamic_shared(self) -> set[str]:
         """The names of its `extern __shared__` arrays: thread-local symbols that it does not define."""
@@ -153,8 +173,8 @@ def library(
 ) -> Path:
     """A shared library of the sources (.cu, .cpp) and the engine, under build/simt; built only where an input has changed.
 
-    `flavour` is one of FLAVOURS; `include` holds folders of headers, `flags` and `link` further arguments of the compiler and of the
-    linker. A library of flavour asan is loaded in a process with `environment("asan")`. Safe to call from several processes at a
+    `flavour` is one of FLAVOURS; `include` holds folders of headers, `flags` and `link` further arguments of the compiler and of
+    the linker. A library of flavour asan is loaded in a process with `environment("asan")`. Safe to call from several processes at a
     time. Raises CompileError.
     """
     if flavour not in FLAVOURS:
@@ -165,24 +185,26 @@ def library(
     objects += [_Object(HERE / source, engine_flags) for source in engine]
     link = (*engine_link, *link)
 
-    def up_to_date() -> Path | None:
+    def path() -> Path | None:
+        """Where the library of these very inputs is, or will be; None if an object has to be compiled before that is known."""
         inputs = [o.inputs() for o in objects]
-        return None if None in inputs else BUILD / _digest([inputs, [o.command for o in objects], link, DYNAMIC_SHARED_BYTES]) / "simt.so"
+        if None in inputs:
+            return None
+        return BUILD / _digest([inputs, [o.command for o in objects], link, DYNAMIC_SHARED_BYTES]) / "simt.so"
 
-    path = up_to_date()
-    if path and path.exists():
-        return path
+    if (found := path()) and found.exists():
+        return found
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ThreadPoolExecutor(COMPILERS_AT_ONCE) as pool:
             list(pool.map(_Object.compile, [o for o in objects if o.inputs() is None]))
-        path = up_to_date()
-        if path is None:
-            raise CompileError("a source or header was changed while it was compiled")
-        if not path.exists():
-            _link(objects, link, path)
-    return path
+        built = path()
+        if built is None:
+            raise CompileError("a source or header was changed while others were compiled")
+        if not built.exists():
+            _link(objects, link, built)
+    return built
 
 
 def load(path: Path) -> ctypes.CDLL:

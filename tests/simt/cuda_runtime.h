@@ -19,7 +19,7 @@
 #define __forceinline__ __inline__ __attribute__((always_inline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // The bound stands before the kernel's first instruction, as that many one-byte no-ops; the engine counts them at a launch.
-#define SIMT_BOUND(threads, ...) __attribute__((patchable_function_entry(threads, threads)))
+#define SIMT_BOUND(threads, ...) __attribute__((patchable_function_entry((threads), (threads))))
 #define __launch_bounds__(...) SIMT_BOUND(__VA_ARGS__, 0)
 // Every shared variable of a module lies in its thread-local segment, where the engine finds and poisons all of them. The threads
 // of a block are fibers of one host thread, so they share it.

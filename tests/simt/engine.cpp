@@ -610,7 +610,8 @@ __attribute__((noinline)) uint64_t meet_warp(Kind kind, unsigned mask, uint64_t 
   self.site = __builtin_return_address(0);
   if (!(mask >> lane & 1)) stop_launch(text("%s: mask 0x%08x lacks lane %u, which calls", name_of(kind), mask, lane), self.site);
   if (lanes < kLanes && mask >> lanes) {
-    stop_launch(text("%s: mask 0x%08x names lanes that the block, with %u in this warp, does not have", name_of(kind), mask, lanes), self.site);
+    const char* format = "%s: mask 0x%08x names lanes that the block, with %u in this warp, does not have";
+    stop_launch(text(format, name_of(kind), mask, lanes), self.site);
   }
   if (width < 1 || width > static_cast<int>(kLanes) || (width & (width - 1))) {
     stop_launch(text("%s: width %d is not a power of two up to 32", name_of(kind), width), self.site);

@@ -293,7 +293,8 @@ const Fault kFaults[] = {
 
 }  // namespace
 
-// Runs one of them on data of its own, whose first values it leaves in `values` [kThreads]. Returns the cudaError_t, -1 for no such name.
+// Runs one of them on data of its own, whose first values it leaves in `values` [kThreads]. Returns the cudaError_t; -1 for no
+// such name.
 extern "C" int run_fault(const char* name, int mended, int blocks, int threads, float* values) {
   std::vector<float> data(blocks * kThreads + kThreads, 1.0f);
   if (strstr(name, "global_") == name) data.resize(blocks * kThreads);  // nothing is left beyond the end
@@ -305,7 +306,8 @@ extern "C" int run_fault(const char* name, int mended, int blocks, int threads, 
     config.gridDim = blocks;
     config.blockDim = threads;
     config.dynamicSmemBytes = sizeof(float) * kThreads;
-    const cudaError_t error = cudaLaunchKernelEx(&config, mended ? fault.mended : fault.faulty, Data{data.data(), counter.data(), nullptr});
+    const Data argument = {data.data(), counter.data(), nullptr};
+    const cudaError_t error = cudaLaunchKernelEx(&config, mended ? fault.mended : fault.faulty, argument);
     memcpy(values, data.data(), sizeof(float) * kThreads);
     return error;
   }

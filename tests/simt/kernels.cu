@@ -20,7 +20,7 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-// y[row] = the row's sum. The partial sums of a block meet in shared memory, where its first warp alone shuffles between two barriers.
+// y[row] = the row's sum. The partial sums of a block meet in shared memory; its first warp alone shuffles between two barriers.
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads) sum_rows_kernel(const T* x, T* y, int columns) {
   __shared__ T partial[kThreads / 32];
@@ -161,8 +161,9 @@ __global__ void much_shared_kernel(unsigned* y, int words) {
   atomicAdd(y, sum);
 }
 
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads, 2) bounded_kernel() {}
+constexpr int kBound = 512;
+template <typename T>
+__global__ void __launch_bounds__(kBound, 2) bounded_kernel() {}
 
 }  // namespace
 
@@ -194,7 +195,7 @@ int much_shared(unsigned* y, int words, int allowed) {
   return launch(much_shared_kernel, 2, 64, words * sizeof(unsigned), y, words);
 }
 int configured(unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz) {
-  return launch(bounded_kernel<512>, dim3(gx, gy, gz), dim3(bx, by, bz), 0);
+  return launch(bounded_kernel<float>, dim3(gx, gy, gz), dim3(bx, by, bz), 0);
 }
 int last_error(int clear) { return clear ? cudaGetLastError() : cudaPeekAtLastError(); }
 int multiprocessors() {
