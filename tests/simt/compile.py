@@ -1,8 +1,10 @@
 """Compiles CUDA sources for the host, so that their kernels run on a CPU. docs/simt.md says what is modelled and what is not.
 
     python tests/simt/compile.py FLAVOUR SOURCE...
+    python tests/simt/compile.py FLAVOUR -- COMMAND...
 
-builds the sources, which define `extern "C" int main()`, and calls it in a process with the flavour's environment.
+The first builds the sources, which define `extern "C" int main()`, and calls it in a process with the flavour's environment. The
+second runs any command in that environment.
 """
 
 import ctypes
@@ -83,7 +85,8 @@ def environment(flavour: str) -> dict[str, str]:
 def _run(command: Sequence[object]) -> str:
     """The standard output of a command; CompileError with all of its output if it fails."""
     words = [str(word) for word in command]
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, errors="replace")
+    clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of `environment`: not for compilers
+    result = subprocess.run(words, cwd=ROOT, env=clean, capture_output=True, text=True, errors="replace")
     if result.returncode:
         raise CompileError(f"{' '.join(words)}\nexit status {result.returncode}\n{result.stdout}{result.stderr}")
     return result.stdout
@@ -216,11 +219,17 @@ def load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
-def run_main(path: Path, flavour: str) -> int:
-    """Calls the library's `main` in a process of its own; returns the exit status."""
-    program = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).main())"
-    return subprocess.run([sys.executable, "-c", program, str(path)], env=environment(flavour)).returncode
+def main(flavour: str, words: Sequence[str]) -> int:
+    """The command line; returns the exit status."""
+    if words[:1] == ["--"]:
+        command = words[1:]
+    else:
+        program = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).main())"
+        command = [sys.executable, "-c", program, str(library(words, flavour))]
+    return subprocess.run(command, env=environment(flavour)).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(library(sys.argv[2:], sys.argv[1]), sys.argv[1]))
+    if len(sys.argv) < 3 or sys.argv[1] not in FLAVOURS:
+        sys.exit(__doc__)
+    sys.exit(main(sys.argv[1], sys.argv[2:]))
