@@ -132,6 +132,17 @@ def check_bits(kernels, random):
         assert got == [a.bit_count(), (a & -a).bit_length(), 32 - a.bit_length(), permuted]
 
 
+def check_arithmetic(kernels, random):
+    x = random.lognormal(0, 3, (64, 3)).astype(np.float32)
+    y = np.empty((64, 12), np.float32)
+    call(kernels, "arithmetic", x, y)
+    (a, b, c), (wide_a, wide_b, wide_c) = x.T, x.T.astype(np.float64)
+    root, fused = (1 / np.sqrt(wide_a)).astype(np.float32), (wide_a * wide_b + wide_c).astype(np.float32)
+    apart = [root, root, 1 / a, np.sqrt(a), a / b, a * b, a + b, a * b + c, fused, fused, np.minimum(a, b), a]
+    assert (y == np.stack(apart, 1)).all()
+    assert (y[:, 7] != y[:, 8]).any()  # nothing is fused unasked
+
+
 CHECKS = [value for name, value in sorted(globals().items()) if name.startswith("check_")]
 
 
@@ -498,7 +509,7 @@ import sys, threading, torch
 torch.ops.load_library(sys.argv[1])
 x = torch.randn(200)
 def call():
-    for _ in range(20):
+    for _ in range(200):
         assert torch.equal(getattr(torch.ops, sys.argv[2]).reverse(x), x.flip(0))
 threads = [threading.Thread(target=call) for _ in range(4)]
 [t.start() for t in threads]

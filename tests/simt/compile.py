@@ -177,8 +177,8 @@ def library(
     """A shared library of the sources (.cu, .cpp) and the engine, under build/simt; built only where an input has changed.
 
     `flavour` is one of FLAVOURS; `include` holds folders of headers, `flags` and `link` further arguments of the compiler and of
-    the linker. A library of flavour asan is loaded in a process with `environment("asan")`. Safe to call from several processes at a
-    time. Raises CompileError.
+    the linker. A library of flavour asan is loaded in a process with `environment("asan")`. Safe to call from several processes at
+    a time. Raises CompileError.
     """
     if flavour not in FLAVOURS:
         raise ValueError(f"flavour: expected one of {', '.join(FLAVOURS)}, got {flavour!r}")

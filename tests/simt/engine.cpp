@@ -477,7 +477,7 @@ std::string fault_text() {
 #ifdef SIMT_ASAN
 // AddressSanitizer ends the process; its stack trace names the kernel, this the thread.
 void on_report(const char*) {
-  if (current) fprintf(stderr, "simt: in %s\n", thread_text(block, static_cast<unsigned>(current - fibers)).c_str());
+  if (in_kernel()) fprintf(stderr, "simt: in %s\n", thread_text(block, static_cast<unsigned>(current - fibers)).c_str());
 }
 #endif
 
@@ -555,7 +555,8 @@ void run_block() {
 
 }  // namespace
 
-bool in_kernel() { return current != nullptr; }
+// By its stack: other host threads may run what calls this at the same time.
+bool in_kernel() { return owner_of_stack(__builtin_frame_address(0)) >= 0; }
 unsigned current_thread() { return static_cast<unsigned>(current - fibers); }
 uint64_t current_block() { return block; }
 

@@ -141,6 +141,14 @@ __global__ void bits_kernel(const unsigned* x, unsigned* y) {
   reinterpret_cast<uint4*>(y)[threadIdx.x] = result;
 }
 
+__global__ void arithmetic_kernel(const float* x, float* y) {
+  const float a = x[3 * threadIdx.x], b = x[3 * threadIdx.x + 1], c = x[3 * threadIdx.x + 2];
+  const float results[] = {rsqrtf(a),       __frsqrt_rn(a),  __frcp_rn(a), __fsqrt_rn(a), __fdiv_rn(a, b),
+                           __fmul_rn(a, b), __fadd_rn(a, b), a * b + c,    fmaf(a, b, c), __fmaf_rn(a, b, c),
+                           min(a, b),       max(a, __int_as_float(0x7fc00000))};
+  for (int i = 0; i < 12; ++i) y[12 * threadIdx.x + i] = results[i];
+}
+
 // What a block leaves in shared memory is not there for the next.
 __global__ void leftovers_kernel(float* y) {
   __shared__ float s;
@@ -189,6 +197,7 @@ int predicates(int* y) { return launch(predicates_kernel, 1, 100, 0, y); }
 int coordinates(unsigned* y) { return launch(coordinates_kernel, dim3(3, 4, 5), dim3(6, 7, 2), 0, y); }
 int atomics(Totals* totals) { return launch(atomics_kernel, 5, 60, 0, totals); }
 int bits(const unsigned* x, unsigned* y) { return launch(bits_kernel, 1, 64, 0, x, y); }
+int arithmetic(const float* x, float* y) { return launch(arithmetic_kernel, 1, 64, 0, x, y); }
 int leftovers(float* y, int blocks) { return launch(leftovers_kernel, blocks, 32, 24, y); }
 int much_shared(unsigned* y, int words, int allowed) {
   if (allowed && cudaFuncSetAttribute(much_shared_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed)) return -1;

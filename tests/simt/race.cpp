@@ -4,8 +4,8 @@
 // What orders, in the words of PTX's memory model:
 // - a barrier of the block: what its threads did before it, before what they do after it. It ends an *epoch* of the block.
 // - __syncwarp: likewise, among the lanes of its mask. It ends an interval of each lane's *time*. Shuffles and votes order nothing.
-// - a fence, an atomic write, an atomic read of its value by another thread, another fence: what came before the first fence, before
-//   what comes after the second. Barriers may stand between a fence and its atomic operation.
+// - a fence, an atomic write, an atomic read of its value by another thread, another fence: what came before the first fence,
+//   before what comes after the second. Barriers may stand between a fence and its atomic operation.
 // Blocks of a launch are ordered by the last alone.
 #include <algorithm>
 #include <array>
