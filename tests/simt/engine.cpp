@@ -662,6 +662,8 @@ int last_error(bool clear) {
   return error;
 }
 
+const char* last_message() { return message.c_str(); }
+
 int allow_dynamic_bytes(const void* kernel, int bytes) {
   std::lock_guard<std::mutex> lock(launching);
   if (bytes < 0 || bytes > simt_dynamic_shared_end - simt_dynamic_shared) return fail(cudaErrorInvalidValue);
@@ -670,7 +672,7 @@ int allow_dynamic_bytes(const void* kernel, int bytes) {
 }
 
 int device_attribute(int* value, int attribute, int device) {
-  if (device != 0) return fail(cudaErrorInvalidDevice);
+  if (device != 0 && device != -1) return fail(cudaErrorInvalidDevice);  // -1: the index that PyTorch gives a CPU tensor
   switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock: *value = kMaxThreads; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = kDefaultDynamicBytes; break;
@@ -743,7 +745,7 @@ int launch(const Launch& launch) {
 #define SIMT_EXPORT extern "C" __attribute__((visibility("default")))
 
 // What was wrong with the last launch; empty if nothing was, or if it did not start.
-SIMT_EXPORT const char* simt_last_message() { return simt::message.c_str(); }
+SIMT_EXPORT const char* simt_last_message() { return simt::last_message(); }
 
 // 0: blocks and threads run in order. Else in an order drawn from the seed, another in each launch.
 SIMT_EXPORT void simt_set_seed(uint64_t seed) {

@@ -52,6 +52,7 @@ void fence();
 int launch(const Launch& launch);
 int fail(int error);
 int last_error(bool clear);
+const char* last_message();  // of the last launch; "" if nothing was wrong with it
 int allow_dynamic_bytes(const void* kernel, int bytes);
 int device_attribute(int* value, int attribute, int device);
 
