@@ -16,6 +16,8 @@ const char* const kDeviceTensor = "a CUDA tensor";
 
 bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
 
+int ordinal_of(const Tensor& tensor) { return tensor.get_device_index(); }
+
 DeviceGuard::DeviceGuard(const Tensor& tensor) : guard_(new Guard(tensor.get_device_index())) {}
 
 DeviceGuard::~DeviceGuard() { delete static_cast<Guard*>(guard_); }

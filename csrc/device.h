@@ -10,6 +10,9 @@ namespace fused_resnet {
 // Whether the kernels can reach the memory of `tensor`.
 bool on_device(const torch::stable::Tensor& tensor);
 
+// CUDA's number of the device of such a tensor.
+int ordinal_of(const torch::stable::Tensor& tensor);
+
 // What such a tensor is called in an error.
 extern const char* const kDeviceTensor;
 

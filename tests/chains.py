@@ -21,6 +21,8 @@ EPS = 1e-5
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: The backends that run the passes here, one for each kernel language: on a CPU the CUDA kernels run by the SIMT shim.
 LANGUAGES = [name for name in ("passes_cuda", "emulated", "passes_triton") if not BACKENDS[name].declines(DEVICE, torch.float32)]
+#: All backends that run here.
+RUNNABLE = [name for name in BACKENDS if not BACKENDS[name].declines(DEVICE, torch.float32)]
 
 
 @dataclass

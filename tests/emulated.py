@@ -1,7 +1,7 @@
 """The backend `emulated`: csrc/ as it stands, compiled for the host by the SIMT shim of tests/simt/. For tests alone."""
 
 import os
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +11,32 @@ from simt import compile as simt
 from fused_resnet.backends.passes import DTYPES
 from fused_resnet.backends.passes_cuda import PassesCuda
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent / "csrc"
 #: How it is compiled: plain, asan, ubsan or race; see docs/simt.md.
 FLAVOUR = os.environ.get("SIMT_FLAVOUR", "plain")
 NAMESPACE = "fused_resnet_emulated"
 
 
-@lru_cache(maxsize=1)
-def build() -> Path:
-    """The library; built at the first call, which takes a minute or two."""
+def build(csrc: Path = CSRC, flavour: str = FLAVOUR) -> Path:
+    """The library of the sources in `csrc`. The first build takes a minute or two, a later one nothing."""
     torch_home = Path(torch.__file__).parent
-    device = CSRC.parent / "tests" / "simt" / "device.cpp"
-    sources = [*sorted(CSRC.glob("*.cu")), *(p for p in sorted(CSRC.glob("*.cpp")) if p.name != "device.cpp"), device]
+    sources = [path for path in sorted(csrc.iterdir()) if path.suffix in (".cu", ".cpp") and path.name != "device.cpp"]
     return simt.library(
-        sources, FLAVOUR, include=[CSRC],
-        flags=[f"-DFUSED_RESNET_NAMESPACE={NAMESPACE}", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", f"-isystem{torch_home / 'include'}"],
+        [*sources, HERE / "simt" / "device.cpp"], flavour, include=[csrc],
+        flags=[
+            f"-DFUSED_RESNET_NAMESPACE={NAMESPACE}", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-Wno-unknown-pragmas",
+            f"-isystem{torch_home / 'include'}",
+        ],
         link=[f"-L{torch_home / 'lib'}", "-ltorch_cpu"],
     )  # fmt: skip
 
 
-@lru_cache(maxsize=1)
-def load() -> None:
-    """Make the operators known to PyTorch."""
+@cache
+def operators() -> Any:
+    """The operators of the library, by name."""
     torch.ops.load_library(build())
+    return getattr(torch.ops, NAMESPACE)
 
 
 class Emulated(PassesCuda):
@@ -48,5 +51,4 @@ class Emulated(PassesCuda):
 
     @property
     def operators(self) -> Any:
-        load()
-        return getattr(torch.ops, NAMESPACE)
+        return operators()

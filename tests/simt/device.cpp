@@ -7,6 +7,8 @@ const char* const kDeviceTensor = "a CPU tensor";
 
 bool on_device(const torch::stable::Tensor& tensor) { return tensor.is_cpu(); }
 
+int ordinal_of(const torch::stable::Tensor&) { return 0; }
+
 DeviceGuard::DeviceGuard(const torch::stable::Tensor&) : guard_(nullptr) {}
 
 DeviceGuard::~DeviceGuard() = default;

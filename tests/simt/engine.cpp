@@ -672,7 +672,7 @@ int allow_dynamic_bytes(const void* kernel, int bytes) {
 }
 
 int device_attribute(int* value, int attribute, int device) {
-  if (device != 0 && device != -1) return fail(cudaErrorInvalidDevice);  // -1: the index that PyTorch gives a CPU tensor
+  if (device != 0) return fail(cudaErrorInvalidDevice);
   switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock: *value = kMaxThreads; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = kDefaultDynamicBytes; break;
