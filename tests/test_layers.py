@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fused_resnet"
 ORDER = [
     ["_version", "environment", "problem", "reference", "native", "binary"],
     ["roofline", "native_kernels"],
+    ["tuning"],
     ["kernels"],
     ["backends"],
     ["ops"],

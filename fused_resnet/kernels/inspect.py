@@ -118,7 +118,7 @@ def _options(launch: Launch, all_launches: list[Launch]) -> str:
 def compile_launch(launch: Launch, variant: str, architecture: int) -> Compiled:
     """Compile a recorded launch for sm_`architecture`, and read what came out."""
     compiled = triton.compile(
-        _source(launch), target=GPUTarget("cuda", architecture, 32), options={"num_warps": launch.warps}
+        _source(launch), target=GPUTarget("cuda", architecture, 32), options={"num_warps": launch.warps, "num_stages": launch.stages}
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

@@ -24,6 +24,7 @@ class Launch:
     programs: int
     arguments: dict[str, Any]
     warps: int
+    stages: int  #: of software pipelining; a kernel without a loop over tiles in shared memory does not care
 
 
 _recorded: list[Launch] | None = None
@@ -40,14 +41,14 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def launch(kernel: Any, programs: int, device: torch.device, warps: int, **arguments: Any) -> None:
+def launch(kernel: Any, programs: int, device: torch.device, warps: int, stages: int = 3, **arguments: Any) -> None:
     """Launch `programs` programs of `kernel` on the current stream of `device`."""
     if _recorded is not None:
-        _recorded.append(Launch(kernel, programs, arguments, warps))
+        _recorded.append(Launch(kernel, programs, arguments, warps, stages))
         return
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(programs,)](**arguments, num_warps=warps)
+        kernel[(programs,)](**arguments, num_warps=warps, num_stages=stages)
 
 
 @lru_cache
