@@ -5,7 +5,7 @@
 #
 # PART  test      build the native library, and run tests/ on the GPU
 #       sanitize  every pass under compute-sanitizer's memcheck, racecheck, synccheck and initcheck
-#       kernels   time every pass against PyTorch's eager mode and torch.compile
+#       kernels   time every pass on ResNet-18's and ResNet-50's shapes against PyTorch's eager mode, torch.compile and cuDNN
 #       train     time training steps of ResNet-50 against both
 #       profile   a trace and the kernels of one training step, ours and eager
 # OUT     a folder for logs, marks and results; it is made
@@ -19,6 +19,11 @@ set -uo pipefail
 
 LIMIT=460  # seconds of a call
 PARTS="test sanitize kernels train profile"
+# The passes, in groups that fit into a call: Inductor compiles its peer of each on every shape.
+whole="norm_act_forward norm_add_forward norm_backward norm_add_backward"
+forward="batch_stats norm_act norm_add_act norm_add_act_raw norm_act_max_pool norm_add_act_avg_pool"
+backward="norm_backward_reduce norm_add_backward_reduce norm_backward_apply norm_act_max_pool_backward
+  norm_add_act_avg_pool_backward"
 
 refuse() {
   echo "gpu_check.sh: $1" >&2
@@ -100,14 +105,18 @@ case $part in
     ;;
   kernels)
     for dtype in bf16 fp16; do
-      step "$dtype" "$python" bench/kernels.py --dtype "$dtype" --batch 256 --commit "$commit" --out "$out/results"
+      for batch in 256 64; do
+        for group in whole forward backward; do
+          step "$dtype-$batch-$group" "$python" bench/kernels.py --model resnet18 resnet50 --dtype "$dtype" --batch "$batch" \
+            --case ${!group} --commit "$commit" --out "$out/results"
+        done
+      done
     done
-    step bf16-64 "$python" bench/kernels.py --dtype bf16 --batch 64 --commit "$commit" --out "$out/results"
     ;;
   train)
     for dtype in bf16 fp16; do
       step "$dtype" "$python" bench/train.py --model resnet50 --dtype "$dtype" --batch 256 \
-        --impl eager eager_nhwc compile ours:passes --commit "$commit" --out "$out/results"
+        --commit "$commit" --out "$out/results"
     done
     ;;
   profile)

@@ -1,9 +1,11 @@
 """The suite `kernels` under pytest-benchmark: `pytest bench/test_kernels.py --benchmark-json kernels.json`.
 
-Every pass, ours and eager's, on ResNet-50's shapes on a GPU (batch 256, bfloat16), and on the first shape of each, small, on a CPU,
-where ours runs in Triton's interpreter and its time says nothing. A call is timed up to its end on the device. Each result is
-compared with the reference's before. bench/kernels.py writes the figures that the documents show.
+Every pass, ours and its peers', on the shapes of ResNet-18 and ResNet-50 on a GPU (batch 256, bfloat16), and on the first shape of
+each, small, on a CPU, where ours runs in Triton's interpreter and its time says nothing. A call is timed up to its end on the device.
+Each result is compared with the reference's before. bench/kernels.py writes the figures that the documents show.
 """
+
+import dataclasses
 
 import kernels
 import pytest
@@ -11,7 +13,10 @@ import torch
 
 from fused_resnet.backends import BACKENDS
 from fused_resnet.bench import passes, schema
+from fused_resnet.bench.kernels import IMPLEMENTATIONS, OURS, Kernels, declines, peers
+from fused_resnet.bench.machine import measure_ceilings
 from fused_resnet.bench.schema import read_results
+from fused_resnet.problem import NormProblem
 from fused_resnet.reference import Reference
 from fused_resnet.roofline import resnet
 
@@ -22,24 +27,31 @@ DTYPE = torch.bfloat16 if CUDA else torch.float16
 
 def plan():
     if CUDA:
-        return list(passes.plan(resnet("resnet50", 256)))
-    return list({make: (make, norm) for make, norm in reversed(list(passes.plan(resnet("resnet18", 2, 16))))}.values())
+        return list(passes.plan([resnet("resnet18", 256), resnet("resnet50", 256)]))
+    return list({make: (make, norm) for make, norm in reversed(list(passes.plan([resnet("resnet18", 2, 16)])))}.values())
 
 
 def name(value):
     return value.__name__ if callable(value) else f"{value.n}x{value.c}x{value.h}x{value.w}"
 
 
-@pytest.mark.parametrize("impl", ["ours:passes", "eager_nhwc"])
+@pytest.fixture(scope="module")
+def suite():
+    return Kernels(DEVICE, DTYPE, measure_ceilings(DEVICE, DTYPE, 3), IMPLEMENTATIONS)
+
+
+@pytest.mark.parametrize("impl", [*OURS, "eager_nhwc", *(["cudnn"] if CUDA else [])])
 @pytest.mark.parametrize("make, norm", plan(), ids=name)
-def test_pass(benchmark, make, norm, impl):
-    if impl.startswith("ours") and (reason := BACKENDS["passes"].declines(DEVICE, DTYPE)):
+def test_pass(benchmark, make, norm, impl, suite):
+    if reason := declines(impl, DEVICE, DTYPE):
         pytest.skip(reason)
     case = make(passes.Inputs(norm, DTYPE, DEVICE))
-    calls = kernels.peers(case, [impl])
+    calls = peers(case, (impl,))
     if not calls:
-        pytest.skip("ATen has no operator for it")
-    facts = kernels.check(calls, case.ours(Reference()), DEVICE, DTYPE)[impl]
+        pytest.skip("there is no operator for it")
+    facts = suite.check(case, calls)[impl]
+    if "unsupported" in facts.get("status", "") and impl not in OURS:
+        pytest.skip(facts["status"])
     assert "status" not in facts, facts
     benchmark.extra_info.update(bytes=case.bytes, dtype=str(DTYPE), max_rel_error=facts["max_rel_error"])
 
@@ -58,12 +70,48 @@ def test_the_program_writes_what_it_measured(tmp_path, capsys):
     assert kernels.main([*ARGUMENTS, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.rglob("*.json")
     rows = {(row.case, row.impl): row for row in read_results(path).rows}
-    assert set(rows) == {
-        ("copy", "copy"), ("matmul", "eager"), ("norm_act_max_pool", "eager_nhwc"), ("norm_act_max_pool", "ours:passes"),
-    }  # fmt: skip
-    assert all(row.status == "ok" and row.median_ms > 0 for row in rows.values())
-    assert rows["norm_act_max_pool", "ours:passes"].max_rel_error < 1e-3
+    case = "norm_act_max_pool"
+    assert set(rows) == {("copy", "copy"), ("matmul", "eager"), (case, "eager_nhwc"), *((case, impl) for impl in OURS)}
+    for (_, impl), row in rows.items():
+        reason = declines(impl, torch.device("cpu"), torch.float16)
+        assert row.status == (f"unsupported: {reason}" if reason else "ok")
+    assert rows[case, "ours:passes"].max_rel_error < 1e-3
     assert str(path) in capsys.readouterr().out
+
+
+def test_cudnn_on_a_cpu_is_unsupported_with_the_reason(suite):
+    case = passes.norm_add_forward(passes.Inputs(NormProblem(2, 8, 4, 4), torch.float16, torch.device("cpu")))
+    cpu = dataclasses.replace(suite, device=torch.device("cpu"), dtype=torch.float16, implementations=("cudnn",))
+    (row,) = cpu.rows(case)
+    assert (row.impl, row.status, row.median_ms) == ("cudnn", "unsupported: cuDNN runs on CUDA GPUs, not on 'cpu'", None)
+
+
+class CudnnByATen:
+    """cuDNN's batch norm with its arguments and results in cuDNN's order, computed by ATen's."""
+
+    def __getattr__(self, name):
+        return getattr(torch.ops.aten, name)
+
+    def cudnn_batch_norm(self, x, gamma, beta, mean, var, training, momentum, eps):
+        out, mean, invstd = torch.ops.aten.native_batch_norm(x, gamma, beta, mean, var, training, momentum, eps)
+        return out, mean, invstd, torch.empty(0)
+
+    def cudnn_batch_norm_backward(self, x, dy, gamma, _, __, mean, invstd, eps, kept):
+        assert kept.numel() == 0
+        wanted = [True, True, True]
+        return torch.ops.aten.native_batch_norm_backward(dy, x, gamma, None, None, mean, invstd, True, eps, wanted)
+
+
+@pytest.mark.parametrize("make", [passes.norm_act_forward, passes.norm_add_forward, passes.norm_backward, passes.norm_add_backward])
+def test_what_cudnn_is_asked_for_is_the_case(make, monkeypatch):
+    """Its results are the reference's, here computed by ATen in its place; with another case's they are not."""
+    monkeypatch.setattr(passes, "ATEN", CudnnByATen())
+    inputs = passes.Inputs(NormProblem(4, 16, 6, 6), torch.float32, torch.device("cpu"))
+    case = make(inputs)
+    expected = case.ours(Reference())
+    assert passes.error(case.cudnn(), expected)[1] is None
+    inputs.gamma.neg_()
+    assert passes.error(case.cudnn(), expected)[1].startswith("wrong: ")
 
 
 def test_what_is_wrong_gets_no_figure(tmp_path, monkeypatch):

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from fused_resnet.bench import passes
+
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu_check.sh"
+GROUPS = ("whole", "forward", "backward")
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 
 
@@ -59,15 +62,21 @@ def test_a_part_runs_its_steps_once(tmp_path, python):
     first = gpu_check("kernels", tmp_path / "out", "c0ffee", python=python)
     assert first.returncode == 0, first.stdout + first.stderr
     assert first.stdout.endswith("kernels: done\n")
-    assert [call.split()[:3] for call in calls(python)] == [
-        ["bench/kernels.py", "--dtype", "bf16"], ["bench/kernels.py", "--dtype", "fp16"], ["bench/kernels.py", "--dtype", "bf16"],
-    ]  # fmt: skip
-    assert all(f"--commit c0ffee --out {tmp_path / 'out' / 'results'}" in call for call in calls(python))
-    assert sorted(p.name for p in (tmp_path / "out").glob("*.done")) == [
-        "kernels-bf16-64.done", "kernels-bf16.done", "kernels-fp16.done",
-    ]  # fmt: skip
+    steps = [f"{dtype}-{batch}-{group}" for dtype in ("bf16", "fp16") for batch in (256, 64) for group in GROUPS]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.done")) == sorted(f"kernels-{step}.done" for step in steps)
+    assert len(calls(python)) == len(steps)
+    for call, step in zip(calls(python), steps, strict=True):
+        dtype, batch, _ = step.split("-")
+        assert call.startswith(f"bench/kernels.py --model resnet18 resnet50 --dtype {dtype} --batch {batch} --case ")
+        assert call.endswith(f"--commit c0ffee --out {tmp_path / 'out' / 'results'}")
     assert gpu_check("kernels", tmp_path / "out", "c0ffee", python=python).returncode == 0
-    assert len(calls(python)) == 3
+    assert len(calls(python)) == len(steps)
+
+
+def test_the_groups_hold_every_pass_once(tmp_path, python):
+    gpu_check("kernels", tmp_path / "out", "c0ffee", python=python)
+    cases = [call.partition("--case ")[2].partition(" --commit")[0].split() for call in calls(python)[: len(GROUPS)]]
+    assert sorted(name for group in cases for name in group) == sorted(passes.NAMES)
 
 
 def test_a_step_that_failed_is_shown_and_the_others_run(tmp_path, python):

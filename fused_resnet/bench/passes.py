@@ -1,12 +1,16 @@
-"""The cases of the suite `kernels`: each pass of a backend on the shapes that ResNet-50 gives it, with its peers.
+"""The cases of the suite `kernels`: each pass of a backend on the shapes that ResNets give it, with its peers.
 
 A case makes its inputs, knows the bytes that it must move, runs the pass by any backend, and, where ATen has operators for the
-same work, as PyTorch's eager mode runs them: NHWC, in the same dtype. Results are compared with the reference's before anything
-is timed. The ReLU masks of all peers are the same, so that no error is due to a sign that rounding turned.
+same work, as PyTorch's eager mode runs them and as cuDNN does: NHWC, in the same dtype. Results are compared with the reference's
+before anything is timed. The ReLU masks of all peers are the same, so that no error is due to a sign that rounding turned.
+
+Single passes compare with what eager runs for the same piece of work. Batch norm as a whole, where cuDNN has one too, is
+`norm_act_forward`, `norm_add_forward`, `norm_backward` and `norm_add_backward`: several passes of ours in a row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,6 +34,7 @@ class Case:
     bytes: int  #: read and written, each tensor once
     ours: Callable[[Reference], tuple[Tensor, ...]]
     eager: Callable[[], tuple[Tensor, ...]] | None  #: the leading results of `ours`, by ATen
+    cudnn: Callable[[], tuple[Tensor, ...]] | None = None  #: the same by cuDNN's batch norm and ATen's ReLU and addition
 
 
 class Inputs:
@@ -68,6 +73,25 @@ class Inputs:
     def eager_backward(self, dz: Tensor, wanted: list[bool]) -> tuple[Tensor | None, ...]:
         """(dy, dgamma, dbeta) by batch norm's backward, those of them that are `wanted`."""
         return ATEN.native_batch_norm_backward(dz, self.x, self.gamma, None, None, self.mean, self.invstd, True, EPS, wanted)
+
+    def eager_training_norm(self) -> Tensor:
+        """norm(x) with the statistics of x, which are computed."""
+        return torch.nn.functional.batch_norm(self.x, None, None, self.gamma, self.beta, True, 0.0, EPS)
+
+    def cudnn_norm(self) -> tuple[Tensor, ...]:
+        """(norm(x), mean, invstd, what cuDNN keeps for backward), with the statistics of x, which are computed."""
+        running = torch.zeros_like(self.gamma), torch.ones_like(self.gamma)
+        return ATEN.cudnn_batch_norm(self.x, self.gamma, self.beta, *running, True, 0.0, EPS)
+
+    @cached_property
+    def cudnn_saved(self) -> tuple[Tensor, ...]:
+        """(mean, invstd, what cuDNN keeps for backward) of x."""
+        return self.cudnn_norm()[1:]
+
+    def cudnn_backward(self, dz: Tensor) -> Tensor:
+        """dy, by cuDNN."""
+        mean, invstd, kept = self.cudnn_saved
+        return ATEN.cudnn_batch_norm_backward(self.x, dz, self.gamma, None, None, mean, invstd, EPS, kept)[0]
 
     def eager_sums(self, dz: Tensor) -> tuple[Tensor, ...]:
         """(dz, Σ dz, Σ dz·x̂): dbeta and dgamma are these sums."""
@@ -119,6 +143,33 @@ def norm_add_act_raw(i: Inputs) -> Case:
     )  # fmt: skip
 
 
+def norm_act_forward(i: Inputs) -> Case:
+    """Statistics and apply: the whole of relu(norm(x)). Reads x twice, writes act."""
+
+    def ours(backend):
+        scale, bias = backend.batch_stats(i.x, i.gamma, i.beta, EPS)[3:]
+        return backend.norm_add_act(i.x, scale, bias, None, None, None, True, False)[:1]
+
+    return Case(
+        "norm_act_forward", i.norm, 3 * i.bytes, ours, lambda: (i.eager_training_norm().relu_(),), lambda: (i.cudnn_norm()[0].relu_(),)
+    )
+
+
+def norm_add_forward(i: Inputs) -> Case:
+    """Statistics and apply: the whole of relu(norm(x) + residual). Reads x twice and the residual, writes act and mask."""
+    residual = i.tensor()
+
+    def ours(backend):
+        scale, bias = backend.batch_stats(i.x, i.gamma, i.beta, EPS)[3:]
+        return backend.norm_add_act(i.x, scale, bias, residual, None, None, True, True)[:1]
+
+    return Case(
+        "norm_add_forward", i.norm, 4 * i.bytes + i.norm.mask_bytes, ours,
+        lambda: (i.eager_training_norm().add_(residual).relu_(),),
+        lambda: (i.cudnn_norm()[0].add_(residual).relu_(),),
+    )  # fmt: skip
+
+
 def norm_backward_reduce(i: Inputs) -> Case:
     """Reads d and x, writes dz; the mask is recomputed."""
     d = i.tensor(offset=0.5)
@@ -158,6 +209,24 @@ def norm_backward_apply(i: Inputs) -> Case:
     )  # fmt: skip
 
 
+def norm_backward(i: Inputs) -> Case:
+    """Reduce and apply: the whole backward of relu(norm(x)); the mask is recomputed. Reads d and x, writes dz; reads both, writes dy."""
+    d = i.tensor(offset=0.5)
+    act = Reference().norm_add_act(i.x, i.scale, i.bias, None, None, None, True, False)[0]
+
+    def ours(backend):
+        dz, s1, s2, _ = backend.norm_backward_reduce(
+            d, None, i.x, i.mean, i.invstd, i.scale, i.bias, None, None, None, None, True
+        )
+        return (backend.norm_backward_apply(dz, i.x, i.mean, i.invstd, i.gamma, s1, s2),)
+
+    return Case(
+        "norm_backward", i.norm, 6 * i.bytes, ours,
+        lambda: i.eager_backward(ATEN.threshold_backward(d, act, 0), [True, True, True])[:1],
+        lambda: (i.cudnn_backward(ATEN.threshold_backward(d, act, 0)),),
+    )  # fmt: skip
+
+
 def norm_add_backward(i: Inputs) -> Case:
     """Reduce and apply: the whole backward of relu(norm(x) + residual), the two gradients of its result added."""
     d, dact, mask = i.tensor(offset=0.5), i.tensor(), i.mask()
@@ -169,11 +238,11 @@ def norm_add_backward(i: Inputs) -> Case:
         )
         return (backend.norm_backward_apply(dz, i.x, i.mean, i.invstd, i.gamma, s1, s2),)
 
-    def eager():
-        dz = ATEN.threshold_backward(d + dact, act, 0)
-        return i.eager_backward(dz, [True, True, True])[:1]
-
-    return Case("norm_add_backward", i.norm, 7 * i.bytes + i.norm.mask_bytes, ours, eager)
+    return Case(
+        "norm_add_backward", i.norm, 7 * i.bytes + i.norm.mask_bytes, ours,
+        lambda: i.eager_backward(ATEN.threshold_backward(d + dact, act, 0), [True, True, True])[:1],
+        lambda: (i.cudnn_backward(ATEN.threshold_backward(d + dact, act, 0)),),
+    )  # fmt: skip
 
 
 def norm_act_max_pool(i: Inputs) -> Case:
@@ -230,24 +299,25 @@ def norm_add_act_avg_pool_backward(i: Inputs) -> Case:
     )  # fmt: skip
 
 
-INNER = (batch_stats, norm_act, norm_backward_reduce, norm_backward_apply)
-ENDS = (batch_stats, norm_add_act, norm_add_act_raw, norm_add_backward_reduce, norm_backward_apply, norm_add_backward)
+INNER = (batch_stats, norm_act, norm_act_forward, norm_backward_reduce, norm_backward_apply, norm_backward)
+ENDS = (
+    batch_stats, norm_add_act, norm_add_act_raw, norm_add_forward, norm_add_backward_reduce, norm_backward_apply, norm_add_backward,
+)  # fmt: skip
 STEM = (batch_stats, norm_act_max_pool, norm_act_max_pool_backward, norm_backward_apply)
 TAIL = (norm_add_act_avg_pool, norm_add_act_avg_pool_backward)
 Maker = Callable[[Inputs], Case]
 NAMES = tuple(dict.fromkeys(make.__name__ for make in (*STEM, *INNER, *ENDS, *TAIL)))
 
 
-def plan(network: Network, names: Sequence[str] = NAMES) -> Iterator[tuple[Maker, NormProblem]]:
-    """The passes called `names` on the shapes of `network`, each shape once."""
-    ends = [block.branch[-1].conv.output_norm for block in network.blocks]
-    inner = [layer.conv.output_norm for block in network.blocks for layer in block.branch[:-1]]
-    groups = ((STEM, [network.stem.conv.output_norm]), (INNER, inner), (ENDS, ends), (TAIL, ends[-1:]))
-    for makers, norms in groups:
-        for norm in dict.fromkeys(norms):
-            for make in makers:
-                if make.__name__ in names:
-                    yield make, norm
+def plan(networks: Iterable[Network], names: Sequence[str] = NAMES) -> Iterator[tuple[Maker, NormProblem]]:
+    """The passes called `names` on the shapes of `networks`, each pass on each shape once."""
+    planned = {}  # in this order, without repetition
+    for network in networks:
+        ends = [block.branch[-1].conv.output_norm for block in network.blocks]
+        inner = [layer.conv.output_norm for block in network.blocks for layer in block.branch[:-1]]
+        for makers, norms in ((STEM, [network.stem.conv.output_norm]), (INNER, inner), (ENDS, ends), (TAIL, ends[-1:])):
+            planned |= {(make, norm): None for norm in dict.fromkeys(norms) for make in makers if make.__name__ in names}
+    yield from planned
 
 
 def error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, str | None]:

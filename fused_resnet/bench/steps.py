@@ -7,15 +7,17 @@ from torch import Tensor
 
 import fused_resnet
 
+from ..backends import BACKENDS
+from ..reference import Reference
+
 #: What each implementation is: the backend in force, whether images and weights are NHWC, whether torch.compile runs it.
 IMPLEMENTATIONS = {
     "eager": ("off", False, False),
     "eager_nhwc": ("off", True, False),
     "compile": ("off", True, True),
     "ours": ("auto", True, False),
-    "ours:passes": ("passes", True, False),
+    **{f"ours:{name}": (name, True, False) for name in BACKENDS if name != Reference.name},
 }
-
 
 #: For the gradients that are compared: float16 loses the small ones of an unscaled loss, and overflows at a scaler's first guess.
 LOSS_SCALE = 1024.0
