@@ -4,11 +4,10 @@ The rules of counting. A kernel moves every tensor that it touches once; nothing
 the halo of a 3x3 window is free. A kernel takes max(FLOPs / rate, bytes / bandwidth), and a step the sum over its kernels: its
 floor. Partial sums, split-K workspaces, finalising launches, and the casts of weights are not counted.
 
-`python -m fused_resnet.roofline` prints the table of docs/design.md. Plain Python, no GPU.
+`fused-resnet roofline` prints it. Plain Python, no GPU.
 """
 
-import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .problem import ConvProblem, NormProblem
@@ -222,9 +221,13 @@ def _head_and_optimizer(network: Network, itemsize: int) -> Iterator[Kernel]:
     vectors = network.batch * (network.features + network.classes) * itemsize
     for work, bytes_per_weight in (("fprop", itemsize), ("dgrad", itemsize), ("wgrad", MASTER_BYTES)):
         yield Kernel("fc", work, 2 * network.batch * weight, weight * bytes_per_weight + vectors)
-    # Weight and momentum are read and written, the gradient is read; a narrower copy of the weight is written.
+    yield optimizer_step(network.parameters, itemsize)
+
+
+def optimizer_step(parameters: int, itemsize: int) -> Kernel:
+    """SGD with momentum: weight and momentum are read and written, the gradient is read; a narrower copy of the weight is written."""
     copy = itemsize if itemsize < MASTER_BYTES else 0
-    yield Kernel("optimizer", "sgd", 0, network.parameters * (5 * MASTER_BYTES + copy))
+    return Kernel("optimizer", "sgd", 0, parameters * (5 * MASTER_BYTES + copy))
 
 
 def _separate_step(network: Network, _: Design, sizes: _Sizes) -> Iterator[Kernel]:
@@ -413,54 +416,3 @@ def total_flops(kernels: Iterable[Kernel]) -> int:
 def floor_seconds(kernels: Iterable[Kernel], flops_per_s: float, bytes_per_s: float) -> float:
     """The time that no implementation of these kernels can beat on a device with those rates."""
     return sum(kernel.seconds(flops_per_s, bytes_per_s) for kernel in kernels)
-
-
-def table(network: Network, itemsize: int, rates: Iterable[float], bytes_per_s: float) -> str:
-    """The designs as text: MB per image, launches, MB saved per image, and the floor in images/s for each rate (FLOP/s)."""
-    rates = list(rates)
-    head = f"{'design':<9}{'MB/image':>10}{'launches':>10}{'saved MB':>10}"
-    lines = [head + "".join(f"{f'at {rate / 1e12:g}':>10}" for rate in rates)]
-    for name, design in DESIGNS.items():
-        kernels = training_step(network, design, itemsize)
-        per_image = total_bytes(kernels) / network.batch / 1e6
-        saved = saved_bytes(network, design, itemsize) / network.batch / 1e6
-        floors = (network.batch / floor_seconds(kernels, rate, bytes_per_s) for rate in rates)
-        row = f"{name:<9}{per_image:>10.1f}{len(kernels):>10}{saved:>10.1f}"
-        lines.append(row + "".join(f"{floor:>10,.0f}" for floor in floors))
-    return "\n".join(lines)
-
-
-def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
-        return value
-
-    return parse
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: prints the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fused_resnet.roofline",
-        description="Bytes, launches and floors of a ResNet's training step, design by design.",
-        epilog="example: python -m fused_resnet.roofline --model resnet101 --batch 128 --tflops 800 500 --tbytes 4.3",
-    )
-    parser.add_argument("--model", choices=DEPTHS, default="resnet50")
-    parser.add_argument("--batch", type=_positive(int), default=256)
-    parser.add_argument("--size", type=_positive(int), default=224, help="height and width of an image, in pixels")
-    parser.add_argument("--itemsize", type=int, choices=(2, 4), default=2, help="bytes of an activation's element")
-    parser.add_argument("--tflops", type=_positive(float), nargs="+", default=[800.0, 500.0], help="rates, in 10^12 FLOP/s")
-    parser.add_argument("--tbytes", type=_positive(float), default=3.0, help="bandwidth, in 10^12 bytes/s")
-    args = parser.parse_args(arguments)
-    network = resnet(args.model, args.batch, args.size)
-    flops = total_flops(training_step(network, DESIGNS["onepass"], args.itemsize))
-    print(f"{args.model}, {args.batch} images of {args.size} x {args.size}, {args.itemsize} bytes an element")
-    print(f"forward {network.forward_flops / network.batch / 2e9:.2f} billion multiply-adds per image, step {flops / 1e12:.3f} TFLOP")
-    print(f"floors in images/s, at 10^12 FLOP/s as headed and {args.tbytes:g} TB/s\n")
-    print(table(network, args.itemsize, [rate * 1e12 for rate in args.tflops], args.tbytes * 1e12))
-
-
-if __name__ == "__main__":
-    main()

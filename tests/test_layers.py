@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "fused_resnet"
 #: The top-level modules from left to right; those of one group do not import each other. "" is the package's __init__.
 ORDER = [
-    ["_version", "environment", "problem", "reference", "native", "binary"],
+    ["_version", "devices", "environment", "problem", "reference", "native", "binary"],
     ["roofline", "native_kernels"],
     ["tuning"],
     ["kernels"],
@@ -104,7 +104,7 @@ def test_an_import_to_the_right_is_seen(path, line, fault, tmp_path):
     assert violations(tmp_path / PACKAGE.name) == [f"{path}:{number}: {fault}"]
 
 
-@pytest.mark.parametrize("name", ["problem", "roofline"])
+@pytest.mark.parametrize("name", ["devices", "problem", "roofline"])
 def test_the_figures_are_plain_python(name):
     tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
     assert "torch" not in {

@@ -53,12 +53,26 @@ def whole_number(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected a whole number; got {text!r}") from None
 
 
+def positive(text: str) -> int:
+    """The type of an argument: a whole number of at least 1."""
+    if (value := whole_number(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1; got {text!r}")
+    return value
+
+
 def number(text: str) -> float:
     """The type of an argument: a real number."""
     try:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number; got {text!r}") from None
+
+
+def positive_number(text: str) -> float:
+    """The type of an argument: a number above 0."""
+    if not 0 < (value := number(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0; got {text!r}")
+    return value
 
 
 def one_of(*known: str):

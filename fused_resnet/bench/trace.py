@@ -1,0 +1,406 @@
+"""What a training step of any module must cost: its ATen operators, traced without a GPU, a device's memory, or numbers.
+
+`trace` runs a module forward and backward on fake tensors and writes down every operator: its layer, its FLOPs, the tensors that it
+reads and writes. `designs` turns that into kernels, by the counting rules of `roofline`, in three ways:
+
+- `eager`: each operator a kernel, batch norm two each way: statistics and apply, reduce and apply;
+- `passes`: element-wise operators that follow one another are one pass, which reads what comes from outside and writes what is needed
+  outside; a reduction joins the pass that makes its operand. The mask of a ReLU is a bit a value, or recomputed where the pass reads
+  what it is made of;
+- `fused`: such passes cost no trip of their own. One whose operand comes from a convolution, a product or a pool runs in its epilogue,
+  one whose result goes into one runs in its prologue, in each of them if that moves fewer bytes than to write the result once.
+
+The last is a bound for an arbitrary graph, no promise that such a kernel is written. For ResNets, tests hold all three to the
+designs of `roofline`, which are counted by hand.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from ..backends import backend
+from ..problem import ConvProblem
+from ..roofline import MASTER_BYTES, Kernel, optimizer_step
+
+ATEN = torch.ops.aten
+HEAVY, POINTWISE, REDUCTION = "heavy", "pointwise", "reduction"
+NORMS = {ATEN.native_batch_norm, ATEN._native_batch_norm_legit, ATEN.native_layer_norm, ATEN.native_group_norm}
+NORM_BACKWARDS = {ATEN.native_batch_norm_backward, ATEN.native_layer_norm_backward, ATEN.native_group_norm_backward}
+#: Each makes a value of some, and can join the pass that makes its operand; a max pool's are a window.
+REDUCTIONS = {ATEN.mean, ATEN.sum, ATEN.var_mean, ATEN.max_pool2d_with_indices}
+#: They write where they read, or next to it, and can join the pass that reads their result.
+ALIGNED = {ATEN._to_copy, ATEN.max_pool2d_with_indices_backward}
+#: An operator on tensors of no more elements is not worth a word: a counter, a loss.
+SCALAR = 1
+
+
+@dataclass
+class Op:
+    """A kernel in the making. Values are tensors by number; `reads` and `writes` hold the bytes of each."""
+
+    layer: str
+    work: str
+    kind: str
+    backward: bool
+    flops: int = 0
+    reads: dict[int, int] = field(default_factory=dict)
+    writes: dict[int, int] = field(default_factory=dict)
+    sums: set[int] = field(default_factory=set)  #: of `writes`, what is not known before the last of the operands was read
+
+    @property
+    def kernel(self) -> Kernel:
+        """As `roofline` counts."""
+        return Kernel(self.layer, self.work, self.flops, sum(self.reads.values()) + sum(self.writes.values()))
+
+
+@dataclass
+class Trace:
+    """A training step as operators in the order of their execution."""
+
+    ops: list[Op]
+    batch: int
+    itemsize: int  #: bytes of an activation's element
+    parameters: int
+    sizes: dict[int, int]  #: bytes of each value
+    fixed: set[int]  #: the values that are parameters and buffers
+    masks: dict[int, int]  #: of a ReLU's result, as its backward reads it: the value of its mask, a bit an element
+    covered: dict[int, int]  #: of a convolution's input gradient: the bytes under some window; zeros are elsewhere
+    taps: dict[int, int]  #: of a max pool's int64 index: the value of the same in a byte each, which holds a window's tap
+
+    @property
+    def forward_flops(self) -> int:
+        """FLOPs of the forward, whole batch."""
+        return sum(op.flops for op in self.ops if not op.backward)
+
+    def saved_bytes(self, ops: Iterable[Op]) -> int:
+        """Bytes of activations that these operators keep from forward to backward, whole batch."""
+        ops = list(ops)
+        made = {value for op in ops if not op.backward for value in (*op.reads, *op.writes)} - self.fixed
+        read = {value for op in ops if op.backward for value in op.reads}
+        return sum(self.sizes[value] for value in made & read)
+
+    def kernels(self, ops: Iterable[Op]) -> list[Kernel]:
+        """These operators as kernels, with SGD's step behind them."""
+        return [*(op.kernel for op in ops), optimizer_step(self.parameters, self.itemsize)]
+
+
+@contextmanager
+def module_names(model: nn.Module) -> Iterator[list[str]]:
+    """The names of the modules that are being called, the outermost first, as a list that changes with each call.
+
+    Not by hooks: they would change what runs, since a block whose modules are watched is not fused.
+    """
+    names, stack, original = {module: name for name, module in model.named_modules()}, [""], nn.Module.__call__
+
+    def call(module, *args, **kwargs):
+        if module not in names:
+            return original(module, *args, **kwargs)
+        stack.append(names[module])
+        try:
+            return original(module, *args, **kwargs)
+        finally:
+            stack.pop()
+
+    nn.Module.__call__ = call
+    try:
+        yield stack
+    finally:
+        nn.Module.__call__ = original
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down what runs below autograd. An operator of backward belongs to the layer whose forward made its node."""
+
+    def __init__(self, fixed: Iterable[Tensor], stack: list[str]):
+        super().__init__()
+        self.stack, self.backward, self.layer = stack, False, ""
+        self.ops: list[Op] = []
+        self.sizes: dict[int, int] = {}
+        self.masks: dict[int, int] = {}
+        self.covered: dict[int, int] = {}
+        self.taps: dict[int, int] = {}
+        self._alive, self._values, self._layers = [], {}, {}
+        self.fixed = {self._value(t) for t in fixed}
+
+    def _value(self, tensor: Tensor, new: bool = False) -> int:
+        """The number of what a tensor holds now. A view is its base; who writes in place makes a new value."""
+        storage = tensor.untyped_storage()
+        if new or storage._cdata not in self._values:
+            self._alive.append(tensor)  # else another tensor might get the same address
+            self._values[storage._cdata] = self._fresh(self._bytes(tensor))
+        return self._values[storage._cdata]
+
+    def _fresh(self, size: int) -> int:
+        self.sizes[len(self.sizes)] = size
+        return len(self.sizes) - 1
+
+    @staticmethod
+    def _bytes(tensor: Tensor) -> int:
+        """What is moved to read all of it: not more than there is, where it was expanded."""
+        return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        reads = {self._value(t): self._bytes(t) for t in inputs}
+        result = function(*args, **(kwargs or {}))
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        node = torch._C._current_autograd_node()
+        own = node is None or "AccumulateGrad" not in node.name()  # it copies gradients of parameters into their strides
+        if own and inputs and outputs and not function.is_view and any(t.numel() > SCALAR for t in (*inputs, *outputs)):
+            self.layer = self._layer_of(node)
+            self._record(function, args, reads, outputs, result)
+        return result
+
+    def _layer_of(self, node) -> str:
+        if not self.backward:
+            # The node of an operator is made before the operator gets here.
+            self._layers.setdefault(torch._C._autograd._get_sequence_nr() - 1, self.stack[-1])
+            return self.stack[-1]
+        # Where gradients are added there is no node: they belong to the layer whose backward made the last of them.
+        return self.layer if node is None else self._layers.get(node._sequence_nr(), self.layer)
+
+    def _add(self, work: str, kind: str, reads: dict[int, int], writes: dict[int, int], flops: int = 0) -> None:
+        self.ops.append(Op(self.layer, work, kind, self.backward, flops, reads, writes, set(writes) if kind == REDUCTION else set()))
+
+    def _record(self, function, args, reads: dict[int, int], outputs: list[Tensor], result) -> None:
+        packet, size = function.overloadpacket, self._bytes
+        if packet is ATEN.convolution_backward:
+            return self._convolution_backward(args, result)
+        writes = {self._value(t, new=True): size(t) for t in outputs}
+        if packet is ATEN.convolution and (problem := _problem(args[0], args[1], args[3:])):
+            reads[self._value(args[0])] = problem.touched_input_bytes(args[0].itemsize)
+            return self._add("fprop", HEAVY, reads, writes, problem.flops)
+        if packet in NORMS or packet in NORM_BACKWARDS:
+            return self._norm(packet, args, reads, writes)
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, out_val=result)
+            return self._add(packet.__name__, HEAVY, reads, writes, flops)
+        if packet is ATEN.threshold_backward:
+            act = self._value(args[1])
+            self.masks.setdefault(act, self._fresh(-(-args[1].numel() // 8)))
+        if packet is ATEN.max_pool2d_with_indices:
+            self.taps[self._value(outputs[1])] = self._fresh(outputs[1].numel())
+        if packet is ATEN.max_pool2d_with_indices_backward:
+            del reads[self._value(args[1])]  # of which it takes the shape
+        kind = POINTWISE if torch.Tag.pointwise in function.tags or packet in ALIGNED else HEAVY
+        return self._add(packet.__name__.rstrip("_"), REDUCTION if packet in REDUCTIONS else kind, reads, writes)
+
+    def _convolution_backward(self, args, result) -> None:
+        """dgrad and wgrad. The gradient of a weight is float32's."""
+        dy, x, weight = args[:3]
+        problem = _problem(x, weight, args[4:])
+        both = flop_registry[ATEN.convolution_backward](*args, out_val=result)
+        flops = problem.flops if problem else both // max(1, sum(args[-1][:2]))
+        operand = {self._value(dy): self._bytes(dy)}
+        dx, dw = result[:2]
+        if dx is not None:
+            reads = operand | {self._value(weight): self._bytes(weight)}
+            gradient = self._value(dx, new=True)
+            self.covered[gradient] = problem.touched_input_bytes(dx.itemsize) if problem else self._bytes(dx)
+            self._add("dgrad", HEAVY, reads, {gradient: self._bytes(dx)}, flops)
+        if dw is not None:
+            touched = problem.touched_input_bytes(x.itemsize) if problem else self._bytes(x)
+            writes = {self._value(dw, new=True): dw.numel() * MASTER_BYTES}
+            self._add("wgrad", HEAVY, operand | {self._value(x): touched}, writes, flops)
+
+    def _norm(self, packet, args, reads: dict[int, int], writes: dict[int, int]) -> None:
+        """Two kernels each way: the first makes the vectors (mean and invstd; dgamma and dbeta), the second the tensor."""
+        out, vectors = dict(list(writes.items())[:1]), dict(list(writes.items())[1:])
+        if packet in NORM_BACKWARDS:
+            self._add("backward reduce", REDUCTION, dict(reads), vectors)
+        elif packet in (ATEN.native_layer_norm, ATEN.native_group_norm) or args[5]:  # in training
+            x = self._value(args[0])
+            self._add("statistics", REDUCTION, {x: reads[x]}, vectors)
+        else:
+            vectors = {}
+        self._add("backward apply" if packet in NORM_BACKWARDS else "apply", POINTWISE, reads | vectors, out)
+
+
+def _problem(x: Tensor, weight: Tensor, rest: Sequence) -> ConvProblem | None:
+    """A convolution's shapes, `rest` being its stride, padding, dilation, transposed, …, groups; None where it is not 2-d."""
+    stride, padding, dilation, transposed, _, groups = rest[:6]
+    if x.dim() != 4 or transposed:
+        return None
+    pairs = [tuple(v) * (3 - len(v)) for v in (stride, padding, dilation)]
+    k, _, r, s = weight.shape
+    n, c, h, w = x.shape
+    return ConvProblem(n, c, h, w, k, r, s, *pairs, groups)
+
+
+def trace(make: Callable[[], nn.Module], shape: Sequence[int], dtype: torch.dtype) -> Trace:
+    """One training step of the module that `make` makes, in `dtype`, on images of `shape`, [N, C, H, W].
+
+    Its result must be scores [N, classes], or a tensor, or a collection of tensors, whose sum is then the loss. `make` is called
+    under a default dtype and on fake tensors: it costs no memory, and must not look at numbers.
+    """
+    before = torch.get_default_dtype()
+    with FakeTensorMode(), backend("off"):
+        try:
+            torch.set_default_dtype(dtype)
+            model = make().train()
+        finally:
+            torch.set_default_dtype(before)
+        images = torch.empty(tuple(shape), dtype=dtype).contiguous(memory_format=torch.channels_last)
+        labels = torch.zeros(shape[0], dtype=torch.long)
+        fixed = [*model.parameters(), *model.buffers()]
+        with module_names(model) as stack, _Recorder(fixed, stack) as recorder:
+            loss = scalar(model(images), labels)
+            recorder.backward = True
+            loss.backward()
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    found = recorder.sizes, recorder.fixed, recorder.masks, recorder.covered, recorder.taps
+    return Trace(recorder.ops, shape[0], dtype.itemsize, parameters, *found)
+
+
+def scalar(result, labels: Tensor) -> Tensor:
+    """A loss of what a model returns: cross-entropy of scores [N, classes], else the sum of all its tensors' means."""
+    if isinstance(result, Tensor) and result.dim() == 2:
+        return nn.functional.cross_entropy(result.float(), labels)
+    return sum(t.float().mean() for t in tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad)
+
+
+def designs(trace: Trace) -> dict[str, list[Op]]:
+    """The operators of a step as `eager`, `passes` and `fused` run them; see the top of this module."""
+    passes = _group(trace)
+    return {"eager": trace.ops, "passes": passes, "fused": _absorb(trace, passes)}
+
+
+def _group(trace: Trace) -> list[Op]:
+    """Element-wise operators that follow one another, as one operator each; heavy ones by themselves."""
+    ops = trace.ops
+    producer = {value: i for i, op in enumerate(ops) for value in op.writes}
+    readers: dict[int, list[int]] = {}
+    for i, op in enumerate(ops):
+        for value in op.reads:
+            readers.setdefault(value, []).append(i)
+
+    # An operator's level is how many barriers, heavy operators and whole reductions, lie before it. Of one level, none waits for another.
+    level = [0] * len(ops)
+    for i, op in enumerate(ops):
+        for value in op.reads:
+            if (j := producer.get(value)) is not None and j < i:
+                level[i] = max(level[i], level[j] + (op.kind == HEAVY or ops[j].kind != POINTWISE))
+    for i in reversed(range(len(ops))):  # as late as its readers allow, so that a shortcut's norm meets its addition
+        after = [j for value in ops[i].writes for j in readers.get(value, ())]
+        if ops[i].kind == POINTWISE and after and all(ops[j].kind != HEAVY for j in after):
+            level[i] = max(level[i], min(level[j] for j in after))
+
+    root = list(range(len(ops)))
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            i = root[i]
+        return i
+
+    for i, op in enumerate(ops):
+        for value in op.reads:
+            j = producer.get(value)
+            if j is None or op.kind == HEAVY or ops[j].kind != POINTWISE:
+                continue
+            if level[i] == level[j] and op.backward == ops[j].backward:
+                root[find(j)] = find(i)
+    members: dict[int, list[int]] = {}
+    for i in range(len(ops)):
+        members.setdefault(find(i), []).append(i)
+    merged: list[Op] = []
+    for group in sorted(members.values(), key=lambda group: group[-1]):
+        merged.append(_merge(trace, group, readers, {value: op for op in merged for value in op.writes}))
+    return merged
+
+
+def _merge(trace: Trace, group: list[int], readers: dict[int, list[int]], makers: dict[int, Op]) -> Op:
+    """What a pass over all operators of `group` reads from outside and writes for outside. `makers`: the passes so far, by value."""
+    ops = [trace.ops[i] for i in group]
+    if ops[0].kind == HEAVY:
+        return _copy(ops[0])
+    made = {value for op in ops for value in op.writes}
+    reads = {value: size for op in ops for value, size in op.reads.items() if value not in made}
+    writes = {
+        value: size for op in ops for value, size in op.writes.items()
+        if value not in readers or any(i not in group for i in readers[value])
+    }  # fmt: skip
+    for index, taps in trace.taps.items():
+        for values in (reads, writes):
+            if values.pop(index, None) is not None:
+                values[taps] = trace.sizes[taps]
+    for act, mask in trace.masks.items():
+        size = trace.sizes[mask]
+        if act in made and len(_large(reads, size)) > 1 and any(trace.ops[i].backward for i in readers[act]):
+            writes[mask] = size
+        if act in reads and all(op.work == "threshold_backward" for op in ops if act in op.reads):
+            del reads[act]
+            source = _large(makers[act].reads, size) if act in makers else []
+            if len(source) != 1 or source[0] not in reads:
+                reads[mask] = size
+    kind = REDUCTION if all(op.kind == REDUCTION for op in ops) else POINTWISE
+    work = ", ".join(dict.fromkeys(op.work for op in ops))
+    return Op(ops[-1].layer, work, kind, ops[0].backward, 0, reads, writes, {value for op in ops for value in op.sums})
+
+
+def _large(values: dict[int, int], mask: int) -> list[int]:
+    """Those of the values that are as large as an activation, whose mask has that many bytes."""
+    return [value for value, size in values.items() if size > mask]
+
+
+def _copy(op: Op) -> Op:
+    return replace(op, reads=dict(op.reads), writes=dict(op.writes), sums=set(op.sums))
+
+
+def _absorb(trace: Trace, passes: list[Op]) -> list[Op]:
+    """The passes without those that run in the prologue or the epilogue of a heavy operator."""
+    ops = [_copy(op) for op in passes]
+    left = list(ops)
+    for op in ops:
+        if op.kind != HEAVY and (_into_epilogue(op, left, trace.covered) or _into_prologue(op, left)):
+            left.remove(op)
+    return left
+
+
+def _into_epilogue(op: Op, ops: list[Op], covered: dict[int, int]) -> bool:
+    """Let the last heavy operator that `op` waits for do its work before it writes its result; whether that can be.
+
+    Another gradient that is added there need not exist where it is zero, between the windows of a strided 1x1 convolution.
+    """
+    makers = [i for i, other in enumerate(ops) if other is not op and set(other.writes) & set(op.reads)]
+    if not makers or ops[last := max(makers)].kind != HEAVY or ops[last].backward != op.backward:
+        return False
+    maker = ops[last]
+    if maker.sums & set(op.reads):
+        return False
+    (result, *_) = set(maker.writes) & set(op.reads)
+    for i in makers[:-1]:
+        for value in set(ops[i].writes) & set(op.reads) & set(covered):
+            ops[i].writes[value] = op.reads[value] = covered[value]
+    maker.reads |= {value: size for value, size in op.reads.items() if value not in maker.writes}
+    if not any(result in other.reads for other in ops if other is not op):
+        del maker.writes[result]
+    maker.writes |= op.writes
+    maker.sums |= op.sums
+    return True
+
+
+def _into_prologue(op: Op, ops: list[Op]) -> bool:
+    """Let the heavy operators that read a result of `op` make it of the operands of `op`; whether there is one."""
+    users = [other for other in ops if other.kind == HEAVY and set(other.reads) & set(op.writes)]
+    others = [other for other in ops if other is not op and other.kind != HEAVY and set(other.reads) & set(op.writes)]
+    if not users:
+        return False
+    results = {value for user in users for value in user.reads if value in op.writes}
+    written = sum(op.writes.values()) + sum(user.reads[v] for user in users[1:] for v in results if v in user.reads)
+    again = (len(users) - 1) * sum(op.reads.values())
+    if len(op.writes) == 1 and not others and again <= written:
+        readers = users
+    else:
+        readers, users[0].writes = users[:1], users[0].writes | op.writes
+    for reader in readers:
+        for value in results & set(reader.reads):
+            del reader.reads[value]
+        reader.reads |= op.reads
+    return True

@@ -1,0 +1,163 @@
+"""`fused-resnet roofline`: what a training step must cost, layer by layer, and the images/s that no implementation can beat."""
+
+import argparse
+
+import torch
+from rich.table import Table
+
+from ..bench.load import LoadError, builder
+from ..bench.machine import measure_ceilings
+from ..bench.table import console
+from ..bench.trace import designs, trace
+from ..devices import DEVICES
+from ..roofline import DEPTHS, DESIGNS, Kernel, floor_seconds, resnet, saved_bytes, total_bytes, total_flops, training_step
+from .arguments import UsageError, blaming, one_of, positive, positive_number
+
+DESCRIPTION = """Counts FLOPs and bytes of every kernel of a training step, in several designs,
+and the floor: the time that no implementation of those kernels can beat. Needs
+no GPU and no memory for the network.
+
+The rules: a kernel moves every tensor that it touches once, nothing stays in a
+cache between kernels, and it takes the longer of FLOPs/rate and
+bytes/bandwidth. For ResNet-18 to 152 each step of fusion is a row; any other
+network is traced, and gets three: eager, passes (one pass for element-wise
+operators that follow one another), fused (such passes inside convolutions)."""
+EXAMPLES = """example:
+  fused-resnet roofline
+  fused-resnet roofline --model resnet101 --batch 128 --device h200
+  fused-resnet roofline --model resnet50 --tflops 500 --tbytes 3.0 --layers
+  fused-resnet roofline --model torchvision:mobilenet_v2 --device a100
+  fused-resnet roofline --model my_models:make_net --size 64
+"""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MEASURED = "measured"
+#: For the table of layers: eager, passes, everything fused.
+SHOWN = {"eager": "eager", "passes": "passes", "+fold": "fused"}
+
+
+def add_parser(commands) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser(
+        "roofline", help="FLOPs, bytes and floors of a training step", description=DESCRIPTION, epilog=EXAMPLES
+    )
+    parser.add_argument("--model", default="resnet50", metavar="MODEL",
+                        help="a network of this package, torchvision:NAME or MODULE:FUNCTION (default: resnet50)")  # fmt: skip
+    parser.add_argument("--batch", type=positive, default=256, metavar="N", help="images in a batch (default: 256)")
+    parser.add_argument("--size", type=positive, default=224, metavar="PIXELS", help="height and width of an image (default: 224)")
+    parser.add_argument("--dtype", type=one_of(*DTYPES), default="bf16", metavar="D", help="bf16 (default), fp16, fp32")
+    parser.add_argument("--device", type=one_of(*DEVICES, MEASURED), metavar="D",
+                        help=f"published peaks of {', '.join(DEVICES)}; {MEASURED}: a copy and a matrix product "
+                             "timed here and now (default: measured where there is a GPU, else h100)")  # fmt: skip
+    parser.add_argument("--tflops", type=positive_number, metavar="RATE", help="in place of the device's, 10^12 FLOP/s")
+    parser.add_argument("--tbytes", type=positive_number, metavar="RATE", help="in place of the device's, 10^12 bytes/s")
+    parser.add_argument("--layers", action="store_true", help="a row for each layer as well")
+    parser.set_defaults(run=roofline)
+
+
+def roofline(args: argparse.Namespace) -> int:
+    """Runs the subcommand."""
+    dtype, out = DTYPES[args.dtype], console()
+    with blaming("--model", LoadError):
+        make = builder(args.model)
+        if args.model in DEPTHS:
+            network = resnet(args.model, args.batch, args.size)
+            kernels = {name: training_step(network, design, dtype.itemsize) for name, design in DESIGNS.items()}
+            saved = {name: saved_bytes(network, design, dtype.itemsize) for name, design in DESIGNS.items()}
+            forward = network.forward_flops
+        else:
+            step = _traced(make, args, dtype)
+            ways = designs(step)
+            kernels = {name: step.kernels(ops) for name, ops in ways.items()}
+            saved = {name: step.saved_bytes(ops) for name, ops in ways.items()}
+            forward = step.forward_flops
+    flops_per_s, bytes_per_s, words = _rates(args, dtype)
+    images = f"{args.batch} images of {args.size} x {args.size}, {args.dtype}"
+    out.print(f"{args.model}, {images}")
+    out.print(_flops(args, forward))
+    ridge = flops_per_s / bytes_per_s
+    out.print(f"{words}: {flops_per_s / 1e12:,.1f} TFLOP/s, {bytes_per_s / 1e12:,.3f} TB/s, ridge {ridge:,.0f} FLOP/byte")
+    out.print(_designs_table(kernels, saved, args.batch, flops_per_s, bytes_per_s))
+    if args.layers:
+        out.print(_layers_table(kernels, args.batch, flops_per_s, bytes_per_s))
+    return 0
+
+
+def _traced(make, args: argparse.Namespace, dtype: torch.dtype):
+    try:
+        return trace(make, (args.batch, 3, args.size, args.size), dtype)
+    except LoadError:
+        raise
+    except Exception as error:  # whatever a user's network raises
+        first = next(iter(str(error).splitlines()), "")
+        raise UsageError("--model", f"{args.model} can't be traced on [{args.batch}, 3, {args.size}, {args.size}]: "
+                                    f"{type(error).__name__}: {first}") from error  # fmt: skip
+
+
+def _rates(args: argparse.Namespace, dtype: torch.dtype) -> tuple[float, float, str]:
+    """(FLOP/s, bytes/s, where they come from)."""
+    name = args.device or (MEASURED if torch.cuda.is_available() else "h100")
+    if args.tflops and args.tbytes:
+        return args.tflops * 1e12, args.tbytes * 1e12, "as given"
+    if name == MEASURED:
+        where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        ceilings = measure_ceilings(where, dtype)
+        flops, moved = ceilings.flops_per_s, ceilings.bytes_per_s
+        words = torch.cuda.get_device_name() if where.type == "cuda" else "this CPU, not a GPU"
+        words += ", measured: a large copy and a large matrix product"
+    else:
+        device = DEVICES[name]
+        flops, moved = device.flops_per_s(dtype.itemsize), device.bytes_per_s
+        words = f"{device.title}, published peaks ({device.source})"
+    given = [f"{option} as given" for option, value in (("rate", args.tflops), ("bandwidth", args.tbytes)) if value]
+    return (
+        args.tflops * 1e12 if args.tflops else flops,
+        args.tbytes * 1e12 if args.tbytes else moved,
+        ", ".join([words, *given]),
+    )
+
+
+def _flops(args: argparse.Namespace, forward: int) -> str:
+    words = f"forward {forward / args.batch / 2e9:.2f} billion multiply-adds an image"
+    if args.model in DEPTHS and DEPTHS[args.model][1]:
+        paper = resnet(args.model, 1, args.size, stride_first=True).forward_flops / 2e9
+        words += f", torchvision's, which strides in the 3x3; {paper:.2f} with the paper's stride in the first 1x1"
+    return words
+
+
+def _designs_table(kernels, saved, batch: int, flops_per_s: float, bytes_per_s: float) -> Table:
+    table = Table(title="a training step, by design", title_justify="left")
+    table.add_column("design")
+    for head in ("GFLOP/image", "MB/image", "FLOP/byte", "launches", "saved for backward,\nMB/image", "less than eager,\nMB/image",
+                 "floor, ms", "floor, images/s", "memory-bound\npart of floor"):  # fmt: skip
+        table.add_column(head, justify="right")
+    for name, step in kernels.items():
+        flops, moved, floor = total_flops(step), total_bytes(step), floor_seconds(step, flops_per_s, bytes_per_s)
+        memory = sum(k.bytes / bytes_per_s for k in step if k.bytes / bytes_per_s >= k.flops / flops_per_s)
+        table.add_row(
+            name, f"{flops / batch / 1e9:,.1f}", f"{moved / batch / 1e6:,.1f}", f"{flops / moved:,.0f}", f"{len(step):,}",
+            f"{saved[name] / batch / 1e6:,.1f}", f"{max(0, saved['eager'] - saved[name]) / batch / 1e6:,.1f}",
+            f"{1e3 * floor:,.2f}", f"{batch / floor:,.0f}", f"{memory / floor:.0%}",
+        )  # fmt: skip
+    return table
+
+
+def _layers_table(kernels: dict[str, list[Kernel]], batch: int, flops_per_s: float, bytes_per_s: float) -> Table:
+    """A row a layer, forward and backward together, in the order of eager's forward."""
+    shown = {name: head for name, head in SHOWN.items() if name in kernels} or {name: name for name in kernels}
+    table = Table(title="by layer, forward and backward", title_justify="left")
+    table.add_column("layer")
+    table.add_column("GFLOP/image", justify="right")
+    for head in shown.values():
+        for figure in ("MB/image", "FLOP/byte", "floor, ms"):
+            table.add_column(f"{head}:\n{figure}", justify="right")
+    for layer in dict.fromkeys(kernel.layer for kernel in kernels["eager"]):
+        steps = {name: [k for k in kernels[name] if k.layer == layer] for name in shown}
+        row = [layer, f"{total_flops(steps['eager']) / batch / 1e9:,.3f}"]
+        for step in steps.values():
+            moved = total_bytes(step)
+            row += [
+                f"{moved / batch / 1e6:,.2f}", f"{total_flops(step) / moved:,.0f}" if moved else "",
+                f"{1e3 * floor_seconds(step, flops_per_s, bytes_per_s):,.3f}",
+            ]  # fmt: skip
+        table.add_row(*row)
+    return table
