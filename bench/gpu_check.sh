@@ -6,7 +6,9 @@
 # PART  test      build the native library, and run tests/ on the GPU
 #       sanitize  every pass under compute-sanitizer's memcheck, racecheck, synccheck and initcheck
 #       kernels   time every pass on ResNet-18's and ResNet-50's shapes against PyTorch's eager mode, torch.compile and cuDNN
-#       train     time training steps of ResNet-50 against both
+#       blocks    time residual blocks, forward and backward, against eager mode and torch.compile
+#       train     time training steps of ResNet-18, -50 and -152 at three batch sizes against both, and find the largest batch
+#       inference time ResNet-50 in evaluation mode against both
 #       profile   a trace and the kernels of one training step, ours and eager
 # OUT     a folder for logs, marks and results; it is made
 # COMMIT  of this repository; needed where there is no .git
@@ -18,7 +20,7 @@
 set -uo pipefail
 
 LIMIT=460  # seconds of a call
-PARTS="test sanitize kernels train profile"
+PARTS="test sanitize kernels blocks train inference profile"
 # The passes, in groups that fit into a call: Inductor compiles its peer of each on every shape.
 whole="norm_act_forward norm_add_forward norm_backward norm_add_backward"
 forward="batch_stats norm_act norm_add_act norm_add_act_raw norm_act_max_pool norm_add_act_avg_pool"
@@ -43,6 +45,12 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 commit=${3:-$(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null)}
 [[ $commit =~ ^[0-9A-Za-z._-]+$ ]] || refuse "COMMIT: expected letters, digits, '.', '_' and '-', and $root is no git checkout; got '$commit'"
+
+# Implementations of a network that share a step, so that they take turns. CUDA graphs keep a step's memory to themselves, and
+# max-autotune takes minutes to compile.
+plain="eager eager_nhwc compile ours ours:passes"
+graphs=compile_graphs
+max=compile_max
 
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 unset TRITON_INTERPRET FUSED_RESNET_BACKEND
@@ -76,6 +84,13 @@ step() {
   fi
 }
 
+# bench NAME SUITE OPTIONS...: a step that times something.
+bench() {
+  local name=$1
+  shift
+  step "$name" "$python" -m fused_resnet bench "$@" --device cuda --limit 300 --commit "$commit" --out "$out/results" --plot
+}
+
 sanitizer() {
   command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer || echo compute-sanitizer
 }
@@ -107,16 +122,32 @@ case $part in
     for dtype in bf16 fp16; do
       for batch in 256 64; do
         for group in whole forward backward; do
-          step "$dtype-$batch-$group" "$python" bench/kernels.py --model resnet18 resnet50 --dtype "$dtype" --batch "$batch" \
-            --case ${!group} --commit "$commit" --out "$out/results"
+          bench "$dtype-$batch-$group" kernels --model resnet18 resnet50 --dtype "$dtype" --batch "$batch" --case ${!group}
         done
       done
     done
     ;;
+  blocks)
+    for model in resnet50 resnet18; do
+      bench "$model" blocks --model "$model" --dtype bf16 --batch 256 --impl $plain
+    done
+    ;;
   train)
-    for dtype in bf16 fp16; do
-      step "$dtype" "$python" bench/train.py --model resnet50 --dtype "$dtype" --batch 256 \
-        --commit "$commit" --out "$out/results"
+    for group in plain graphs max; do
+      for model in resnet50 resnet18 resnet152; do
+        for batch in 256 128 64; do
+          bench "bf16-$model-$batch-$group" train --model "$model" --dtype bf16 --batch "$batch" --impl ${!group}
+        done
+      done
+    done
+    bench fp16-resnet50-256-plain train --model resnet50 --dtype fp16 --batch 256 --impl $plain
+    for impl in eager_nhwc compile ours; do
+      bench "bf16-resnet50-largest-$impl" train --model resnet50 --dtype bf16 --impl "$impl" --largest 4096
+    done
+    ;;
+  inference)
+    for group in plain graphs max; do
+      bench "bf16-$group" inference --model resnet50 --dtype bf16 --batch 256 --impl ${!group}
     done
     ;;
   profile)

@@ -2,12 +2,11 @@
 
 Every pass, ours and its peers', on the shapes of ResNet-18 and ResNet-50 on a GPU (batch 256, bfloat16), and on the first shape of
 each, small, on a CPU, where ours runs in Triton's interpreter and its time says nothing. A call is timed up to its end on the device.
-Each result is compared with the reference's before. bench/kernels.py writes the figures that the documents show.
+Each result is compared with the reference's before. `fused-resnet bench kernels` writes the figures of the documents.
 """
 
 import dataclasses
 
-import kernels
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ from fused_resnet.bench import passes, schema
 from fused_resnet.bench.kernels import IMPLEMENTATIONS, OURS, Kernels, declines, peers
 from fused_resnet.bench.machine import measure_ceilings
 from fused_resnet.bench.schema import read_results
+from fused_resnet.cli import main
 from fused_resnet.problem import NormProblem
 from fused_resnet.reference import Reference
 from fused_resnet.roofline import resnet
@@ -63,11 +63,14 @@ def test_pass(benchmark, make, norm, impl, suite):
     benchmark.pedantic(call, rounds=20 if CUDA else 1, warmup_rounds=3 if CUDA else 0)
 
 
-ARGUMENTS = ["--device", "cpu", "--dtype", "fp16", "--size", "16", "--repeats", "3", "--case", "norm_act_max_pool", "--commit", "c0ffee"]
+ARGUMENTS = [
+    "bench", "kernels", "--device", "cpu", "--dtype", "fp16", "--size", "16", "--repeats", "3", "--case", "norm_act_max_pool",
+    "--commit", "c0ffee",
+]  # fmt: skip
 
 
 def test_the_program_writes_what_it_measured(tmp_path, capsys):
-    assert kernels.main([*ARGUMENTS, "--out", str(tmp_path)]) == 0
+    assert main([*ARGUMENTS, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.rglob("*.json")
     rows = {(row.case, row.impl): row for row in read_results(path).rows}
     case = "norm_act_max_pool"
@@ -117,7 +120,7 @@ def test_what_cudnn_is_asked_for_is_the_case(make, monkeypatch):
 def test_what_is_wrong_gets_no_figure(tmp_path, monkeypatch):
     right = Reference.norm_act_max_pool
     monkeypatch.setattr(type(BACKENDS["passes"]), "norm_act_max_pool", lambda self, *args: [2 * t for t in right(self, *args)])
-    assert kernels.main([*ARGUMENTS, "--out", str(tmp_path), "--impl", "ours:passes"]) == 1
+    assert main([*ARGUMENTS, "--out", str(tmp_path), "--impl", "ours:passes"]) == 1
     (path,) = tmp_path.rglob("*.json")
     row = read_results(path).rows[-1]
     assert row.status.startswith("wrong: result 0 differs by 1.0e+00")
@@ -126,14 +129,3 @@ def test_what_is_wrong_gets_no_figure(tmp_path, monkeypatch):
 
 def test_nan_is_wrong():
     assert passes.error((torch.tensor([1.0, float("nan")]),), (torch.tensor([1.0, 2.0]),))[1].startswith("wrong: result 0 differs by inf")
-
-
-def test_without_a_commit_nothing_is_measured(tmp_path, monkeypatch, capsys):
-    def nowhere():
-        raise RuntimeError("commit: no git checkout")
-
-    monkeypatch.setattr("fused_resnet.bench.program.current_commit", nowhere)
-    with pytest.raises(SystemExit) as stop:
-        kernels.main(["--device", "cpu", "--out", str(tmp_path)])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "commit: no git checkout\n"

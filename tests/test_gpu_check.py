@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from fused_resnet.bench import passes
+from fused_resnet.bench.steps import IMPLEMENTATIONS
+from fused_resnet.cli import bench
+from fused_resnet.cli.arguments import Parser
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu_check.sh"
 GROUPS = ("whole", "forward", "backward")
@@ -42,8 +45,8 @@ def test_bash_accepts_it():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "PART: expected one of test sanitize kernels train profile; got ''"),
-        (["tests", "out"], "PART: expected one of test sanitize kernels train profile; got 'tests'"),
+        ([], "PART: expected one of test sanitize kernels blocks train inference profile; got ''"),
+        (["tests", "out"], "PART: expected one of test sanitize kernels blocks train inference profile; got 'tests'"),
         (["test sanitize", "out"], "PART: expected one of"),
         (["kernels"], "OUT: expected a folder"),
         (["kernels", "/dev/null/out", "c0ffee"], "OUT: /dev/null/out can't be made"),
@@ -67,32 +70,53 @@ def test_a_part_runs_its_steps_once(tmp_path, python):
     assert len(calls(python)) == len(steps)
     for call, step in zip(calls(python), steps, strict=True):
         dtype, batch, _ = step.split("-")
-        assert call.startswith(f"bench/kernels.py --model resnet18 resnet50 --dtype {dtype} --batch {batch} --case ")
-        assert call.endswith(f"--commit c0ffee --out {tmp_path / 'out' / 'results'}")
+        assert call.startswith(f"-m fused_resnet bench kernels --model resnet18 resnet50 --dtype {dtype} --batch {batch} --case ")
+        assert call.endswith(f"--commit c0ffee --out {tmp_path / 'out' / 'results'} --plot")
     assert gpu_check("kernels", tmp_path / "out", "c0ffee", python=python).returncode == 0
     assert len(calls(python)) == len(steps)
 
 
 def test_the_groups_hold_every_pass_once(tmp_path, python):
     gpu_check("kernels", tmp_path / "out", "c0ffee", python=python)
-    cases = [call.partition("--case ")[2].partition(" --commit")[0].split() for call in calls(python)[: len(GROUPS)]]
+    cases = [call.partition("--case ")[2].partition(" --device")[0].split() for call in calls(python)[: len(GROUPS)]]
     assert sorted(name for group in cases for name in group) == sorted(passes.NAMES)
 
 
 def test_a_step_that_failed_is_shown_and_the_others_run(tmp_path, python):
-    (tmp_path / "fail").write_text("fp16")
-    done = gpu_check("train", tmp_path / "out", "c0ffee", python=python)
+    (tmp_path / "fail").write_text("resnet18")
+    done = gpu_check("blocks", tmp_path / "out", "c0ffee", python=python)
     assert done.returncode == 1
-    assert "train-fp16: failed with exit status 7" in done.stdout
-    assert "no fp16 today" in done.stdout
-    assert (tmp_path / "out" / "train-bf16.done").exists()
-    again = gpu_check("train", tmp_path / "out", "c0ffee", python=python)
+    assert "blocks-resnet18: failed with exit status 7" in done.stdout
+    assert "no resnet18 today" in done.stdout
+    assert (tmp_path / "out" / "blocks-resnet50.done").exists()
+    again = gpu_check("blocks", tmp_path / "out", "c0ffee", python=python)
     assert again.returncode == 1, "a failure is not forgotten"
     assert len(calls(python)) == 2
     (tmp_path / "fail").unlink()
-    (tmp_path / "out" / "train-fp16.failed").unlink()
-    assert gpu_check("train", tmp_path / "out", "c0ffee", python=python).returncode == 0
+    (tmp_path / "out" / "blocks-resnet18.failed").unlink()
+    assert gpu_check("blocks", tmp_path / "out", "c0ffee", python=python).returncode == 0
     assert len(calls(python)) == 3
+
+
+def test_the_training_part_times_three_networks_at_three_batches_with_all_peers(tmp_path, python):
+    assert gpu_check("train", tmp_path / "out", "c0ffee", python=python).returncode == 0
+    timed = set()
+    for call in calls(python):
+        words = call.split()
+        if "bf16" in words and "--largest" not in words:
+            implementations = words[words.index("--impl") + 1 : words.index("--device")]
+            timed |= {(words[words.index("--model") + 1], words[words.index("--batch") + 1], impl) for impl in implementations}
+    peers = {impl for impl in IMPLEMENTATIONS if impl in ("ours", "ours:passes") or ":" not in impl}
+    assert timed == {(m, b, i) for m in ("resnet18", "resnet50", "resnet152") for b in ("64", "128", "256") for i in peers}
+
+
+@pytest.mark.parametrize("part", ["kernels", "blocks", "train", "inference"])
+def test_every_command_is_one_that_the_program_takes(part, tmp_path, python):
+    gpu_check(part, tmp_path / "out", "c0ffee", python=python)
+    parser = Parser()
+    bench.add_parser(parser.add_subparsers())
+    for call in calls(python):
+        assert parser.parse_args(call.split()[2:]).run is bench.bench
 
 
 def test_the_test_part_goes_on_without_a_native_library(tmp_path, python):
@@ -116,6 +140,6 @@ def test_a_missing_sanitizer_is_a_failure(tmp_path, python):
 
 
 def test_every_program_that_it_calls_is_there():
-    for name in ("kernels.py", "train.py", "profile_step.py", "sanitize_passes.py"):
+    for name in ("profile_step.py", "sanitize_passes.py"):
         assert f"bench/{name}" in SCRIPT.read_text()
         assert (SCRIPT.parent / name).exists()

@@ -1,67 +1,120 @@
-"""The cases of the suite `train`: whole training steps of a model, ours and its peers, from the same state on the same images."""
+"""What the suites `train`, `inference` and `blocks` call: a step of a network or of a block, ours and its peers.
 
+All start from the same state, on the same random images. Parameters are float32; convolutions and activations run in the dtype of the
+case by autocast, and float16 trains with a gradient scaler.
+"""
+
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fused_resnet
 
 from ..backends import BACKENDS
 from ..reference import Reference
 
-#: What each implementation is: the backend in force, whether images and weights are NHWC, whether torch.compile runs it.
-IMPLEMENTATIONS = {
-    "eager": ("off", False, False),
-    "eager_nhwc": ("off", True, False),
-    "compile": ("off", True, True),
-    "ours": ("auto", True, False),
-    **{f"ours:{name}": (name, True, False) for name in BACKENDS if name != Reference.name},
-}
 
+@dataclass(frozen=True)
+class Implementation:
+    """How a network is run."""
+
+    backend: str  #: the backend in force
+    nhwc: bool  #: whether images and weights are channels_last
+    compile_mode: str | None = None  #: of torch.compile; None runs without it
+
+    @property
+    def graphs(self) -> bool:
+        """Whether CUDA graphs replay it, which keep the memory of a whole step to themselves."""
+        return self.compile_mode in ("max-autotune", "reduce-overhead")
+
+
+IMPLEMENTATIONS = {
+    "eager": Implementation("off", False),
+    "eager_nhwc": Implementation("off", True),
+    "compile": Implementation("off", True, "default"),
+    "compile_max": Implementation("off", True, "max-autotune"),
+    "compile_graphs": Implementation("off", True, "reduce-overhead"),
+    "ours": Implementation("auto", True),
+    **{f"ours:{name}": Implementation(name, True) for name in BACKENDS if name != Reference.name},
+}
 #: For the gradients that are compared: float16 loses the small ones of an unscaled loss, and overflows at a scaler's first guess.
 LOSS_SCALE = 1024.0
 
 
-class Batches:
-    """Random images and labels on `device`: two batches that are taken in turn, so that no cache knows the images."""
+@dataclass(frozen=True)
+class Subject:
+    """A network or a block, and what goes into it."""
 
-    def __init__(self, batch: int, size: int, classes: int, device: torch.device):
-        self.images = [torch.randn(batch, 3, size, size, device=device) for _ in range(2)]
-        self.labels = torch.randint(classes, (batch,), device=device)
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, int, int]  #: [C, H, W] of one input
 
 
-class TrainingStep:
-    """Zero the gradients, forward, loss, backward, SGD with momentum. Calling it is one step.
+class Step:
+    """One step of a subject. Calling it does it once; `answer` is what is compared before anything is timed."""
 
-    Parameters are float32; convolutions and activations run in `dtype` by autocast, float16 with a gradient scaler.
-    """
+    training = True
 
-    def __init__(self, model: str, impl: str, dtype: torch.dtype, batches: Batches, state: dict[str, Tensor] | None = None):
-        """`impl` is a key of `IMPLEMENTATIONS`; `state` is a state_dict to begin from."""
-        self.backend, nhwc, compiled = IMPLEMENTATIONS[impl]
-        device = batches.labels.device
-        memory_format = torch.channels_last if nhwc else torch.contiguous_format
-        self.images = [t.clone(memory_format=memory_format) for t in batches.images]
-        self.labels = batches.labels
-        self.module = fused_resnet.models.get_model(model)
+    def __init__(
+        self, subject: Subject, impl: str, dtype: torch.dtype, batch: int, device: torch.device, state: dict | None = None
+    ):
+        """`impl` is a key of `IMPLEMENTATIONS`; `state` is a state_dict to begin from. Inputs depend on the batch alone."""
+        self.how, self.dtype, self.count = IMPLEMENTATIONS[impl], dtype, 0
+        layout = torch.channels_last if self.how.nhwc else torch.contiguous_format
+        self.module = subject.make()
         if state is not None:
             self.module.load_state_dict(state)
-        self.module.to(device=device, memory_format=memory_format).train()
-        self.model = torch.compile(self.module, dynamic=False) if compiled else self.module
+        self.module.to(device=device, memory_format=layout).train(self.training)
+        mode = self.how.compile_mode
+        self.model = torch.compile(self.module, dynamic=False, mode=mode) if mode else self.module
+        self.images = [t.contiguous(memory_format=layout) for t in inputs(batch, subject.shape, device)]
+
+    def run(self, x: Tensor) -> Tensor:
+        """The model's output."""
+        device, narrow = x.device.type, self.dtype != torch.float32
+        if self.how.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        with fused_resnet.backend(self.how.backend), torch.autocast(device, self.dtype) if narrow else nullcontext():
+            return self.model(x)
+
+    def next(self) -> Tensor:
+        """The two inputs in turn, so that no cache knows them."""
+        self.count += 1
+        return self.images[self.count % 2]
+
+    def answer(self) -> list[Tensor]:
+        """What is compared, float32, of the first input; nothing but running statistics is changed."""
+        raise NotImplementedError
+
+    def __call__(self) -> None:
+        raise NotImplementedError
+
+
+def inputs(batch: int, shape: tuple[int, int, int], device: torch.device) -> list[Tensor]:
+    """Two random batches, the same at every call."""
+    generator = torch.Generator(device).manual_seed(batch)
+    return [torch.randn(batch, *shape, device=device, generator=generator) for _ in range(2)]
+
+
+class TrainingStep(Step):
+    """Zero the gradients, forward, loss, backward, SGD with momentum."""
+
+    def __init__(self, subject, impl, dtype, batch, device, state=None):
+        super().__init__(subject, impl, dtype, batch, device, state)
+        self.labels = torch.arange(batch, device=device) % 10
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.dtype, self.count = dtype, 0
 
-    def loss(self, images: Tensor) -> Tensor:
-        """The loss on a batch of images."""
-        device, narrow = images.device.type, self.dtype != torch.float32
-        with torch.autocast(device, self.dtype) if narrow else nullcontext():
-            return torch.nn.functional.cross_entropy(self.model(images), self.labels)
+    def loss(self, x: Tensor) -> Tensor:
+        """Cross-entropy."""
+        return nn.functional.cross_entropy(self.run(x).float(), self.labels)
 
-    def gradients(self) -> list[Tensor]:
-        """The gradient of every parameter at the first batch; nothing but running statistics is changed."""
-        with fused_resnet.backend(self.backend):
+    def answer(self) -> list[Tensor]:
+        """The gradient of every parameter."""
+        with fused_resnet.backend(self.how.backend):
             self.optimizer.zero_grad()
             (LOSS_SCALE * self.loss(self.images[0])).backward()
         gradients = [p.grad.float() / LOSS_SCALE for p in self.module.parameters()]
@@ -69,16 +122,56 @@ class TrainingStep:
         return gradients
 
     def __call__(self) -> None:
-        self.count += 1
-        with fused_resnet.backend(self.backend):
+        with fused_resnet.backend(self.how.backend):
             self.optimizer.zero_grad()
-            self.scaler.scale(self.loss(self.images[self.count % 2])).backward()
+            self.scaler.scale(self.loss(self.next())).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
 
 
-def distance(gradients: list[Tensor], truth: list[Tensor]) -> float:
-    """‖gradients − truth‖ / ‖truth‖ over all parameters; a NaN counts as infinite."""
-    difference = torch.stack([(g - t).norm() for g, t in zip(gradients, truth, strict=True)]).norm()
+class BlockStep(Step):
+    """Forward and backward of a residual block in training: the gradients of its input and of its parameters, no optimizer."""
+
+    def __init__(self, subject, impl, dtype, batch, device, state=None):
+        super().__init__(subject, impl, dtype, batch, device, state)
+        self.images = [t.to(dtype).requires_grad_() for t in self.images]
+        with torch.no_grad():
+            out = self.run(self.images[0])
+        generator = torch.Generator(device).manual_seed(1)
+        # Its mean is not zero, or a backward that forgets batch norm's first correction would pass.
+        dout = torch.randn(out.shape, device=device, generator=generator) + 0.5
+        self.dout = dout.to(out.dtype).contiguous(memory_format=torch.channels_last if self.how.nhwc else torch.contiguous_format)
+
+    def gradients(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Of x and of every parameter."""
+        with fused_resnet.backend(self.how.backend):
+            return torch.autograd.grad(self.run(x), [x, *self.module.parameters()], self.dout)
+
+    def answer(self) -> list[Tensor]:
+        """The gradients."""
+        return [g.float() for g in self.gradients(self.images[0])]
+
+    def __call__(self) -> None:
+        self.gradients(self.next())
+
+
+class InferenceStep(Step):
+    """Forward in evaluation mode, with the running statistics, without gradients."""
+
+    training = False
+
+    def answer(self) -> list[Tensor]:
+        """The scores."""
+        with torch.no_grad():
+            return [self.run(self.images[0]).float().clone()]
+
+    def __call__(self) -> None:
+        with torch.no_grad():
+            self.run(self.next())
+
+
+def distance(answer: list[Tensor], truth: list[Tensor]) -> float:
+    """‖answer − truth‖ / ‖truth‖ over all tensors; a NaN counts as infinite."""
+    difference = torch.stack([(a - t).norm() for a, t in zip(answer, truth, strict=True)]).norm()
     value = (difference / torch.stack([t.norm() for t in truth]).norm()).item()
     return value if value == value else float("inf")

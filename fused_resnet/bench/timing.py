@@ -1,7 +1,10 @@
 """Timing peers against each other: in turn, after warm-up, with CUDA events on a GPU and the wall clock on a CPU."""
 
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,14 +54,45 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def attempt(call: Callable[[], object]) -> str | None:
-    """Run `call`; None, or the status of a row: "oom: …" or "unsupported: …" with the first line of what went wrong."""
+class Deadline(Exception):
+    """The time that was allowed is over."""
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[Callable[[], bool]]:
+    """Raise `Deadline` in the block when it runs for longer, and each second after, since a library may catch what is raised in it.
+
+    Yields a function that tells whether it was. By SIGALRM, so only in the main thread; elsewhere there is no limit.
+    """
+    over = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def ring(*_):
+        over.append(True)
+        raise Deadline
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
-        call()
-        return None
-    except Exception as error:  # a peer may fail in any way, and the others go on
-        words = next(iter(str(error).splitlines()), "") or type(error).__name__
-        status = f"{'oom' if out_of_memory(error) else 'unsupported'}: {words}"
+        yield lambda: bool(over)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def attempt(call: Callable[[], object], limit_s: float = 60.0) -> str | None:
+    """Run `call`; None, or the status of a row: "oom: …", "timeout: …", or "unsupported: …" with the first line of what went wrong."""
+    with deadline(limit_s) as over:
+        try:
+            call()
+            return None
+        except Exception as error:  # a peer may fail in any way, and the others go on
+            words = next(iter(str(error).splitlines()), "") or type(error).__name__
+            status = f"{'oom' if out_of_memory(error) else 'unsupported'}: {words}"
+            if over():
+                status = f"timeout: not done in {limit_s:g} s"
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return status
@@ -82,7 +116,7 @@ def measure(
     for name, call in peers.items():
         started = time.perf_counter()
         for _ in range(warmup):
-            if status := attempt(call):
+            if status := attempt(call, limit_s):
                 results[name] = status
                 break
             if time.perf_counter() - started > limit_s:
@@ -94,7 +128,7 @@ def measure(
             if spent[name] > limit_s:
                 continue
             started = time.perf_counter()
-            if status := attempt(lambda name=name: taken[name].append(stopwatch(peers[name]))):
+            if status := attempt(lambda name=name: taken[name].append(stopwatch(peers[name])), limit_s):
                 results[name] = status
                 del taken[name]
                 continue

@@ -1,0 +1,183 @@
+"""The suites `train`, `inference` and `blocks` under pytest-benchmark: `pytest bench/test_networks.py --benchmark-json train.json`.
+
+A step of ResNet-50 on a GPU (batch 256, bfloat16), or of resnet18, small, on a CPU, ours and its peers. A step is timed up to its end
+on the device. `fused-resnet bench` writes the figures that the documents show.
+"""
+
+import dataclasses
+import itertools
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from fused_resnet.bench import networks, steps, timing
+from fused_resnet.bench.machine import Ceilings
+from fused_resnet.bench.networks import STEPS, Networks, largest_batch, subjects
+from fused_resnet.bench.schema import read_results
+from fused_resnet.bench.steps import BlockStep, InferenceStep, Subject, TrainingStep, distance
+from fused_resnet.bench.timing import Times, attempt, measure
+from fused_resnet.cli import main
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+MODEL, BATCH, SIZE = ("resnet50", 256, 224) if CUDA else ("resnet18", 8, 64)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("impl", ["eager", "eager_nhwc", "compile", "ours"] if CUDA else ["eager", "eager_nhwc", "ours"])
+@pytest.mark.parametrize("suite", STEPS)
+def test_step(benchmark, suite, impl):
+    torch.backends.cudnn.benchmark = True
+    subject = subjects(suite, [MODEL], SIZE)[0]
+    step = STEPS[suite](subject, impl, DTYPE, BATCH, DEVICE)
+    benchmark.extra_info.update(case=subject.name, batch=BATCH, dtype=str(DTYPE))
+
+    def call():
+        step()
+        if CUDA:
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(call, rounds=20 if CUDA else 3, warmup_rounds=5 if CUDA else 1)
+
+
+ARGUMENTS = ["--device", "cpu", "--dtype", "fp32", "--repeats", "3", "--model", "resnet18", "--commit", "c0ffee"]
+
+
+@pytest.mark.parametrize("suite", STEPS)
+def test_the_program_writes_what_it_measured(suite, tmp_path):
+    size = ["--batch", "4"] if suite == "blocks" else []
+    command = ["bench", suite, *ARGUMENTS, *size, "--out", str(tmp_path), "--impl", "eager_nhwc", "ours", "--plot"]
+    assert main(command) == 0
+    (path,) = tmp_path.rglob("*.json")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    rows = [row for row in read_results(path).rows if not row.case.endswith(":first_step")]
+    cases = {"blocks": 7}.get(suite, 1)
+    assert [row.impl for row in rows] == ["eager_nhwc", "ours"] * cases
+    for row in rows:
+        assert (row.suite, row.status) == (suite, "ok")
+        assert row.images_per_s == pytest.approx(row.batch / (row.median_ms * 1e-3))
+        assert row.max_rel_error < 5e-3  # a ReLU that rounding turns costs some 1e-3
+        assert (row.tflops is not None) == (suite == "train")
+    first = [row for row in read_results(path).rows if row.case.endswith(":first_step")]
+    assert len(first) == 2 * cases and all(row.median_ms > 0 for row in first)
+
+
+@pytest.mark.parametrize("suite, kind", STEPS.items())
+def test_what_is_wrong_gets_no_figure(suite, kind, tmp_path, monkeypatch):
+    class Faulty(kind):
+        def answer(self):
+            return [1.1 * a if self.how.backend == "auto" else a for a in super().answer()]
+
+    monkeypatch.setitem(networks.STEPS, suite, Faulty)
+    assert main(["bench", suite, *ARGUMENTS, "--out", str(tmp_path), "--impl", "ours", "--batch", "8"]) == 1
+    (path,) = tmp_path.rglob("*.json")
+    rows = read_results(path).rows
+    assert all(row.status.startswith("wrong: it is 1.0e-01 from float32's") and row.median_ms is None for row in rows)
+
+
+def suite(**changes):
+    nothing = Times(1.0, 1.0, 1.0)
+    given = Networks("train", CPU, torch.float32, Ceilings(nothing, 1, nothing, 1), ("eager_nhwc", "ours"), repeats=3)
+    return dataclasses.replace(given, **changes)
+
+
+class Small(nn.Module):
+    """Runs out of memory above a batch of 44, and at the call that `fails` says."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 10, 1)
+
+    def forward(self, x):
+        if len(x) > 44:
+            raise torch.OutOfMemoryError(f"no room for {len(x)}")
+        return self.conv(x).mean((2, 3))
+
+
+def test_a_case_that_runs_out_of_memory_is_reported_and_the_rest_goes_on(monkeypatch):
+    monkeypatch.setattr(networks, "CHECKED_BATCH", 32)
+    subject = Subject("small", Small, (3, 4, 4))
+    rows = suite(implementations=("eager", "ours")).rows(subject, 64)
+    assert [(row.impl, row.status) for row in rows] == [("eager", "oom: no room for 64"), ("ours", "oom: no room for 64")]
+    assert {row.status for row in suite(implementations=("eager", "ours")).rows(subject, 32)} == {"ok"}
+
+
+def test_a_reference_that_does_not_fit_is_reported():
+    rows = suite(implementations=("eager", "ours")).rows(Subject("small", Small, (3, 4, 4)), 64)
+    assert {row.status for row in rows} == {"oom: no room for 64 (float32 eager, with which all are compared)"}
+
+
+def test_the_largest_batch_is_a_row_with_its_throughput():
+    rows = suite(largest=128).rows(Subject("small", Small, (3, 4, 4)), 8)
+    found = [row for row in rows if row.case == "small:largest_batch"]
+    assert [(row.impl, row.batch, row.status) for row in found] == [("eager_nhwc", 40, "ok"), ("ours", 40, "ok")]
+    assert all(row.images_per_s == pytest.approx(40 / (row.median_ms * 1e-3)) for row in found)
+
+
+@pytest.mark.parametrize("start, limit, top, expected", [
+    (8, 1024, 300, 296), (8, 1024, 5000, 1024), (256, 4096, 100, 100), (256, 4096, 0, None), (8, 8, 8, 8), (7, 64, 50, 48),
+])  # fmt: skip
+def test_the_largest_batch_is_found(start, limit, top, expected):
+    asked = []
+    found = largest_batch(lambda size: asked.append(size) or size <= top, start, limit)
+    assert found == expected or (expected is not None and 0 <= top - found < networks.BATCH_STEP)
+    assert len(asked) == len(set(asked)) < 20
+
+
+def test_a_peer_that_does_not_end_is_a_timeout():
+    started = time.perf_counter()
+    assert attempt(lambda: time.sleep(60), limit_s=0.2) == "timeout: not done in 0.2 s"
+
+    def swallows():
+        try:
+            time.sleep(30)
+        except Exception:
+            time.sleep(30)
+
+    assert attempt(swallows, limit_s=0.2) == "timeout: not done in 0.2 s"
+    assert attempt(lambda: None, limit_s=0.2) is None
+    assert time.perf_counter() - started < 10
+    time.sleep(0.3)  # no alarm is left behind
+
+
+def test_blocks_are_each_shape_once():
+    found = subjects("blocks", ["resnet18", "resnet50"], 64)
+    assert len({subject.name for subject in found}) == len(found) == 7 + 8
+    assert found[0].name == "resnet18.layer1.0" and found[0].shape == (64, 16, 16)
+
+
+@pytest.mark.parametrize("kind", [TrainingStep, BlockStep, InferenceStep])
+def test_half_precision_answers_are_those_of_float32(kind):
+    subject = subjects("blocks" if kind is BlockStep else "train", ["resnet18"], 64)[0]
+    wide = kind(subject, "eager_nhwc", torch.float32, 8, CPU)
+    narrow = kind(subject, "eager_nhwc", torch.bfloat16, 8, CPU, wide.module.state_dict())
+    assert 0 < distance(narrow.answer(), wide.answer()) < 0.5
+    assert steps.LOSS_SCALE != 1
+
+
+def test_distance_of_a_nan_is_infinite():
+    assert distance([torch.tensor([1.0]), torch.tensor([float("nan")])], [torch.tensor([1.0]), torch.tensor([1.0])]) == float("inf")
+
+
+def test_a_peer_that_fails_drops_out_and_the_others_go_on():
+    def full():
+        raise torch.OutOfMemoryError("no room\nat all")
+
+    results = measure({"full": full, "fine": lambda: None}, torch.device("cpu"), repeats=5)
+    assert results["full"] == "oom: no room"
+    assert isinstance(results["fine"], Times)
+
+
+def test_a_peer_that_is_slow_keeps_what_it_has_or_is_a_timeout(monkeypatch):
+    clock = itertools.count(0, 2)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    peers = {"slow": lambda: None}
+    assert measure(peers, torch.device("cpu"), repeats=9, limit_s=3)["slow"] == "timeout: 1 calls in 3 s"
+    assert measure(peers, torch.device("cpu"), repeats=9, limit_s=30)["slow"] == Times(2000.0, 2000.0, 2000.0)
+
+
+def test_summary_is_median_and_percentiles():
+    assert timing.summary([float(ms) for ms in range(11)]) == Times(5.0, 1.0, 9.0)

@@ -1,0 +1,159 @@
+"""`fused-resnet bench`: times kernels, blocks, training and inference against their peers, and writes JSON of one schema."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .. import models
+from ..bench import kernels, networks, passes
+from ..bench.machine import Ceilings, collect_meta, current_commit, measure_ceilings
+from ..bench.plot import plot_results
+from ..bench.schema import SUITES, Results, Row, results_path, write_results
+from ..bench.steps import IMPLEMENTATIONS
+from ..bench.table import console, results_table
+from ..problem import NormProblem
+from ..roofline import DEPTHS, resnet
+from .arguments import UsageError, blaming, device, one_of, positive
+
+DESCRIPTION = """Times a suite and writes bench/results/<gpu>/<suite>-<date>-<commit>.json:
+
+  kernels    every pass of the backends on a network's shapes
+  blocks     forward and backward of residual blocks
+  train      training steps, optimizer included, and the time to the first step
+  inference  forward in evaluation mode
+
+Results are compared with a reference before anything is timed; what is wrong
+gets no figure. Peers take turns. What runs out of memory or time, or can't be
+had here, is a row that says so, and the rest goes on. On a CPU the cases are
+small and timed by the wall clock: they show that the program works.
+
+Exit code 1 where a result is wrong, or where an implementation of this package
+did not run on a GPU."""
+EXAMPLES = """example:
+  fused-resnet bench train --model resnet18 resnet50 resnet152 --batch 64 128 256
+  fused-resnet bench train --model resnet50 --largest 2048 --plot
+  fused-resnet bench kernels --dtype fp16 --case norm_add_act --model resnet50
+  fused-resnet bench inference --impl eager_nhwc compile ours --device cpu
+"""
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ALL = list(dict.fromkeys((*IMPLEMENTATIONS, *kernels.IMPLEMENTATIONS)))
+#: Batch and image size where none is given: on a GPU, and on a CPU, where with fewer values a channel batch norm blows up any
+#: rounding, and a comparison of gradients says nothing.
+ON_GPU, ON_CPU = (256, 224), {"kernels": (2, 32), "blocks": (4, 64), "train": (8, 64), "inference": (8, 64)}
+Job = tuple[str, Callable[[], list[Row]]]
+
+
+def add_parser(commands) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser(
+        "bench", help="time kernels, blocks, training, inference", description=DESCRIPTION, epilog=EXAMPLES
+    )
+    parser.add_argument("suite", type=one_of(*SUITES), metavar="SUITE", help=", ".join(SUITES))
+    parser.add_argument("--model", nargs="+", type=one_of(*models.list_models()), default=["resnet18", "resnet50"], metavar="MODEL",
+                        help="networks, or whose shapes (default: resnet18 resnet50)")  # fmt: skip
+    parser.add_argument("--case", nargs="+", type=one_of(*passes.NAMES), metavar="PASS", help="of the suite kernels (default: all)")
+    parser.add_argument("--impl", nargs="+", type=one_of(*ALL), metavar="IMPL",
+                        help=f"of {', '.join(ALL)} (default: all of the suite; on a CPU those without torch.compile)")  # fmt: skip
+    parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", metavar="D", help="auto (default), cpu, cuda")
+    parser.add_argument("--dtype", type=one_of(*DTYPES), metavar="D", help="fp32, fp16, bf16 (default: bf16, fp32 on a CPU)")
+    parser.add_argument("--batch", nargs="+", type=positive, metavar="N", help="images in a batch (default: 256, few on a CPU)")
+    parser.add_argument("--size", type=positive, metavar="PIXELS", help="of an image's side (default: 224, less on a CPU)")
+    parser.add_argument("--repeats", type=positive, default=50, metavar="N", help="timed calls of each (default: 50)")
+    parser.add_argument("--limit", type=positive, default=120, metavar="SECONDS",
+                        help="for building one implementation of a case, and for timing it (default: 120)")  # fmt: skip
+    parser.add_argument("--largest", type=positive, default=0, metavar="N",
+                        help="find the largest batch that fits, up to N images, and the throughput there")  # fmt: skip
+    parser.add_argument("--plot", action="store_true", help="draw a picture beside the JSON")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), metavar="FOLDER", help="default: bench/results")
+    parser.add_argument("--commit", metavar="HASH", help="of this repository (default: git is asked)")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.set_defaults(run=bench)
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Runs the subcommand."""
+    where = device(args.device)
+    on_gpu = where.type == "cuda"
+    with blaming("--commit", RuntimeError):
+        args.commit = args.commit or current_commit()
+    batch, size = ON_GPU if on_gpu else ON_CPU[args.suite]
+    args.batch, args.size = args.batch or [batch], args.size or size
+    dtype = DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
+    known = kernels.IMPLEMENTATIONS if args.suite == "kernels" else tuple(IMPLEMENTATIONS)
+    implementations = _implementations(args, known, on_gpu)
+    if args.suite in ("kernels", "blocks") and (others := [name for name in args.model if name not in DEPTHS]):
+        raise UsageError("--model", f"expected some of {', '.join(DEPTHS)}, whose shapes are known; got {others[0]!r}")
+    for option, value, suites in (("--case", args.case, ("kernels",)), ("--largest", args.largest, ("train", "inference", "blocks"))):
+        if value and args.suite not in suites:
+            raise UsageError(option, f"expected the suite {' or '.join(suites)}; got {args.suite}")
+
+    torch.backends.cudnn.benchmark = on_gpu  # for all peers: the framework's convolutions are chosen by measuring
+    torch.manual_seed(0)
+    ceilings = measure_ceilings(where, dtype, args.repeats)
+    jobs = list(_jobs(args, where, dtype, ceilings, implementations))
+    rows = kernels.ceiling_rows(ceilings, dtype) if args.suite == "kernels" else []
+    rows += _run(jobs, not args.no_progress)
+
+    results = Results(collect_meta(where, args.commit), rows)
+    path = results_path(args.out, results)
+    write_results(results, path)
+    clock = "" if on_gpu else ", by the wall clock: no figure of a GPU"
+    console().print(results_table(rows, f"{args.suite} on {results.meta.device}{clock}"))
+    print(f"written to {path}")
+    if args.plot:
+        with blaming("--plot", ValueError):
+            plot_results(results, path.with_suffix(".png"))
+        print(f"picture: {path.with_suffix('.png')}")
+    return int(any(_failed(row, on_gpu) for row in rows))
+
+
+def _implementations(args: argparse.Namespace, known: tuple[str, ...], on_gpu: bool) -> tuple[str, ...]:
+    if others := [impl for impl in args.impl or () if impl not in known]:
+        raise UsageError("--impl", f"expected some of {', '.join(known)} in the suite {args.suite}; got {others[0]!r}")
+    return tuple(args.impl or [impl for impl in known if on_gpu or not impl.startswith("compile")])
+
+
+def _failed(row: Row, on_gpu: bool) -> bool:
+    return row.status.startswith("wrong") or (on_gpu and row.impl.startswith("ours") and row.status != "ok" and ":" not in row.case)
+
+
+def _jobs(args, where: torch.device, dtype: torch.dtype, ceilings: Ceilings, implementations: tuple[str, ...]) -> Iterator[Job]:
+    """(what it is called, what measures it) of every case."""
+    common = where, dtype, ceilings, implementations, args.repeats, args.limit
+    for batch in args.batch:
+        if args.suite == "kernels":
+            suite = kernels.Kernels(*common)
+            shapes = [resnet(model, batch, args.size) for model in args.model]
+            for make, norm in passes.plan(shapes, args.case or passes.NAMES):
+                words = f"{make.__name__} {norm.n}x{norm.c}x{norm.h}x{norm.w}"
+                yield words, partial(_pass_rows, suite, make, norm)
+        else:
+            suite = networks.Networks(args.suite, *common, args.largest)
+            for subject in networks.subjects(args.suite, args.model, args.size):
+                yield f"{subject.name}, batch {batch}", partial(suite.rows, subject, batch)
+
+
+def _pass_rows(suite: kernels.Kernels, make: passes.Maker, norm: NormProblem) -> list[Row]:
+    return suite.rows(make(passes.Inputs(norm, suite.dtype, suite.device)))
+
+
+def _run(jobs: list[Job], enabled: bool) -> list[Row]:
+    """The rows of all jobs, with a bar on a terminal and a line a job elsewhere."""
+    terminal = sys.stderr.isatty()
+    columns = TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn()
+    rows = []
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not (enabled and terminal)) as progress:
+        task = progress.add_task("", total=len(jobs))
+        for words, measured in jobs:
+            progress.update(task, description=words)
+            if enabled and not terminal:
+                print(words, file=sys.stderr, flush=True)
+            rows += measured()
+            progress.advance(task)
+    return rows
