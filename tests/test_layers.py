@@ -21,6 +21,7 @@ ORDER = [
     ["data"],
     ["train"],
     ["bench"],
+    ["profile"],
     ["cli"],
     ["__main__"],
 ]

@@ -65,7 +65,10 @@ def test_layers_are_those_of_the_modules():
     for layer in resnet("resnet18", 2, 64).layers:
         assert {(layer.name, "fprop"), (layer.name, "wgrad")} <= found
         assert ((layer.name, "dgrad") in found) == (layer.name != "conv1")
-    assert {("layer1.0.bn1", "statistics"), ("layer1.0.bn1", "backward apply"), ("maxpool", "max_pool2d_with_indices_backward")} <= found
+    # A norm, an activation and an addition belong to the convolution before them.
+    assert {("layer1.0.conv1", "statistics"), ("layer1.0.conv1", "relu"), ("layer1.0.conv1", "backward apply")} <= found
+    assert {("layer1.0.conv2", "add"), ("maxpool", "max_pool2d_with_indices_backward"), ("fc", "addmm")} <= found
+    assert {op.layer for op in step.ops} - {layer.name for layer in resnet("resnet18", 2, 64).layers} == {"maxpool", "avgpool", "fc", "loss"}
 
 
 class Transformer(nn.Module):

@@ -5,7 +5,7 @@ case by autocast, and float16 trains with a gradient scaler.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ import fused_resnet
 
 from ..backends import BACKENDS
 from ..reference import Reference
+from .trace import scalar
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,13 @@ class TrainingStep(Step):
 
     def __init__(self, subject, impl, dtype, batch, device, state=None):
         super().__init__(subject, impl, dtype, batch, device, state)
-        self.labels = torch.arange(batch, device=device) % 10
+        self.labels = torch.arange(batch, device=device) % 2
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def loss(self, x: Tensor) -> Tensor:
-        """Cross-entropy."""
-        return nn.functional.cross_entropy(self.run(x).float(), self.labels)
+        """Of what the model returns, as `scalar` makes it."""
+        return scalar(self.run(x), self.labels)
 
     def answer(self) -> list[Tensor]:
         """The gradient of every parameter."""
@@ -121,12 +122,17 @@ class TrainingStep(Step):
         self.optimizer.zero_grad()
         return gradients
 
-    def __call__(self) -> None:
+    def __call__(self, phase: Callable[[str], AbstractContextManager] = lambda _: nullcontext()) -> None:
+        """One step. `phase` makes what each of its three parts, "forward", "backward" and "optimizer", runs in."""
         with fused_resnet.backend(self.how.backend):
             self.optimizer.zero_grad()
-            self.scaler.scale(self.loss(self.next())).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            with phase("forward"):
+                loss = self.loss(self.next())
+            with phase("backward"):
+                self.scaler.scale(loss).backward()
+            with phase("optimizer"):
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
 
 
 class BlockStep(Step):

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -37,6 +37,7 @@ NORM_BACKWARDS = {ATEN.native_batch_norm_backward, ATEN.native_layer_norm_backwa
 REDUCTIONS = {ATEN.mean, ATEN.sum, ATEN.var_mean, ATEN.max_pool2d_with_indices}
 #: They write where they read, or next to it, and can join the pass that reads their result.
 ALIGNED = {ATEN._to_copy, ATEN.max_pool2d_with_indices_backward}
+OUTSIDE = "loss"  #: the unit of what runs outside the model
 #: An operator on tensors of no more elements is not worth a word: a counter, a loss.
 SCALAR = 1
 
@@ -91,36 +92,70 @@ class Trace:
         return [*(op.kernel for op in ops), optimizer_step(self.parameters, self.itemsize)]
 
 
-@contextmanager
-def module_names(model: nn.Module) -> Iterator[list[str]]:
-    """The names of the modules that are being called, the outermost first, as a list that changes with each call.
+class Units:
+    """Which part of a model an operator belongs to: a convolution with the norm, the activation and the addition behind it, a pool, ….
 
-    Not by hooks: they would change what runs, since a block whose modules are watched is not fused.
+    A unit is called after its first module. Of a model that calls its modules, an operator belongs to the unit of the module that is
+    being called; what no unit claims, such as an activation or an addition, belongs to the unit before it. An operator that stands for
+    several modules, as a fused one does, belongs to the unit whose parameters it reads.
     """
-    names, stack, original = {module: name for name, module in model.named_modules()}, [""], nn.Module.__call__
 
-    def call(module, *args, **kwargs):
-        if module not in names:
-            return original(module, *args, **kwargs)
-        stack.append(names[module])
+    def __init__(self, model: nn.Module):
+        self._units: dict[nn.Module, str] = {}
+        self._owners: dict[int, str] = {}
+        self._pools: dict[str, str] = {}
+        before = None
+        for name, module in model.named_modules():
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if own:
+                follows = "Norm" in type(module).__name__ and "Conv" in type(before).__name__
+                self._units[module] = self._units[before] if follows else name
+                self._owners |= {t.data_ptr(): self._units[module] for t in own if not isinstance(t, FakeTensor)}
+                before = module
+            elif kind := next((k for k in ("MaxPool", "AvgPool") if k in type(module).__name__), None):
+                self._units[module] = name
+                self._pools[f"{kind[:3].lower()}_pool"] = name
+        self.called: list[str] = []
+        self.last = OUTSIDE
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within, calls of the model's modules are seen. Not by hooks: a block whose modules are hooked is not fused."""
+        original = nn.Module.__call__
+
+        def call(module, *args, **kwargs):
+            if module not in self._units:
+                return original(module, *args, **kwargs)
+            self.called.append(self._units[module])
+            try:
+                return original(module, *args, **kwargs)
+            finally:
+                self.called.pop()
+
+        nn.Module.__call__ = call
         try:
-            return original(module, *args, **kwargs)
+            yield
         finally:
-            stack.pop()
+            nn.Module.__call__ = original
 
-    nn.Module.__call__ = call
-    try:
-        yield stack
-    finally:
-        nn.Module.__call__ = original
+    def of(self, function: torch._ops.OpOverload, inputs: Iterable[Tensor]) -> str:
+        """The unit of an operator that runs now, in forward."""
+        if self.called:
+            self.last = self.called[-1]
+        elif pool := next((name for kind, name in self._pools.items() if kind in function._schema.name), None):
+            self.last = pool
+        elif self._owners:
+            # Convolutions' weights may have been cast; norms' vectors never are.
+            self.last = next((unit for t in inputs if (unit := self._owners.get(t.data_ptr()))), self.last)
+        return self.last
 
 
 class _Recorder(TorchDispatchMode):
     """Writes down what runs below autograd. An operator of backward belongs to the layer whose forward made its node."""
 
-    def __init__(self, fixed: Iterable[Tensor], stack: list[str]):
+    def __init__(self, fixed: Iterable[Tensor], units: Units):
         super().__init__()
-        self.stack, self.backward, self.layer = stack, False, ""
+        self.units, self.backward, self.layer = units, False, OUTSIDE
         self.ops: list[Op] = []
         self.sizes: dict[int, int] = {}
         self.masks: dict[int, int] = {}
@@ -154,15 +189,16 @@ class _Recorder(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         own = node is None or "AccumulateGrad" not in node.name()  # it copies gradients of parameters into their strides
         if own and inputs and outputs and not function.is_view and any(t.numel() > SCALAR for t in (*inputs, *outputs)):
-            self.layer = self._layer_of(node)
+            self.layer = self._layer_of(node, function, inputs)
             self._record(function, args, reads, outputs, result)
         return result
 
-    def _layer_of(self, node) -> str:
+    def _layer_of(self, node, function, inputs: list[Tensor]) -> str:
         if not self.backward:
             # The node of an operator is made before the operator gets here.
-            self._layers.setdefault(torch._C._autograd._get_sequence_nr() - 1, self.stack[-1])
-            return self.stack[-1]
+            unit = self.units.of(function, inputs)
+            self._layers.setdefault(torch._C._autograd._get_sequence_nr() - 1, unit)
+            return unit
         # Where gradients are added there is no node: they belong to the layer whose backward made the last of them.
         return self.layer if node is None else self._layers.get(node._sequence_nr(), self.layer)
 
@@ -250,8 +286,11 @@ def trace(make: Callable[[], nn.Module], shape: Sequence[int], dtype: torch.dtyp
         images = torch.empty(tuple(shape), dtype=dtype).contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(shape[0], dtype=torch.long)
         fixed = [*model.parameters(), *model.buffers()]
-        with module_names(model) as stack, _Recorder(fixed, stack) as recorder:
-            loss = scalar(model(images), labels)
+        units = Units(model)
+        with units.watched(), _Recorder(fixed, units) as recorder:
+            result = model(images)
+            units.last = OUTSIDE
+            loss = scalar(result, labels)
             recorder.backward = True
             loss.backward()
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,111 @@
+"""`fused-resnet profile`: one training step of any network, by layer, against the roofline; a page, a picture, a trace."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from .. import models
+from ..bench.load import LoadError, builder
+from ..bench.machine import current_commit
+from ..bench.steps import IMPLEMENTATIONS, Subject
+from ..bench.table import console, number
+from ..profile.analysis import Profile, ProfileError, read_profile, write_profile
+from ..profile.picture import draw_profiles
+from ..profile.report import write_report
+from ..profile.run import profile_step
+from .arguments import Unavailable, UsageError, blaming, device, one_of, positive
+
+DESCRIPTION = """Profiles one training step: time, rate, bandwidth, launches and the fraction of
+the floor by layer, forward and backward, and the gaps between kernels.
+
+The folder of the run gets
+  report.html      one file that opens offline: roofline, time by layer, memory
+  report.png       the same as a picture
+  trace.json.gz    for Perfetto or chrome://tracing, with a track of layers
+  profile.json     for --compare
+
+On a CPU the times are the operators' own, and the report says so."""
+EXAMPLES = """example:
+  fused-resnet profile --model resnet50 --impl ours --out runs/ours
+  fused-resnet profile --model torchvision:resnet50 --impl compile --out runs/compile
+  fused-resnet profile --model my_models:make_net --batch 32 --size 64
+  fused-resnet profile --compare runs/compile runs/ours --out runs/compared
+"""
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FILES = ("report.html", "report.png", "trace.json.gz", "profile.json")
+REPORT, PICTURE, TRACE, DATA = FILES
+ON_GPU, ON_CPU = (256, 224), (8, 64)  # batch, pixels
+
+
+def add_parser(commands) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser(
+        "profile", help="profile a training step by layer", description=DESCRIPTION, epilog=EXAMPLES
+    )
+    parser.add_argument("--model", default="resnet50", metavar="MODEL",
+                        help="a network of this package, torchvision:NAME or MODULE:FUNCTION (default: resnet50)")  # fmt: skip
+    parser.add_argument("--impl", type=one_of(*IMPLEMENTATIONS), metavar="IMPL",
+                        help=f"{', '.join(IMPLEMENTATIONS)} (default: ours, for another's network eager_nhwc)")  # fmt: skip
+    parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", metavar="D", help="auto (default), cpu, cuda")
+    parser.add_argument("--dtype", type=one_of(*DTYPES), metavar="D", help="fp32, fp16, bf16 (default: bf16, fp32 on a CPU)")
+    parser.add_argument("--batch", type=positive, metavar="N", help="images in a batch (default: 256, 8 on a CPU)")
+    parser.add_argument("--size", type=positive, metavar="PIXELS", help="of an image's side (default: 224, 64 on a CPU)")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="show two runs side by side; nothing is run")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the run (default: runs/profile-MODEL-IMPL, runs/profile-compared)")
+    parser.add_argument("--commit", metavar="HASH", help="of this repository (default: git is asked)")
+    parser.set_defaults(run=profile)
+
+
+def profile(args: argparse.Namespace) -> int:
+    """Runs the subcommand."""
+    if args.compare:
+        return _compare(args)
+    where = device(args.device)
+    with blaming("--model", LoadError):
+        make = builder(args.model)
+    with blaming("--commit", RuntimeError):
+        commit = args.commit or current_commit()
+    impl = args.impl or ("ours" if args.model in models.list_models() else "eager_nhwc")
+    if impl.startswith("ours") and args.model not in models.list_models():
+        raise UsageError("--impl", f"expected an implementation of PyTorch's modules, since {args.model} has none of ours; got {impl}")
+    batch, size = ON_GPU if where.type == "cuda" else ON_CPU
+    size = args.size or size
+    dtype = DTYPES[args.dtype or ("bf16" if where.type == "cuda" else "fp32")]
+    folder = args.out or Path("runs") / f"profile-{args.model}-{impl}".replace(":", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.backends.cudnn.benchmark = where.type == "cuda"  # as `fused-resnet bench` does
+    subject = Subject(args.model, make, (3, size, size))
+    try:
+        found = profile_step(subject, impl, dtype, args.batch or batch, where, commit, folder / TRACE)
+    except LoadError as error:
+        raise UsageError("--model", str(error)) from error
+    except RuntimeError as error:
+        raise Unavailable(f"{args.model} with {impl} can't be profiled on {where}: {error}") from error
+    write_profile(found, folder / DATA)
+    _show([found], folder)
+    print(f"{folder}: {', '.join(FILES)}")
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    profiles = []
+    for path in args.compare:
+        with blaming("--compare", ProfileError, OSError):
+            profiles.append(read_profile(path / DATA if path.is_dir() else path))
+    folder = args.out or Path("runs") / "profile-compared"
+    folder.mkdir(parents=True, exist_ok=True)
+    _show(profiles, folder)
+    print(f"{folder}: {REPORT}, {PICTURE}")
+    return 0
+
+
+def _show(profiles: list[Profile], folder: Path) -> None:
+    write_report(profiles, folder / REPORT)
+    draw_profiles(profiles, folder / PICTURE)
+    for p in profiles:
+        cpu = " (times of a CPU, no figure of a GPU)" if p.meta.device == "cpu" else ""
+        console().print(
+            f"{p.model}, {p.impl}, {p.dtype}, {p.batch} images: {number(p.step_ms)} ms a step, {number(p.images_per_s)} images/s{cpu}\n"
+            f"  floor of the design {p.design} {number(p.floors_ms[p.design])} ms, of everything fused {number(p.floors_ms['fused'])} ms"
+        )

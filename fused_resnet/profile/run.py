@@ -1,0 +1,48 @@
+"""A profile from nothing: build the model, measure the ceilings and the step, record it, count it."""
+
+import statistics
+from pathlib import Path
+
+import torch
+
+from .. import backends
+from ..backends import backend
+from ..bench.machine import collect_meta, measure_ceilings
+from ..bench.steps import IMPLEMENTATIONS, Subject, TrainingStep
+from ..bench.timing import Stopwatch
+from ..nn import ResidualNetwork
+from .analysis import Profile, analyse, by_kernel, gaps
+from .record import WARMUP, memory_timeline, record, write_trace
+
+STEPS = 10  #: whole steps that are timed
+
+
+def profile_step(
+    subject: Subject, impl: str, dtype: torch.dtype, batch: int, device: torch.device, commit: str, trace_path: Path
+) -> Profile:
+    """Profile one training step of a network; the Chrome trace goes to `trace_path`. `impl` is a key of `IMPLEMENTATIONS`.
+
+    Raises RuntimeError where the backend can't run on the device, and whatever the network raises.
+    """
+    torch.manual_seed(0)
+    how = IMPLEMENTATIONS[impl]
+    ceilings = measure_ceilings(device, dtype, STEPS)
+    step = TrainingStep(subject, impl, dtype, batch, device)
+    recording = record(step, device)
+    write_trace(recording, trace_path)
+    stopwatch = Stopwatch(device, flush=False)
+    for _ in range(WARMUP):
+        step()
+    step_ms = statistics.median(stopwatch(step) for _ in range(STEPS))
+    meta = collect_meta(device, commit)
+    memory = memory_timeline(step, device)
+    with backend(how.backend):
+        ours = isinstance(step.module, ResidualNetwork)
+        chosen = "compiled" if how.compile_mode else backends.resolve(device, dtype) if ours else "off"
+    parts, floors, design = analyse(recording, subject.make, (batch, *subject.shape), dtype, ceilings, chosen)
+    return Profile(
+        meta, subject.name, impl, str(dtype).removeprefix("torch."), batch, list(subject.shape), recording.how, step_ms,
+        sum(work.us for work in recording.works) / 1e3, gaps(recording.works) if recording.device_only else None,
+        len(recording.works), ceilings.flops_per_s, ceilings.bytes_per_s, design, floors, parts, by_kernel(recording.works),
+        [list(point) for point in memory], device.type == "cuda",
+    )  # fmt: skip
