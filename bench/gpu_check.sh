@@ -9,7 +9,7 @@
 #       blocks    time residual blocks, forward and backward, against eager mode and torch.compile
 #       train     time training steps of ResNet-18, -50 and -152 at three batch sizes against both, and find the largest batch
 #       inference time ResNet-50 in evaluation mode against both
-#       profile   a trace and the kernels of one training step, ours and eager
+#       profile   one training step of ResNet-50 by layer, ours, eager and compiled
 # OUT     a folder for logs, marks and results; it is made
 # COMMIT  of this repository; needed where there is no .git
 #
@@ -151,9 +151,11 @@ case $part in
     done
     ;;
   profile)
-    for impl in ours:passes eager_nhwc; do
-      step "${impl/:/-}" "$python" bench/profile_step.py --model resnet50 --impl "$impl" --commit "$commit" --out "$out/profile"
+    for impl in ours eager_nhwc compile; do
+      step "$impl" "$python" -m fused_resnet profile --model resnet50 --impl "$impl" --device cuda --commit "$commit" \
+        --out "$out/profile/$impl"
     done
+    step compared "$python" -m fused_resnet profile --compare "$out/profile/eager_nhwc" "$out/profile/ours" --out "$out/profile/compared"
     ;;
 esac
 

@@ -8,7 +8,7 @@ import pytest
 
 from fused_resnet.bench import passes
 from fused_resnet.bench.steps import IMPLEMENTATIONS
-from fused_resnet.cli import bench
+from fused_resnet.cli import bench, profile
 from fused_resnet.cli.arguments import Parser
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu_check.sh"
@@ -110,13 +110,17 @@ def test_the_training_part_times_three_networks_at_three_batches_with_all_peers(
     assert timed == {(m, b, i) for m in ("resnet18", "resnet50", "resnet152") for b in ("64", "128", "256") for i in peers}
 
 
-@pytest.mark.parametrize("part", ["kernels", "blocks", "train", "inference"])
+@pytest.mark.parametrize("part", ["kernels", "blocks", "train", "inference", "profile"])
 def test_every_command_is_one_that_the_program_takes(part, tmp_path, python):
     gpu_check(part, tmp_path / "out", "c0ffee", python=python)
     parser = Parser()
-    bench.add_parser(parser.add_subparsers())
+    commands = parser.add_subparsers()
+    for command in (bench, profile):
+        command.add_parser(commands)
+    expected = profile.profile if part == "profile" else bench.bench
     for call in calls(python):
-        assert parser.parse_args(call.split()[2:]).run is bench.bench
+        assert call.startswith("-m fused_resnet ")
+        assert parser.parse_args(call.split()[2:]).run is expected
 
 
 def test_the_test_part_goes_on_without_a_native_library(tmp_path, python):
@@ -140,6 +144,5 @@ def test_a_missing_sanitizer_is_a_failure(tmp_path, python):
 
 
 def test_every_program_that_it_calls_is_there():
-    for name in ("profile_step.py", "sanitize_passes.py"):
-        assert f"bench/{name}" in SCRIPT.read_text()
-        assert (SCRIPT.parent / name).exists()
+    assert "bench/sanitize_passes.py" in SCRIPT.read_text()
+    assert (SCRIPT.parent / "sanitize_passes.py").exists()

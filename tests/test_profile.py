@@ -174,6 +174,22 @@ def test_a_thinned_line_keeps_its_peaks():
 # ---- analysis ---------------------------------------------------------------------------------------------------------------
 
 
+def tiny():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+
+def test_a_compiled_model_is_one_layer_with_all_its_flops():
+    """Autograd sees one node; only its kernels can be told apart."""
+    works = record.attributed(gpu_trace(), {}, on_gpu=True, nowhere=record.COMPILED)
+    assert {(work.layer, work.phase) for work in works} == {
+        ("compiled", "forward"), ("compiled", "backward"), ("optimizer", "optimizer"),
+    }  # fmt: skip
+    ceilings = Ceilings(Times(1.0, 1.0, 1.0), 10**9, Times(1.0, 1.0, 1.0), 10**11)
+    parts, _, _ = analyse(record.Recording(works, [], "", True), tiny, (2, 3, 16, 16), torch.float32, ceilings, "compiled")
+    first, second = 2 * 2 * 14 * 14 * 8 * 3 * 9, 2 * 2 * 12 * 12 * 4 * 8 * 9
+    assert [part.flops for part in parts] == [first + second, first + 2 * second, 0]
+
+
 def test_rates_and_floors_of_a_layer():
     recording = record.Recording([Work("k", "layer1.0.conv2", phase, 0, 1000) for phase in record.PHASES[:2]], [], "", True)
     ceilings = Ceilings(Times(1.0, 1.0, 1.0), 10**9, Times(1.0, 1.0, 1.0), 10**11)  # 1 TB/s, 100 TFLOP/s

@@ -12,9 +12,9 @@ from torch import nn
 from ..bench.machine import Ceilings
 from ..bench.schema import Meta, SchemaError
 from ..bench.trace import Op, designs, trace
-from ..roofline import floor_seconds
+from ..roofline import Kernel, floor_seconds
 from ..train.files import replace_file
-from .record import PHASES, Recording, Work
+from .record import COMPILED, PHASES, Recording, Work
 
 VERSION = 1
 #: Which design counts the bytes of an implementation. A compiled model is one pass for element-wise operators, as far as it gets.
@@ -108,7 +108,8 @@ def analyse(
     rates = ceilings.flops_per_s, ceilings.bytes_per_s
     floors = {name: 1e3 * floor_seconds(step.kernels(ops), *rates) for name, ops in ways.items()}
     design = DESIGN_OF.get(backend, "passes")
-    counted = _counted(ways[design], step.kernels([])[0], rates)
+    compiled = any(work.layer == COMPILED for work in recording.works)
+    counted = _counted(ways[design], step.kernels([])[0], rates, COMPILED if compiled else None)
     parts = []
     for (layer, phase), works in grouped(recording.works).items():
         flops, moved, floor = counted.get((layer, phase), (0, 0, 0.0))
@@ -116,10 +117,12 @@ def analyse(
     return parts, floors, design
 
 
-def _counted(ops: Iterable[Op], optimizer, rates: tuple[float, float]) -> dict[tuple[str, str], tuple[int, int, float]]:
-    """(FLOPs, bytes, floor in seconds) by layer and phase."""
+def _counted(
+    ops: Iterable[Op], optimizer: Kernel, rates: tuple[float, float], only: str | None
+) -> dict[tuple[str, str], tuple[int, int, float]]:
+    """(FLOPs, bytes, floor in seconds) by layer and phase. `only`: the one layer that all belong to, where they can't be told apart."""
     found: dict[tuple[str, str], tuple[int, int, float]] = {}
-    kernels = [((op.layer, PHASES[op.backward]), op.kernel) for op in ops]
+    kernels = [((only or op.layer, PHASES[op.backward]), op.kernel) for op in ops]
     for place, kernel in [*kernels, ((PHASES[2], PHASES[2]), optimizer)]:
         flops, moved, floor = found.get(place, (0, 0, 0.0))
         found[place] = flops + kernel.flops, moved + kernel.bytes, floor + kernel.seconds(*rates)

@@ -28,6 +28,7 @@ WARMUP = 3
 PHASES = ("forward", "backward", "optimizer")
 #: Categories of the profiler's events that keep a GPU busy.
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+COMPILED = "compiled"  #: the layer of all that runs in a compiled model, which is one node of autograd's graph
 PREFIX = "step: "  #: of the ranges that mark the phases
 
 
@@ -120,7 +121,7 @@ def record(step: TrainingStep, device: torch.device, cupti: bool = True) -> Reco
             torch.cuda.synchronize(device)
     events = exported(result)
     layers = {number + first: layer for number, layer in watch.layers.items()}
-    works = attributed(events, layers, device.type == "cuda")
+    works = attributed(events, layers, device.type == "cuda", OUTSIDE if step.how.compile_mode is None else COMPILED)
     if device.type == "cuda" and not works:
         return _by_events(step, device)
     return Recording(works, [*events, *layer_track(works, events)], _words(device), device.type == "cuda")
@@ -157,8 +158,8 @@ def exported(result: profile) -> list[dict[str, Any]]:
         return json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
 
 
-def attributed(events: list[dict[str, Any]], layers: dict[int, str], on_gpu: bool) -> list[Work]:
-    """The work of a step with layers and phases. `layers`: of autograd's nodes by number.
+def attributed(events: list[dict[str, Any]], layers: dict[int, str], on_gpu: bool, nowhere: str = OUTSIDE) -> list[Work]:
+    """The work of a step with layers and phases. `layers`: of autograd's nodes by number; what has none is in the layer `nowhere`.
 
     On a GPU what keeps it busy; on a CPU the time that each operator spends outside the operators that it calls.
     """
@@ -180,14 +181,14 @@ def attributed(events: list[dict[str, Any]], layers: dict[int, str], on_gpu: boo
             numbers = [number for s in reversed(stack) if (number := s["args"].get("Sequence number", -1)) >= 0]
             phase = next((name for name, (start, end) in phases.items() if start <= e["ts"] <= end), None)
             phase_of[external] = phase
-            outside = phase if phase == PHASES[2] else OUTSIDE
+            outside = phase if phase == PHASES[2] else nowhere
             found[external] = next((layers[n] for n in numbers if n in layers), outside)
     if on_gpu:
         pairs = [(e, e.get("args", {}).get("External id")) for e in events if e.get("cat") in DEVICE_WORK]
     else:
         pairs = [({**e, "dur": own[e["args"]["External id"]]}, e["args"]["External id"]) for e in operators]
     works = [
-        Work(e["name"], found.get(external, OUTSIDE), phase, e["ts"] - begin, e["dur"])
+        Work(e["name"], found[external], phase, e["ts"] - begin, e["dur"])
         for e, external in pairs
         if (phase := phase_of.get(external)) is not None and e["dur"] > 0
     ]

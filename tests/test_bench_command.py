@@ -1,0 +1,54 @@
+"""`fused-resnet bench`: what it refuses, by name, before anything is measured. bench/ holds the tests that measure."""
+
+import pytest
+
+from fused_resnet.bench.schema import Row
+from fused_resnet.bench.table import columns, number
+from fused_resnet.cli import main
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["kernel"], "argument SUITE: expected one of kernels, blocks, train, inference; got 'kernel'"),
+        (["train", "--impl", "magic"], "argument --impl: expected one of eager, eager_nhwc, compile"),
+        (["train", "--impl", "cudnn"], "argument --impl: expected some of eager, eager_nhwc, "),
+        (["train", "--case", "batch_stats"], "argument --case: expected the suite kernels; got train"),
+        (["kernels", "--largest", "64"], "argument --largest: expected the suite train or inference or blocks; got kernels"),
+        (["blocks", "--model", "resnet20"], "argument --model: expected some of resnet18, resnet34, "),
+        (["train", "--batch", "0"], "argument --batch: expected a whole number of at least 1; got '0'"),
+        (["train", "--dtype", "int8"], "argument --dtype: expected one of fp32, fp16, bf16; got 'int8'"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, words, capsys, tmp_path):
+    try:
+        status = main(["bench", *arguments, "--device", "cpu", "--commit", "x", "--out", str(tmp_path)])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["bench", "train", "--model", "resnet18"], ["profile", "--model", "resnet18"]])
+def test_without_a_commit_nothing_is_measured(command, monkeypatch, capsys, tmp_path):
+    def nowhere():
+        raise RuntimeError("no git checkout")
+
+    monkeypatch.setattr(f"fused_resnet.cli.{command[0]}.current_commit", nowhere)
+    assert main([*command, "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.endswith("argument --commit: no git checkout\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_leaves_out_what_no_row_has():
+    fine = Row("train", "resnet18", "ours", "float32", 8, [3, 64, 64], 12.345, 12.0, 13.0, images_per_s=648.0)
+    lost = Row("train", "resnet18", "compile", "float32", 8, [3, 64, 64], status="oom: no room")
+    told = {head: texts for head, texts, _ in columns([fine, lost])}
+    assert list(told) == ["case", "dtype", "batch", "C×H×W", "impl", "ms", "p10", "p90", "images/s", "status"]
+    assert told["ms"] == ["12.35", ""] and told["status"] == ["", "oom: no room"]
+
+
+@pytest.mark.parametrize("value, text", [(None, ""), (0.0, "0"), (0.01234, "0.0123"), (1.16, "1.160"), (12.345, "12.35"), (1234.5, "1,234")])
+def test_numbers_have_four_digits(value, text):
+    assert number(value) == text
