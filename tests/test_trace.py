@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_resnet
 from fused_resnet import roofline
-from fused_resnet.bench import load, trace
+from fused_resnet.bench import fusion, load, trace
 from fused_resnet.cli import main
 from fused_resnet.devices import DEVICES
 from fused_resnet.roofline import DESIGNS, resnet, saved_bytes, total_bytes, total_flops, training_step
@@ -29,7 +29,7 @@ def test_flops_are_those_counted_by_hand(both):
     assert step.forward_flops == network.forward_flops
     assert step.parameters == network.parameters
     expected = total_flops(training_step(network, DESIGNS["eager"]))
-    assert {total_flops(step.kernels(ops)) for ops in trace.designs(step).values()} == {expected}
+    assert {total_flops(step.kernels(ops)) for ops in fusion.designs(step).values()} == {expected}
 
 
 #: Relative. `fused`: a graph's max pool writes its input's gradient, which the hand's design recomputes twice instead, 3.9 MB an image.
@@ -38,7 +38,7 @@ def test_bytes_are_near_those_counted_by_hand(both, name, design, bound):
     step, network = both
     stem = 3.9e6 * BATCH if name == "fused" else 0
     counted = training_step(network, DESIGNS[design])
-    ops = trace.designs(step)[name]
+    ops = fusion.designs(step)[name]
     assert total_bytes(step.kernels(ops)) - stem == pytest.approx(total_bytes(counted), rel=bound)
     assert step.saved_bytes(ops) == pytest.approx(saved_bytes(network, DESIGNS[design]), rel=0.03)
 
@@ -46,7 +46,7 @@ def test_bytes_are_near_those_counted_by_hand(both, name, design, bound):
 @pytest.mark.parametrize("work, design", [("relu", "eager"), ("backward apply", "passes"), ("dgrad", "fused")])
 def test_a_kernel_that_is_forgotten_is_seen(both, work, design):
     step, network = both
-    ops = trace.designs(step)[design]
+    ops = fusion.designs(step)[design]
     name = "+fold" if design == "fused" else design
     left = [op for op in ops if work not in op.work]
     assert total_bytes(step.kernels(left)) < 0.97 * total_bytes(training_step(network, DESIGNS[name]))
@@ -56,7 +56,7 @@ def test_resnet50_is_within_three_percent_as_it_is():
     step, network = trace.trace(fused_resnet.models.resnet50, SHAPE, torch.float16), resnet("resnet50", BATCH)
     for name, design in (("eager", "eager"), ("passes", "passes"), ("fused", "+fold")):
         counted = total_bytes(training_step(network, DESIGNS[design]))
-        assert total_bytes(step.kernels(trace.designs(step)[name])) == pytest.approx(counted, rel=0.03)
+        assert total_bytes(step.kernels(fusion.designs(step)[name])) == pytest.approx(counted, rel=0.03)
 
 
 def test_layers_are_those_of_the_modules():
@@ -96,7 +96,7 @@ def test_flops_of_any_module_are_those_that_pytorch_counts(make):
     assert step.forward_flops == forward.get_total_flops()
     if make is not fused_resnet.models.resnext50_32x4d:  # PyTorch counts a grouped wgrad as if it were not grouped
         assert sum(op.flops for op in step.ops if op.backward) == backward.get_total_flops()
-    eager, passes, fused = (total_bytes(step.kernels(ops)) for ops in trace.designs(step).values())
+    eager, passes, fused = (total_bytes(step.kernels(ops)) for ops in fusion.designs(step).values())
     assert eager > passes > fused
 
 
@@ -111,7 +111,7 @@ def test_a_chain_of_elementwise_operators_is_one_pass():
             return (torch.relu(y) * 2 + x).abs()
 
     step = trace.trace(Chain, (2, 4, 8, 8), torch.float32)
-    ways = trace.designs(step)
+    ways = fusion.designs(step)
     tensor = 2 * 4 * 8 * 8 * 4
     (chain,) = [op for op in ways["passes"] if op.work.startswith("relu") and not op.backward]
     assert chain.work == "relu, mul, add, abs, mean"

@@ -1,26 +1,16 @@
-"""What a training step of any module must cost: its ATen operators, traced without a GPU, a device's memory, or numbers.
+"""What a training step of any module is made of: its ATen operators, traced without a GPU, a device's memory, or numbers.
 
 `trace` runs a module forward and backward on fake tensors and writes down every operator: its layer, its FLOPs, the tensors that it
-reads and writes. `designs` turns that into kernels, by the counting rules of `roofline`, in three ways:
-
-- `eager`: each operator a kernel, batch norm two each way: statistics and apply, reduce and apply;
-- `passes`: element-wise operators that follow one another are one pass, which reads what comes from outside and writes what is needed
-  outside; a reduction joins the pass that makes its operand. The mask of a ReLU is a bit a value, or recomputed where the pass reads
-  what it is made of;
-- `fused`: such passes cost no trip of their own. One whose operand comes from a convolution, a product or a pool runs in its epilogue,
-  one whose result goes into one runs in its prologue, in each of them if that moves fewer bytes than to write the result once.
-
-The last is a bound for an arbitrary graph, no promise that such a kernel is written. For ResNets, tests hold all three to the
-designs of `roofline`, which are counted by hand.
+reads and writes, by the counting rules of `roofline`. Batch norm is two each way: statistics and apply, reduce and apply. `fusion` makes
+fewer kernels of them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -28,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from ..backends import backend
 from ..problem import ConvProblem
 from ..roofline import MASTER_BYTES, Kernel, optimizer_step
+from .units import OUTSIDE, Units
 
 ATEN = torch.ops.aten
 HEAVY, POINTWISE, REDUCTION = "heavy", "pointwise", "reduction"
@@ -37,7 +28,6 @@ NORM_BACKWARDS = {ATEN.native_batch_norm_backward, ATEN.native_layer_norm_backwa
 REDUCTIONS = {ATEN.mean, ATEN.sum, ATEN.var_mean, ATEN.max_pool2d_with_indices}
 #: They write where they read, or next to it, and can join the pass that reads their result.
 ALIGNED = {ATEN._to_copy, ATEN.max_pool2d_with_indices_backward}
-OUTSIDE = "loss"  #: the unit of what runs outside the model
 #: An operator on tensors of no more elements is not worth a word: a counter, a loss.
 SCALAR = 1
 
@@ -90,64 +80,6 @@ class Trace:
     def kernels(self, ops: Iterable[Op]) -> list[Kernel]:
         """These operators as kernels, with SGD's step behind them."""
         return [*(op.kernel for op in ops), optimizer_step(self.parameters, self.itemsize)]
-
-
-class Units:
-    """Which part of a model an operator belongs to: a convolution with the norm, the activation and the addition behind it, a pool, ….
-
-    A unit is called after its first module. Of a model that calls its modules, an operator belongs to the unit of the module that is
-    being called; what no unit claims, such as an activation or an addition, belongs to the unit before it. An operator that stands for
-    several modules, as a fused one does, belongs to the unit whose parameters it reads.
-    """
-
-    def __init__(self, model: nn.Module):
-        self._units: dict[nn.Module, str] = {}
-        self._owners: dict[int, str] = {}
-        self._pools: dict[str, str] = {}
-        before = None
-        for name, module in model.named_modules():
-            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            if own:
-                follows = "Norm" in type(module).__name__ and "Conv" in type(before).__name__
-                self._units[module] = self._units[before] if follows else name
-                self._owners |= {t.data_ptr(): self._units[module] for t in own if not isinstance(t, FakeTensor)}
-                before = module
-            elif kind := next((k for k in ("MaxPool", "AvgPool") if k in type(module).__name__), None):
-                self._units[module] = name
-                self._pools[f"{kind[:3].lower()}_pool"] = name
-        self.called: list[str] = []
-        self.last = OUTSIDE
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Within, calls of the model's modules are seen. Not by hooks: a block whose modules are hooked is not fused."""
-        original = nn.Module.__call__
-
-        def call(module, *args, **kwargs):
-            if module not in self._units:
-                return original(module, *args, **kwargs)
-            self.called.append(self._units[module])
-            try:
-                return original(module, *args, **kwargs)
-            finally:
-                self.called.pop()
-
-        nn.Module.__call__ = call
-        try:
-            yield
-        finally:
-            nn.Module.__call__ = original
-
-    def of(self, function: torch._ops.OpOverload, inputs: Iterable[Tensor]) -> str:
-        """The unit of an operator that runs now, in forward."""
-        if self.called:
-            self.last = self.called[-1]
-        elif pool := next((name for kind, name in self._pools.items() if kind in function._schema.name), None):
-            self.last = pool
-        elif self._owners:
-            # Convolutions' weights may have been cast; norms' vectors never are.
-            self.last = next((unit for t in inputs if (unit := self._owners.get(t.data_ptr()))), self.last)
-        return self.last
 
 
 class _Recorder(TorchDispatchMode):
@@ -303,143 +235,3 @@ def scalar(result, labels: Tensor) -> Tensor:
     if isinstance(result, Tensor) and result.dim() == 2:
         return nn.functional.cross_entropy(result.float(), labels)
     return sum(t.float().mean() for t in tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad)
-
-
-def designs(trace: Trace) -> dict[str, list[Op]]:
-    """The operators of a step as `eager`, `passes` and `fused` run them; see the top of this module."""
-    passes = _group(trace)
-    return {"eager": trace.ops, "passes": passes, "fused": _absorb(trace, passes)}
-
-
-def _group(trace: Trace) -> list[Op]:
-    """Element-wise operators that follow one another, as one operator each; heavy ones by themselves."""
-    ops = trace.ops
-    producer = {value: i for i, op in enumerate(ops) for value in op.writes}
-    readers: dict[int, list[int]] = {}
-    for i, op in enumerate(ops):
-        for value in op.reads:
-            readers.setdefault(value, []).append(i)
-
-    # An operator's level is how many barriers, heavy operators and whole reductions, lie before it. Of one level, none waits for another.
-    level = [0] * len(ops)
-    for i, op in enumerate(ops):
-        for value in op.reads:
-            if (j := producer.get(value)) is not None and j < i:
-                level[i] = max(level[i], level[j] + (op.kind == HEAVY or ops[j].kind != POINTWISE))
-    for i in reversed(range(len(ops))):  # as late as its readers allow, so that a shortcut's norm meets its addition
-        after = [j for value in ops[i].writes for j in readers.get(value, ())]
-        if ops[i].kind == POINTWISE and after and all(ops[j].kind != HEAVY for j in after):
-            level[i] = max(level[i], min(level[j] for j in after))
-
-    root = list(range(len(ops)))
-
-    def find(i: int) -> int:
-        while root[i] != i:
-            i = root[i]
-        return i
-
-    for i, op in enumerate(ops):
-        for value in op.reads:
-            j = producer.get(value)
-            if j is None or op.kind == HEAVY or ops[j].kind != POINTWISE:
-                continue
-            if level[i] == level[j] and op.backward == ops[j].backward:
-                root[find(j)] = find(i)
-    members: dict[int, list[int]] = {}
-    for i in range(len(ops)):
-        members.setdefault(find(i), []).append(i)
-    merged: list[Op] = []
-    for group in sorted(members.values(), key=lambda group: group[-1]):
-        merged.append(_merge(trace, group, readers, {value: op for op in merged for value in op.writes}))
-    return merged
-
-
-def _merge(trace: Trace, group: list[int], readers: dict[int, list[int]], makers: dict[int, Op]) -> Op:
-    """What a pass over all operators of `group` reads from outside and writes for outside. `makers`: the passes so far, by value."""
-    ops = [trace.ops[i] for i in group]
-    if ops[0].kind == HEAVY:
-        return _copy(ops[0])
-    made = {value for op in ops for value in op.writes}
-    reads = {value: size for op in ops for value, size in op.reads.items() if value not in made}
-    writes = {
-        value: size for op in ops for value, size in op.writes.items()
-        if value not in readers or any(i not in group for i in readers[value])
-    }  # fmt: skip
-    for index, taps in trace.taps.items():
-        for values in (reads, writes):
-            if values.pop(index, None) is not None:
-                values[taps] = trace.sizes[taps]
-    for act, mask in trace.masks.items():
-        size = trace.sizes[mask]
-        if act in made and len(_large(reads, size)) > 1 and any(trace.ops[i].backward for i in readers[act]):
-            writes[mask] = size
-        if act in reads and all(op.work == "threshold_backward" for op in ops if act in op.reads):
-            del reads[act]
-            source = _large(makers[act].reads, size) if act in makers else []
-            if len(source) != 1 or source[0] not in reads:
-                reads[mask] = size
-    kind = REDUCTION if all(op.kind == REDUCTION for op in ops) else POINTWISE
-    work = ", ".join(dict.fromkeys(op.work for op in ops))
-    return Op(ops[-1].layer, work, kind, ops[0].backward, 0, reads, writes, {value for op in ops for value in op.sums})
-
-
-def _large(values: dict[int, int], mask: int) -> list[int]:
-    """Those of the values that are as large as an activation, whose mask has that many bytes."""
-    return [value for value, size in values.items() if size > mask]
-
-
-def _copy(op: Op) -> Op:
-    return replace(op, reads=dict(op.reads), writes=dict(op.writes), sums=set(op.sums))
-
-
-def _absorb(trace: Trace, passes: list[Op]) -> list[Op]:
-    """The passes without those that run in the prologue or the epilogue of a heavy operator."""
-    ops = [_copy(op) for op in passes]
-    left = list(ops)
-    for op in ops:
-        if op.kind != HEAVY and (_into_epilogue(op, left, trace.covered) or _into_prologue(op, left)):
-            left.remove(op)
-    return left
-
-
-def _into_epilogue(op: Op, ops: list[Op], covered: dict[int, int]) -> bool:
-    """Let the last heavy operator that `op` waits for do its work before it writes its result; whether that can be.
-
-    Another gradient that is added there need not exist where it is zero, between the windows of a strided 1x1 convolution.
-    """
-    makers = [i for i, other in enumerate(ops) if other is not op and set(other.writes) & set(op.reads)]
-    if not makers or ops[last := max(makers)].kind != HEAVY or ops[last].backward != op.backward:
-        return False
-    maker = ops[last]
-    if maker.sums & set(op.reads):
-        return False
-    (result, *_) = set(maker.writes) & set(op.reads)
-    for i in makers[:-1]:
-        for value in set(ops[i].writes) & set(op.reads) & set(covered):
-            ops[i].writes[value] = op.reads[value] = covered[value]
-    maker.reads |= {value: size for value, size in op.reads.items() if value not in maker.writes}
-    if not any(result in other.reads for other in ops if other is not op):
-        del maker.writes[result]
-    maker.writes |= op.writes
-    maker.sums |= op.sums
-    return True
-
-
-def _into_prologue(op: Op, ops: list[Op]) -> bool:
-    """Let the heavy operators that read a result of `op` make it of the operands of `op`; whether there is one."""
-    users = [other for other in ops if other.kind == HEAVY and set(other.reads) & set(op.writes)]
-    others = [other for other in ops if other is not op and other.kind != HEAVY and set(other.reads) & set(op.writes)]
-    if not users:
-        return False
-    results = {value for user in users for value in user.reads if value in op.writes}
-    written = sum(op.writes.values()) + sum(user.reads[v] for user in users[1:] for v in results if v in user.reads)
-    again = (len(users) - 1) * sum(op.reads.values())
-    if len(op.writes) == 1 and not others and again <= written:
-        readers = users
-    else:
-        readers, users[0].writes = users[:1], users[0].writes | op.writes
-    for reader in readers:
-        for value in results & set(reader.reads):
-            del reader.reads[value]
-        reader.reads |= op.reads
-    return True

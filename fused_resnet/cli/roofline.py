@@ -5,10 +5,11 @@ import argparse
 import torch
 from rich.table import Table
 
+from ..bench.fusion import designs
 from ..bench.load import LoadError, builder
 from ..bench.machine import measure_ceilings
 from ..bench.table import console
-from ..bench.trace import designs, trace
+from ..bench.trace import trace
 from ..devices import DEVICES
 from ..roofline import DEPTHS, DESIGNS, Kernel, floor_seconds, resnet, saved_bytes, total_bytes, total_flops, training_step
 from .arguments import UsageError, blaming, one_of, positive, positive_number

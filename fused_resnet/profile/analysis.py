@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..bench.fusion import designs
 from ..bench.machine import Ceilings
 from ..bench.schema import Meta, SchemaError
-from ..bench.trace import Op, designs, trace
+from ..bench.trace import Op, trace
 from ..roofline import Kernel, floor_seconds
 from ..train.files import replace_file
 from .record import COMPILED, PHASES, Recording, Work

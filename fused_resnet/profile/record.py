@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..bench.steps import TrainingStep
-from ..bench.trace import OUTSIDE, Units
+from ..bench.units import OUTSIDE, Units
 
 WARMUP = 3
 PHASES = ("forward", "backward", "optimizer")
