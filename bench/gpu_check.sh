@@ -48,7 +48,7 @@ commit=${3:-$(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/nul
 
 # Implementations of a network that share a step, so that they take turns. CUDA graphs keep a step's memory to themselves, and
 # max-autotune takes minutes to compile.
-plain="eager eager_nhwc compile ours ours:passes"
+plain="eager eager_nhwc compile ours ours:passes_cuda ours:passes_triton"
 graphs=compile_graphs
 max=compile_max
 

@@ -1,4 +1,4 @@
-"""Run every pass of `passes`, and the native kernel where it is built, on small shapes, and compare it with the reference.
+"""Run every pass of every backend that can run on small shapes, and compare it with the reference.
 
 Made for compute-sanitizer: inputs are made and results are compared on the CPU, so that on the GPU next to nothing runs but this
 package's kernels, and what they leave unwritten is copied back and seen by initcheck. Without a GPU it runs in Triton's interpreter.
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fused_resnet import native
 from fused_resnet.backends import BACKENDS
 from fused_resnet.bench.passes import error
+from fused_resnet.bench.steps import OURS
 from fused_resnet.reference import Reference, nhwc
 
 REFERENCE = Reference()
@@ -68,27 +68,22 @@ def compare(call: Callable, name: str, arguments: tuple, device: torch.device) -
 
 
 def main() -> int:
-    """The program; gives its exit status, 1 where a result is wrong."""
+    """The program; gives its exit status, 1 where a result is wrong or nothing was run."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    absence = native.load()
-    print(f"{device}; native library: {absence or 'loaded'}", flush=True)
     count, bad = 0, 0
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        if reason := BACKENDS["passes"].declines(device, dtype):
-            print(f"{dtype}: {reason}")
-            continue
-        for shape in SHAPES:
-            for name, arguments in calls(shape, dtype):
-                implementations = {"passes": getattr(BACKENDS["passes"], name)}
-                if name == "norm_add_act" and absence is None and device.type == "cuda":
-                    implementations["native"] = torch.ops.fused_resnet_native.norm_add_act
-                for implementation, call in implementations.items():
+        for implementation in OURS.values():
+            if reason := BACKENDS[implementation].declines(device, dtype):
+                print(f"{implementation}, {dtype}: {reason}", flush=True)
+                continue
+            for shape in SHAPES:
+                for name, arguments in calls(shape, dtype):
                     count += 1
-                    if status := compare(call, name, arguments, device):
+                    if status := compare(getattr(BACKENDS[implementation], name), name, arguments, device):
                         bad += 1
                         print(f"{implementation} {name} {shape} {dtype}: {status}", flush=True)
-    print(f"{count} calls, {bad} wrong")
+    print(f"{device}: {count} calls, {bad} wrong")
     return int(bad > 0 or count == 0)
 
 

@@ -12,9 +12,10 @@ import torch
 
 from fused_resnet.backends import BACKENDS
 from fused_resnet.bench import passes, schema
-from fused_resnet.bench.kernels import IMPLEMENTATIONS, OURS, Kernels, declines, peers
+from fused_resnet.bench.kernels import IMPLEMENTATIONS, Kernels, declines, peers
 from fused_resnet.bench.machine import measure_ceilings
 from fused_resnet.bench.schema import read_results
+from fused_resnet.bench.steps import OURS
 from fused_resnet.cli import main
 from fused_resnet.problem import NormProblem
 from fused_resnet.reference import Reference
@@ -78,7 +79,7 @@ def test_the_program_writes_what_it_measured(tmp_path, capsys):
     for (_, impl), row in rows.items():
         reason = declines(impl, torch.device("cpu"), torch.float16)
         assert row.status == (f"unsupported: {reason}" if reason else "ok")
-    assert rows[case, "ours:passes"].max_rel_error < 1e-3
+    assert rows[case, "ours:passes_triton"].max_rel_error < 1e-3
     assert str(path) in capsys.readouterr().out
 
 
@@ -119,8 +120,8 @@ def test_what_cudnn_is_asked_for_is_the_case(make, monkeypatch):
 
 def test_what_is_wrong_gets_no_figure(tmp_path, monkeypatch):
     right = Reference.norm_act_max_pool
-    monkeypatch.setattr(type(BACKENDS["passes"]), "norm_act_max_pool", lambda self, *args: [2 * t for t in right(self, *args)])
-    assert main([*ARGUMENTS, "--out", str(tmp_path), "--impl", "ours:passes"]) == 1
+    monkeypatch.setattr(type(BACKENDS["passes_triton"]), "norm_act_max_pool", lambda self, *args: [2 * t for t in right(self, *args)])
+    assert main([*ARGUMENTS, "--out", str(tmp_path), "--impl", "ours:passes_triton"]) == 1
     (path,) = tmp_path.rglob("*.json")
     row = read_results(path).rows[-1]
     assert row.status.startswith("wrong: result 0 differs by 1.0e+00")

@@ -6,6 +6,7 @@ on the device. `fused-resnet bench` writes the figures that the documents show.
 
 import dataclasses
 import itertools
+import signal
 import time
 
 import pytest
@@ -141,6 +142,20 @@ def test_a_peer_that_does_not_end_is_a_timeout():
     assert attempt(lambda: None, limit_s=0.2) is None
     assert time.perf_counter() - started < 10
     time.sleep(0.3)  # no alarm is left behind
+
+
+def test_another_alarm_goes_off_all_the_same():
+    rung = []
+    handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
+    before = signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        assert attempt(lambda: time.sleep(10), limit_s=0.1) == "timeout: not done in 0.1 s"
+        assert not rung
+        time.sleep(0.4)
+        assert rung
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *before)
 
 
 def test_blocks_are_each_shape_once():

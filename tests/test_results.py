@@ -17,7 +17,7 @@ from fused_resnet.reference import Reference
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 META = Meta("NVIDIA H100", 132, "570.1", "13.0", "9.8.0", "2.13.0", "3.6.0", "0123456789abcdef", "2026-01-31T23:59:58Z", {"sm": 1980, "sm_max": 1980})
-FAST = Row("kernels", "norm_act", "ours:passes", "bfloat16", 256, [64, 56, 56], 1.0, 0.9, 1.1, gbytes_per_s=2800.0, copy_fraction=0.91)
+FAST = Row("kernels", "norm_act", "ours:passes_triton", "bfloat16", 256, [64, 56, 56], 1.0, 0.9, 1.1, gbytes_per_s=2800.0, copy_fraction=0.91)
 OTHER = dataclasses.replace(FAST, case="batch_stats")
 LOST = Row("kernels", "norm_act", "compile", "bfloat16", 256, [64, 56, 56], status="oom: 2 | 3 GiB")
 
@@ -52,9 +52,9 @@ def test_the_same_figures_pass(tmp_path, capsys):
 @pytest.mark.parametrize(
     "new, words",
     [
-        ([times(FAST, 1.5), OTHER], "norm_act ours:passes bfloat16 256 64x56x56: slower"),
-        ([OTHER], "norm_act ours:passes bfloat16 256 64x56x56: missing"),
-        ([dataclasses.replace(LOST, impl="ours:passes"), OTHER], "norm_act ours:passes bfloat16 256 64x56x56: oom: 2 | 3 GiB"),
+        ([times(FAST, 1.5), OTHER], "norm_act ours:passes_triton bfloat16 256 64x56x56: slower"),
+        ([OTHER], "norm_act ours:passes_triton bfloat16 256 64x56x56: missing"),
+        ([dataclasses.replace(LOST, impl="ours:passes_triton"), OTHER], "norm_act ours:passes_triton bfloat16 256 64x56x56: oom: 2 | 3 GiB"),
     ],
 )
 def test_what_became_worse_fails_by_name(new, words, tmp_path, capsys):
@@ -97,15 +97,15 @@ class Slowed(Reference):
 def test_a_slow_down_of_one_kernel_is_found(tmp_path, capsys, monkeypatch):
     """The suite is timed twice on this machine, the second time with one kernel slowed down: that one, and no other, is named."""
     nothing = Times(1.0, 1.0, 1.0)
-    suite = kernels.Kernels(torch.device("cpu"), torch.float32, Ceilings(nothing, 1, nothing, 1), ("ours:passes",), repeats=15)
+    suite = kernels.Kernels(torch.device("cpu"), torch.float32, Ceilings(nothing, 1, nothing, 1), ("ours:passes_triton",), repeats=15)
     measured = []
     for backend in (Reference(), Slowed()):
-        monkeypatch.setitem(BACKENDS, "passes", backend)
+        monkeypatch.setitem(BACKENDS, "passes_triton", backend)
         cases = [make(passes.Inputs(NormProblem(8, 64, 28, 28), torch.float32, suite.device)) for make in (passes.batch_stats, passes.norm_act)]
         measured.append([row for case in cases for row in suite.rows(case)])
     # Other work on the machine moves times by tens of percent; the slow-down is twentyfold.
     assert compare.main([*files(tmp_path, *measured), "--threshold", "4"]) == 1
-    assert capsys.readouterr().err == "norm_act ours:passes float32 8 64x28x28: slower\n"
+    assert capsys.readouterr().err == "norm_act ours:passes_triton float32 8 64x28x28: slower\n"
 
 
 # ---- the page -----------------------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def test_the_page_has_a_table_for_each_run(tmp_path):
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert page.count("## NVIDIA H100: kernels") == 1 and "cpu" not in page
     assert page.index("2026-02-01") < page.index("2026-01-31")
-    assert "| norm_act | bfloat16 | 256 | 64×56×56 | ours:passes | 1.000 | 0.9000 | 1.100 | 2,800 | 0.9100 |  |" in page
+    assert "| norm_act | bfloat16 | 256 | 64×56×56 | ours:passes_triton | 1.000 | 0.9000 | 1.100 | 2,800 | 0.9100 |  |" in page
     assert "oom: 2 \\| 3 GiB |" in page
     assert "commit 0123456789ab, 2026-01-31T23:59:58Z, PyTorch 2.13.0, Triton 3.6.0, CUDA 13.0, cuDNN 9.8.0, driver 570.1, sm clock 1980 MHz:" in page
 

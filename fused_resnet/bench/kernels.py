@@ -12,10 +12,9 @@ from . import passes
 from .machine import Ceilings
 from .passes import Case
 from .schema import Row
+from .steps import OURS
 from .timing import Times, attempt, measure
 
-#: This package's backends; the reference is what all are compared with, and no peer.
-OURS = {f"ours:{name}": name for name in BACKENDS if name != Reference.name}
 IMPLEMENTATIONS = ("eager_nhwc", "compile", "cudnn", *OURS)
 
 
@@ -54,7 +53,7 @@ class Kernels:
         if reason := declines(impl, self.device, self.dtype):
             return {"status": f"unsupported: {reason}"}
         results = []
-        if status := attempt(lambda: results.extend(call())):
+        if status := attempt(lambda: results.extend(call()), self.limit_s):
             return {"status": status}
         error, status = passes.error(results, expected)
         facts = {"max_rel_error": None if error == float("inf") else error}  # JSON has no word for infinity

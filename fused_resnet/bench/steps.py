@@ -14,8 +14,11 @@ from torch import Tensor, nn
 import fused_resnet
 
 from ..backends import BACKENDS
-from ..reference import Reference
+from . import schema
 from .trace import scalar
+
+#: This package's backends by the names that figures have; the reference is what all are compared with, and no peer.
+OURS = {impl: name for name in BACKENDS if (impl := f"ours:{name}") in schema.IMPLEMENTATIONS}
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ IMPLEMENTATIONS = {
     "compile_max": Implementation("off", True, "max-autotune"),
     "compile_graphs": Implementation("off", True, "reduce-overhead"),
     "ours": Implementation("auto", True),
-    **{f"ours:{name}": Implementation(name, True) for name in BACKENDS if name != Reference.name},
+    **{impl: Implementation(name, True) for impl, name in OURS.items()},
 }
 #: For the gradients that are compared: float16 loses the small ones of an unscaled loss, and overflows at a scaler's first guess.
 LOSS_SCALE = 1024.0

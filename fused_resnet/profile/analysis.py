@@ -18,8 +18,6 @@ from ..train.files import replace_file
 from .record import COMPILED, PHASES, Recording, Work
 
 VERSION = 1
-#: Which design counts the bytes of an implementation. A compiled model is one pass for element-wise operators, as far as it gets.
-DESIGN_OF = {"off": "eager", "passes": "passes"}
 
 
 class ProfileError(ValueError):
@@ -101,14 +99,15 @@ def analyse(
 ) -> tuple[list[Part], dict[str, float], str]:
     """(parts, floors of the whole step in ms by design, the design whose bytes the parts have). `shape` is [N, C, H, W].
 
-    `backend`: "off" for PyTorch's own modules, else the operators of this package. Layers that are counted and never seen, since another
-    layer's kernel does their work, are left out; those that are seen and not counted have no FLOPs.
+    `backend`: "off" for PyTorch's own modules, "compiled" for a compiled model, else the operators of this package. Layers that are
+    counted and never seen, since another layer's kernel does their work, are left out; those that are seen and not counted have no FLOPs.
     """
     step = trace(make, shape, dtype)
     ways = designs(step)
     rates = ceilings.flops_per_s, ceilings.bytes_per_s
     floors = {name: 1e3 * floor_seconds(step.kernels(ops), *rates) for name, ops in ways.items()}
-    design = DESIGN_OF.get(backend, "passes")
+    # A compiled model is one pass for element-wise operators, as far as it gets.
+    design = "eager" if backend == "off" else "passes"
     compiled = any(work.layer == COMPILED for work in recording.works)
     counted = _counted(ways[design], step.kernels([])[0], rates, COMPILED if compiled else None)
     parts = []
