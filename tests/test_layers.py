@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "fused_resnet"
 #: The top-level modules from left to right; those of one group do not import each other. "" is the package's __init__.
 ORDER = [
-    ["_version", "devices", "environment", "problem", "reference", "native", "binary"],
+    ["_version", "devices", "environment", "files", "problem", "reference", "native", "binary"],
     ["roofline", "native_kernels"],
     ["tuning"],
     ["kernels"],

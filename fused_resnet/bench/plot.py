@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..train.files import replace_file
+from ..files import replace_file
 from .schema import Results, Row
 
 #: Okabe and Ito's colours, which the colour-blind tell apart; each has a marker of its own as well.

@@ -17,7 +17,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from ..train.files import replace_file
+from ..files import replace_file
 
 VERSION = 1
 SUITES = ("kernels", "blocks", "train", "inference")

@@ -13,8 +13,8 @@ from ..bench.fusion import designs
 from ..bench.machine import Ceilings
 from ..bench.schema import Meta, SchemaError
 from ..bench.trace import Op, trace
+from ..files import replace_file
 from ..roofline import Kernel, floor_seconds
-from ..train.files import replace_file
 from .record import COMPILED, PHASES, Recording, Work
 
 VERSION = 1

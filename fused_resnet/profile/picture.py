@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..train.files import replace_file
+from ..files import replace_file
 from .analysis import Profile
 from .record import PHASES
 

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 from ..bench.table import number
-from ..train.files import replace_file
+from ..files import replace_file
 from .analysis import Part, Profile
 from .record import PHASES
 from .svg import BOTTOM, LEFT, RIGHT, TOP, Drawing, Scale

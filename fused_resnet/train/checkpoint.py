@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .files import replace_file
+from ..files import replace_file
 
 FORMAT, VERSION = "fused_resnet.train", 1
 KEYS = ("config", "epoch", "model", "optimizer", "scaler", "rng", "history")

@@ -4,7 +4,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from .files import replace_file
+from ..files import replace_file
 
 MARKED_EPOCHS = 40  # more points than these run together
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data import DataSet, Loader
+from ..files import replace_file
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .config import SettingError, TrainConfig
 from .curves import draw_curves
-from .files import replace_file
 from .optimizer import learning_rate, sgd
 from .progress import EPOCH_HEADER, bar, epoch_line
 
