@@ -1,0 +1,208 @@
+"""Forward convolution: the norm, ReLU and residual of its input on load, the statistics of its output before it leaves."""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import ConvProblem
+from ..reference import ConvGeometry, Source
+from ..tuning import Configuration
+from .elements import pack_bits, passes_gradient, preactivation, relu, vector
+from .implicit_gemm import pixel, tap, tap_steps, tile, tile_moments
+from .launch import launch, packed_mask
+from .tiling import ceil_div
+
+#: Fewer channels than the smallest step along K are not padded to one: the K axis runs over taps and channels alike.
+FEW_CHANNELS = 16
+
+
+def reads_each_value_once(problem: ConvProblem) -> bool:
+    """Whether output pixels are input pixels, so that the prologue may write what it reads."""
+    return problem.r * problem.s == 1 and problem.stride == (1, 1) and problem.padding == (0, 0)
+
+
+@triton.jit
+def conv_fprop_norm_act_stats_kernel(
+    x_ptr,  # [N, H, W, C]
+    scale_ptr,  # [C] float32, as bias; None where x is materialised
+    bias_ptr,
+    residual_ptr,  # [N, H, W, C] or None
+    residual_scale_ptr,  # [C] float32, or None where the residual is materialised
+    residual_bias_ptr,
+    weight_ptr,  # [K, C, R, S], of any strides
+    y_ptr,  # [rows, K], rows = N·P·Q
+    act_ptr,  # [N, H, W, C] or None
+    mask_ptr,  # [N, H, W, ⌈C/8⌉] uint8, or None
+    count_ptr,  # [parts] int64, one part an M tile
+    mean_ptr,  # [parts, K] float32, as m2
+    m2_ptr,
+    one_ptr,  # [1] float32: 1.0
+    rows,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    K,
+    weight_k,  # strides of the weight, in elements
+    weight_c,
+    weight_r,
+    weight_s,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    FLAT_C: tl.constexpr,  # C where the K axis runs over (r, s, c) without gaps, else 0
+    WHOLE_STEPS: tl.constexpr,  # no step along K passes the last channel, or the last tap with FLAT_C
+    PRECISION: tl.constexpr,  # of a float32 product: "tf32" or "ieee"
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y = round(Σ act·weight), act = round(relu(fma(x, scale, bias) + residual)) or x, and each M tile's mean and M2 of y.
+
+    The GEMM's axes: M over output pixels, N over K, K over (r, s, c).
+    """
+    m, n = tile(tl.cdiv(K, BLOCK_N))
+    start = m * BLOCK_M
+    lane = tl.arange(0, BLOCK_M)
+    filters = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid_row = (start + lane < rows)[:, None]
+    valid_filter = (filters < K)[None, :]
+    # 64-bit offsets end at the tile's first pixel or image; from there on 32 bits do, and live in half the registers.
+    PADDED: tl.constexpr = PADDING_H + PADDING_W > 0
+    if R * S * STRIDE_H * STRIDE_W == 1 and not PADDED:  # an output pixel is an input pixel
+        origin = start.to(tl.int64)
+        corner = lane
+    else:
+        image, p, q = pixel(start + lane, P, Q)
+        top = p * STRIDE_H - PADDING_H
+        left = q * STRIDE_W - PADDING_W
+        first_image = start // (P * Q)
+        origin = first_image.to(tl.int64) * H * W
+        corner = ((image - first_image) * H + top) * W + left
+    x_at = (corner * C)[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(tap_steps(C, R, S, BLOCK_K, FLAT_C)):
+        r, s, c = tap(step, C, R, S, BLOCK_K, FLAT_C)
+        if WHOLE_STEPS:
+            inside = tl.full([BLOCK_K], 1, tl.int1)
+        elif FLAT_C:
+            inside = r < R
+        else:
+            inside = c < C
+        valid = valid_row & inside[None, :]
+        if PADDED:
+            h = top[:, None] + r * DILATION_H
+            w = left[:, None] + s * DILATION_W
+            on_image = (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            valid = valid & on_image
+        at = x_at + ((r * DILATION_H * W + s * DILATION_W) * C + c)
+        a = tl.load(x_ptr + origin * C + at, mask=valid, other=0.0)
+        if scale_ptr is not None:
+            residual = None
+            residual_scale = None
+            residual_bias = None
+            if residual_ptr is not None:
+                residual = tl.load(residual_ptr + origin * C + at, mask=valid, other=0.0).to(tl.float32)
+                if residual_scale_ptr is not None:
+                    residual_scale = vector(residual_scale_ptr, c, inside)
+                    residual_bias = vector(residual_bias_ptr, c, inside)
+            scale = vector(scale_ptr, c, inside)
+            bias = vector(bias_ptr, c, inside)
+            z = preactivation(a.to(tl.float32), scale, bias, residual, residual_scale, residual_bias)
+            act = relu(z)
+            if PADDED:  # again: a tap on padding is 0, and act of what was loaded there is not
+                kept = tl.load(one_ptr + tl.zeros_like(h + w), mask=on_image, other=0.0)
+                act = tl.where(kept != 0.0, act, 0.0)
+            a = act.to(a.dtype)
+            if act_ptr is not None:
+                if n == 0:
+                    tl.store(act_ptr + origin * C + at, a, mask=valid)
+                    if mask_ptr is not None:
+                        width = tl.cdiv(C, 8)
+                        octets = step * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+                        bits = pack_bits(passes_gradient(z) & valid, BLOCK_M, BLOCK_K)
+                        mask_at = lane[:, None] * width + octets[None, :]
+                        tl.store(mask_ptr + origin * width + mask_at, bits, mask=valid_row & (octets < width)[None, :])
+        weight_at = (r * weight_r + s * weight_s + c * weight_c)[:, None] + (filters * weight_k)[None, :]
+        b = tl.load(weight_ptr + weight_at, mask=inside[:, None] & valid_filter, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_N]
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + start.to(tl.int64) * K + lane[:, None] * K + filters[None, :], y, mask=valid_row & valid_filter)
+    count = tl.minimum(rows - start, BLOCK_M)
+    mean, m2 = tile_moments(y.to(tl.float32), valid_row, count.to(tl.float32))
+    part_at = m.to(tl.int64) * K + filters[None, :]
+    tl.store(mean_ptr + part_at, mean, mask=valid_filter)
+    tl.store(m2_ptr + part_at, m2, mask=valid_filter)
+    if n == 0:
+        tl.store(count_ptr + m, count.to(tl.int64))
+
+
+@lru_cache
+def _one(device: torch.device) -> Tensor:
+    """[1] float32: 1.0."""
+    return torch.ones(1, device=device)
+
+
+def fprop(
+    source: Source,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    write_act: bool,
+    save_mask: bool,
+    configuration: Configuration,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor, Tensor]]:
+    """The convolution of the activation that `source` stands for -> (y, act, mask, (counts, means, m2s)).
+
+    y [N, K, P, Q] is channels_last, in x's dtype. `write_act` asks for the activation itself, as the convolution reads it, and
+    `save_mask` for its packed ReLU mask; else they are None. counts [parts] int64, means and m2s [parts, K] float32 are of y as
+    rounded, for `batch_stats.merge_moments`.
+    `weight` [K, C, R, S] may have any strides; it is read 16 bytes at a time where C is its fastest axis (channels_last) or S·R = 1.
+    `allow_tf32` lets float32 products be TF32. Raises ValueError for groups, for a split K axis, and for an act that is not there
+    or that no program would write whole: only a 1x1 convolution with stride 1 and no padding reads each value once.
+    """
+    (n, c, h, w), (k, _, r, s) = source.x.shape, weight.shape
+    stride, padding, dilation, groups = geometry
+    problem = ConvProblem(n, c, h, w, k, r, s, tuple(stride), tuple(padding), tuple(dilation), groups)
+    if groups != 1:
+        raise ValueError(f"geometry: expected groups = 1; got {groups}")
+    if configuration.splits != 1:
+        raise ValueError(f"configuration: expected splits = 1, since statistics are of whole sums; got {configuration.splits}")
+    if write_act and not (source.pending and reads_each_value_once(problem)):
+        raise ValueError(
+            f"write_act: expected False, unless a pending source enters a 1x1 convolution with stride 1 and no padding; got {problem}"
+        )
+    if save_mask and not write_act:
+        raise ValueError("save_mask: expected False where write_act is")
+    p, q = problem.p, problem.q
+    rows, parts = n * p * q, ceil_div(n * p * q, configuration.block_m)
+    y = torch.empty((n, k, p, q), dtype=source.x.dtype, device=source.x.device, memory_format=torch.channels_last)
+    act = torch.empty_like(source.x, memory_format=torch.channels_last) if write_act else None
+    mask = packed_mask(source.x) if save_mask else None
+    counts = torch.empty(parts, dtype=torch.int64, device=y.device)
+    means, m2s = torch.empty((2, parts, k), dtype=torch.float32, device=y.device)
+    flat = c if c < FEW_CHANNELS and r * s > 1 else 0
+    weight_k, weight_c, weight_r, weight_s = weight.stride()
+    launch(
+        conv_fprop_norm_act_stats_kernel, parts * ceil_div(k, configuration.block_n), y.device, configuration.warps,
+        configuration.stages,
+        x_ptr=source.x, scale_ptr=source.scale, bias_ptr=source.bias, residual_ptr=source.residual,
+        residual_scale_ptr=source.residual_scale, residual_bias_ptr=source.residual_bias, weight_ptr=weight,
+        y_ptr=y, act_ptr=act, mask_ptr=mask, count_ptr=counts, mean_ptr=means, m2_ptr=m2s, one_ptr=_one(y.device),
+        rows=rows, H=h, W=w, C=c, P=p, Q=q, K=k,
+        weight_k=weight_k, weight_c=weight_c, weight_r=weight_r, weight_s=weight_s, R=r, S=s, STRIDE_H=stride[0],
+        STRIDE_W=stride[1], PADDING_H=padding[0], PADDING_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
+        FLAT_C=flat, WHOLE_STEPS=(r * s * c if flat else c) % configuration.block_k == 0,
+        PRECISION="tf32" if allow_tf32 else "ieee",
+        BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
+    )  # fmt: skip
+    return y, act, mask, (counts, means, m2s)
