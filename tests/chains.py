@@ -313,3 +313,16 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     """‖value − truth‖ / ‖truth‖ in float64; NaN counts as infinite."""
     error = (value.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)
     return float("inf") if error.isnan() else error.item()
+
+
+def calm(model: torch.nn.Module) -> None:
+    """Shift the norms of a network: even channels well above zero, odd ones well below.
+
+    As it is initialised, a pre-activation now and then ends on the other side of zero by a last bit, and drowns all errors of the
+    arithmetic; in training, last bits grow to 1e-1 of the loss within twenty steps. At four deviations there is one in 10^4 networks
+    of these sizes, and still some values that ReLU cuts. Those masks are the business of test_operators.py.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            with torch.no_grad():
+                module.bias[0::2], module.bias[1::2] = 4.0, -4.0

@@ -30,7 +30,7 @@ def relu_by_maximum_kernel(x_ptr, n, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + at, mask=at < n, other=0.0)
     tl.store(x_ptr + at, tl.maximum(x, 0.0), mask=at < n)
 
-launch = Launch(relu_by_maximum_kernel, 1, {"x_ptr": torch.empty(512, device="meta"), "n": 512, "BLOCK": 512}, 4)
+launch = Launch(relu_by_maximum_kernel, 1, {"x_ptr": torch.empty(512, device="meta"), "n": 512, "BLOCK": 512}, 4, 3)
 print(inspect.compile_launch(launch, "", 90).ptx)
 '''
 #: PTX's maximum that turns NaN into the other operand.

@@ -83,7 +83,9 @@ def _bars(axes, profiles: Sequence[Profile], names: list[str]) -> None:
         axes.scatter(floors, at, marker="|", s=60, color="black", zorder=3, label="floor" if run == 0 else None)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, 1.05 * max(sum(part.ms for part in layer.values()) for p in profiles for layer in p.layers().values()))
+    ends = [sum(getattr(part, what) for part in layer.values())
+            for p in profiles for layer in p.layers().values() for what in ("ms", "floor_ms")]  # fmt: skip
+    axes.set_xlim(0, 1.05 * max(ends))
     axes.set_xlabel("time in one training step (ms)")
     axes.set_title("Time by layer")
     axes.grid(axis="x", alpha=0.3)

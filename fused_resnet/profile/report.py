@@ -204,7 +204,8 @@ def _bars(profiles: Sequence[Profile]) -> Drawing:
     height = TOP + BOTTOM + pitch * len(names)
     left = 30 + 7.4 * max(map(len, names))
     drawing = Drawing(WIDTH, height, "layers", "Time of each layer, forward and backward")
-    longest = max(sum(part.ms for part in layers[name].values()) for layers in found for name in layers)
+    longest = max(max(sum(part.ms for part in parts.values()), sum(part.floor_ms for part in parts.values()))
+                  for layers in found for parts in layers.values())  # fmt: skip
     across = Scale(0, 1.05 * longest, left, WIDTH - RIGHT)
     drawing.axes(across, None, "time in one training step (ms)")
     for row, name in enumerate(names):
