@@ -4,7 +4,7 @@
 //             an element of ReLU's mask.
 // Shapes      x, residual: T [images, pixels, channels]; out: T [images, channels]; mask: uint8 [images, pixels, ceil(channels / 8)].
 // Bytes       rows * channels * sizeof(T), twice with a residual, and the mask written. The activation itself is never written.
-// FLOPs       3 to 7 an element.
+// FLOPs       4 to 7 an element.
 // Precision   fp32 sums of rounded activations, one rounding.
 // Determinism a block sums an image's slab of channels in a fixed order: equal bits on every run.
 #pragma once

@@ -4,7 +4,7 @@
 //             bias = beta − mean · scale, over n = rows.
 // Shapes      y: T [rows, channels]; all vectors float [channels]; partial results float [parts, channels].
 // Bytes       rows * channels * sizeof(T), and 8 per part and channel written and read again.
-// FLOPs       about 6 an element.
+// FLOPs       7 an element.
 // Precision   never E[y²] − E[y]², which loses all digits where the mean is much larger than the deviation. A thread makes Welford's
 //             update (1962) of differences from the first row of its part, which are small; threads, warps and parts are merged by
 //             Chan, Golub & LeVeque 1979: (n, mean, M2) of a union from those of its parts.

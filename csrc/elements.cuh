@@ -2,6 +2,7 @@
 //
 // Arithmetic is fp32. The compiler fuses no multiply and add by itself (-fmad=false): where one rounding is meant, fmaf says so, and
 // a kernel gives the same bits on every compiler.
+// FLOPs are counted so: a fused multiply-add two; an addition, multiplication, division or comparison one; a conversion none.
 #pragma once
 
 #include <cmath>

@@ -7,7 +7,7 @@
 // Shapes      x: T [N, H, W, channels]; out: T [N, P, Q, channels]; index: uint8 [N, P, Q, channels].
 // Bytes       forward: x once from memory, where the caches hold the rows that windows share, out and index written. Backward: x,
 //             dout and index read, dz written. For 3x3/2 and 2-byte elements 2.75 bytes an element of x forward, 4.75 backward.
-// FLOPs       forward 4 a tap; backward 8 an element and 1 a window.
+// FLOPs       forward 6 a tap; backward 7 an element and 1 a window.
 // Precision   rounded activations are compared; the sum over windows is fp32.
 // Determinism no two threads write one element: equal bits on every run.
 #pragma once

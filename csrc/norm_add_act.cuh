@@ -8,7 +8,7 @@
 //             mask: uint8 [rows, groups], groups = ceil(channels / 8).
 // Bytes       rows * channels * sizeof(T) * (2, or 3 with a residual), and rows * groups with a mask. The vectors are read once
 //             per thread, from the caches.
-// FLOPs       2 to 5 an element.
+// FLOPs       2 to 6 an element.
 // Precision   fp32 arithmetic, one rounding (to nearest even) to T. Equals `Reference.norm_add_act`.
 // Determinism every output element is computed by one thread from one element of each input: equal bits on every run and grid.
 #pragma once

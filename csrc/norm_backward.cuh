@@ -7,7 +7,7 @@
 // Shapes      d, dact, x, residual, dz, dx: T [rows, channels]; mask: uint8 [rows, ceil(channels / 8)]; vectors float [channels].
 // Bytes       reduction: rows * channels * sizeof(T) for each of d, dact, x, a raw residual read, and dz written; rows * groups for
 //             a mask. Apply: three of those. Partial sums: 4 per sum, part and channel, written and read again.
-// FLOPs       6 to 12 an element; apply: 5.
+// FLOPs       4 to 8 an element; apply: 5.
 // Precision   fp32, one rounding to T. A mask without bits is recomputed from z = fmaf(x, scale, bias), as forward computed it.
 // Determinism sums have a fixed order (reduce.cuh): equal bits on every run.
 #pragma once
