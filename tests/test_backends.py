@@ -4,11 +4,24 @@ import pytest
 import torch
 
 import fused_resnet
-from fused_resnet import ops
+from fused_resnet import backends, ops
 from fused_resnet.backends import BACKENDS, PASSES, choices, resolve
 from fused_resnet.functional import conv_bn_act
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Sets what a backend answers when it is asked whether it declines; forgotten after the test."""
+    backends._declines.cache_clear()
+
+    def answer(name, declines):
+        monkeypatch.setattr(BACKENDS[name], "declines", declines)
+        backends._declines.cache_clear()
+
+    yield answer
+    backends._declines.cache_clear()
 
 
 def test_auto_is_pytorchs_own_on_a_cpu_and_for_float64():
@@ -58,14 +71,26 @@ def test_both_languages_of_the_passes_run_where_the_tests_run(device):
         assert {dtype: BACKENDS[name].declines(device, dtype) for dtype in dtypes} == dict.fromkeys(dtypes), name
 
 
-def test_passes_is_the_first_language_that_runs(monkeypatch):
+def test_a_backend_is_asked_once_for_each_device_and_dtype(answers):
+    asked = []
+    answers("passes_triton", lambda device, dtype: asked.append((device, dtype)))
+    with fused_resnet.backend("passes_triton"):
+        for dtype in (torch.float32, torch.float16, torch.float32):
+            assert resolve(CPU, dtype) == "passes_triton"
+    assert asked == [(CPU, torch.float32), (CPU, torch.float16)]
+    answers("passes_triton", lambda device, dtype: "it rains")
+    with fused_resnet.backend("passes_triton"), pytest.raises(RuntimeError, match="it rains"):
+        resolve(CPU, torch.float32)
+
+
+def test_passes_is_the_first_language_that_runs(answers):
     assert PASSES == ("passes_cuda", "passes_triton")
     with fused_resnet.backend("passes"):
         for able in (PASSES, PASSES[1:]):
             for name in PASSES:
-                monkeypatch.setattr(BACKENDS[name], "declines", lambda device, dtype, name=name, able=able: None if name in able else "it rains")
+                answers(name, lambda device, dtype, name=name, able=able: None if name in able else "it rains")
             assert resolve(CPU, torch.float32) == able[0]
-        monkeypatch.setattr(BACKENDS[PASSES[1]], "declines", lambda device, dtype: "it snows")
+        answers(PASSES[1], lambda device, dtype: "it snows")
         with pytest.raises(RuntimeError, match="passes_cuda: it rains; passes_triton: it snows"):
             resolve(CPU, torch.float32)
 

@@ -7,6 +7,7 @@ that backend: where it can't run, an error says why.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -51,6 +52,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+@cache  # asked at every call of an operator; what the answer depends on stays as it is while a process runs
+def _declines(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return BACKENDS[name].declines(device, dtype)
+
+
 def resolve(device: torch.device, dtype: torch.dtype) -> str:
     """The backend for tensors of `dtype` on `device`: a key of `BACKENDS`, or "off" for PyTorch's own modules.
 
@@ -64,7 +70,7 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
     candidates = PASSES if choice in ("auto", "passes") else (choice,)
     reasons = {}
     for name in candidates:
-        reasons[name] = BACKENDS[name].declines(device, dtype)
+        reasons[name] = _declines(name, device, dtype)
         if reasons[name] is None:
             return name
     if choice == "auto":
