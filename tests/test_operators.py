@@ -67,6 +67,20 @@ def floor(dtype: torch.dtype, count: int) -> float:
     return ulps * torch.finfo(dtype).eps * (1 + 4 * count**-0.5)
 
 
+def refused(chain, layers, x, r, weight, dtype, **options) -> list[str]:
+    """What the rule has against the operators, by the backend in force, on this chain: a line for each result that is too far off."""
+    peer = run(chain, PyTorch, layers, x, r, weight, dtype, **options)
+    ours = run(chain, Ours, layers, x, r, weight, dtype, **options)
+    allowed = errors(peer, matched_truth(chain, layers, x, r, weight, peer, **options))
+    found = errors(ours, matched_truth(chain, layers, x, r, weight, ours, **options))
+    count = {name: value.numel() for name, value in results(ours).items()}
+    return [
+        f"{name}: error {error:.2e}, eager's {allowed[name]:.2e}"
+        for name, error in found.items()
+        if not error <= max(2 * allowed[name], floor(dtype, count[name]))
+    ]
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("backend, dtype", RUNNABLE, ids=str)
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda c: c.__name__)
@@ -74,14 +88,8 @@ def test_error_is_at_most_twice_eagers(chain, backend, dtype, training, device):
     for shape in [*SHAPES, *([TINY] if dtype == torch.float32 else [])] if training else SHAPES[:2]:
         layers, x, r = inputs(shape, device)
         weight = loss_weight(chain, layers, x, r)
-        eager = run(chain, PyTorch, layers, x, r, weight, dtype, training=training)
         with fused_resnet.backend(backend):
-            ours = run(chain, Ours, layers, x, r, weight, dtype, training=training)
-        eager_errors = errors(eager, matched_truth(chain, layers, x, r, weight, eager, training=training))
-        our_errors = errors(ours, matched_truth(chain, layers, x, r, weight, ours, training=training))
-        for name, error in our_errors.items():
-            bound = max(2 * eager_errors[name], floor(dtype, results(ours)[name].numel()))
-            assert error <= bound, f"{shape}, {name}: error {error:.2e}, eager's {eager_errors[name]:.2e}"
+            assert not refused(chain, layers, x, r, weight, dtype, training=training), shape
 
 
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda c: c.__name__)
