@@ -11,7 +11,7 @@ from fused_resnet import ops
 from fused_resnet.backends import BACKENDS
 from fused_resnet.functional import conv_bn_act
 from fused_resnet.ops.convolve import OPERATORS
-from fused_resnet.ops.library import NAMESPACE
+from fused_resnet.ops.library import overload
 from fused_resnet.reference import Reference
 
 SHAPE = Shape(2, 6, 5, 4, 10, size=3)
@@ -80,14 +80,14 @@ def flat_arguments(name: str, dtype=torch.float32, requires_grad=True):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck_of_convolutions(name):
     """Schema, fake, autograd registration and AOT dispatch agree, on strided vectors and permuted weights."""
-    torch.library.opcheck(getattr(torch.ops, NAMESPACE).__getattr__(name).default, tuple(flat_arguments(name)))
+    torch.library.opcheck(overload(name), tuple(flat_arguments(name)))
 
 
 @pytest.mark.parametrize(("name", "extra"), [("norm_add_act", (True,)), ("norm_add_act_avg_pool", ()), ("norm_act_max_pool", (3, 2, 1))])
 def test_opcheck_of_norms(name, extra):
     args = flat_arguments("norm_add_act_conv")[:10]
     args = args[:5] if name == "norm_act_max_pool" else args
-    torch.library.opcheck(getattr(getattr(torch.ops, NAMESPACE), name).default, (*args, *extra, "eager"))
+    torch.library.opcheck(overload(name), (*args, *extra, "eager"))
 
 
 def strided_gradients():
