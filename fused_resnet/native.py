@@ -1,7 +1,7 @@
 """The native library: CUDA C++ kernels as operators of the namespace `fused_resnet_native`. Loading it is optional.
 
-Nothing imports this module eagerly. Once `load()` has returned None, `torch.ops.fused_resnet_native.norm_add_act` is there;
-csrc/norm_add_act.cuh holds its contract. It needs no GPU to be loaded, only to be run.
+Importing this module loads nothing. Once `load()` has returned None, `torch.ops.fused_resnet_native` holds the operators; their
+schemas stand in csrc/library.cpp, the contracts of their kernels in csrc/*.cuh. It needs no GPU to be loaded, only to be run.
 """
 
 import struct
