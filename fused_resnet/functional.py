@@ -1,9 +1,11 @@
 """One layer at a time, with ordinary tensors and ordinary gradients."""
 
-import torch
 from torch import Tensor
 
 from . import ops
+from .nn.activation import blend, moments
+from .nn.block import to_nhwc
+from .nn.modules import autocast_dtype
 from .ops import Conv, ConvGeometry, Norm
 from .ops.checks import check_vector
 
@@ -35,8 +37,7 @@ def conv_bn_act(
 
     Raises ValueError or TypeError, naming the argument, where shapes, dtypes or devices do not fit.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype := autocast_dtype(x):
         x, weight = x.to(dtype), weight.to(dtype)
         residual = None if residual is None else residual.to(dtype)
     x = _channels_last("x", x)
@@ -51,17 +52,14 @@ def conv_bn_act(
         check_vector(name, vector, weight.shape[0], x)
     out = ops.conv_stats(x, conv)
     if training and running_mean is not None and running_var is not None:
-        with torch.no_grad():
-            n = out.y.numel() // out.y.shape[1]
-            running_mean.lerp_(out.mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((out.var * (n / (n - 1))).to(running_var.dtype), momentum)
+        blend([(running_mean, running_var)], [moments(out)], momentum)
     return ops.norm_add_act(out, residual, relu)
 
 
 def _channels_last(name: str, t: Tensor) -> Tensor:
     if t.dim() != 4:
         raise ValueError(f"{name}: expected a tensor of rank 4, [N, C, H, W]; got shape {list(t.shape)}")
-    return t.contiguous(memory_format=torch.channels_last)
+    return to_nhwc(t)
 
 
 def _pair(value: int | tuple[int, int]) -> list[int]:

@@ -1,6 +1,7 @@
 """Activations on their way through a network: made when somebody asks, normalised by whoever reads them."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,14 +49,26 @@ def update_running_statistics(statistics: tuple[BatchStatistics, ...]) -> None:
             groups[s.norm.momentum].append(s)
     for momentum, members in groups.items():
         torch._foreach_add_([s.norm.num_batches_tracked for s in members], 1)
-        for s in members if momentum is None else ():
-            _lerp([s], 1.0 / float(s.norm.num_batches_tracked))
         if momentum is not None:
-            _lerp(members, momentum)
+            _blend(members, momentum)
+        for s in members if momentum is None else ():
+            _blend([s], 1.0 / float(s.norm.num_batches_tracked))
 
 
-def _lerp(members: list[BatchStatistics], weight: float) -> None:
-    unbiased = torch._foreach_mul([s.var for s in members], [s.count / (s.count - 1) for s in members])
-    running = [s.norm.running_mean for s in members] + [s.norm.running_var for s in members]
-    batch = [*(s.mean for s in members), *unbiased]
-    torch._foreach_lerp_(running, [b.to(r.dtype) for b, r in zip(batch, running, strict=True)], weight)
+def _blend(members: list[BatchStatistics], weight: float) -> None:
+    running = [(s.norm.running_mean, s.norm.running_var) for s in members]
+    blend(running, [(s.mean, s.var, s.count) for s in members], weight)
+
+
+def moments(out: Pending) -> tuple[Tensor, Tensor, int]:
+    """(mean, biased variance, N·P·Q) of the batch that `out` is."""
+    return out.mean, out.var, out.y.numel() // out.y.shape[1]
+
+
+@torch.no_grad()
+def blend(running: Sequence[tuple[Tensor, Tensor]], batches: Sequence[tuple[Tensor, Tensor, int]], weight: float) -> None:
+    """running = (1 − weight)·running + weight·batch in place, of pairs (mean, variance). A batch's are `moments`."""
+    unbiased = torch._foreach_mul([var for _, var, _ in batches], [count / (count - 1) for *_, count in batches])
+    targets = [mean for mean, _ in running] + [var for _, var in running]
+    values = [*(mean for mean, *_ in batches), *unbiased]
+    torch._foreach_lerp_(targets, [v.to(t.dtype) for v, t in zip(values, targets, strict=True)], weight)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ..ops import Conv, ConvGeometry, Norm, Pending
-from .activation import BatchStatistics
+from .activation import BatchStatistics, moments
 
 _GLOBAL_HOOKS = (
     nn_module._global_forward_hooks,
@@ -78,11 +78,16 @@ def batch_statistics(norm: nn.BatchNorm2d, out: Pending) -> tuple[BatchStatistic
     """What `out` tells `norm`'s running statistics: nothing outside training."""
     if not norm.training or not norm.track_running_stats:
         return ()
-    return (BatchStatistics(norm, out.mean, out.var, out.y.numel() // out.y.shape[1]),)
+    return (BatchStatistics(norm, *moments(out)),)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast has convolutions of x run in; None where it is off, or leaves x as it is."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that convolutions of x run in: autocast's, where it is on."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return autocast_dtype(x) or x.dtype
