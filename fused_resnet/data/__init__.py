@@ -1,7 +1,8 @@
 """Data sets in memory, and batches of them on a device:
 
-data = load("fashion-mnist-mini")
-for images, labels in Loader(data, data.train, 128, torch.device("cpu"), augment=True).batches(epoch=1): ...
+    data = load("fashion-mnist-mini")
+    loader = Loader(data, data.train, 128, torch.device("cpu"), augment=True)
+    for images, labels in loader.batches(epoch=1): ...
 """
 
 from .cifar import CIFAR10, CIFAR100
