@@ -142,12 +142,16 @@ def test_zero_init_residual_zeroes_the_last_norms():
     assert not models.resnet18(zero_init_residual=True).layer1[0].bn2.weight.any()
 
 
-@pytest.mark.parametrize("name", [n for n in models.list_models() if n not in TORCHVISION_BUILDERS and n != "resnet1202"])
-@pytest.mark.parametrize("shortcut", ["A", "B"])
-def test_other_networks_equal_their_own_modules(name, shortcut):
-    if shortcut == "B" and name.startswith("plain"):
-        return
-    options = dict(shortcut=shortcut) if name.startswith("resnet") else {}
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (name, options)
+        for name in models.list_models() if name not in TORCHVISION_BUILDERS and name != "resnet1202"
+        for options in ([{}] if name.startswith("plain") else [{"shortcut": "A"}, {"shortcut": "B"}])
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_networks_equal_their_own_modules(name, options):
     ours = models.get_model(name, num_classes=5, **options).double()
     x = torch.randn(8, 3, 24, 20, dtype=torch.float64)  # eight values a channel in the last stage of plain34: fewer are ill-conditioned
     with fused_resnet.backend("off"):
@@ -293,6 +297,30 @@ def test_autocast_runs_convolutions_in_its_dtype():
     torch.testing.assert_close(out.float(), expected.float(), rtol=0.1, atol=0.1)
     out.float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+class Float32GroupNorm(nn.GroupNorm):
+    """As autocast runs a group norm on a GPU, though not on a CPU."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+def test_autocast_where_some_norms_are_none_of_ours():
+    """What follows a norm that gives float32 goes on in autocast's dtype: the next block, and a block with that in its shortcut."""
+    model = models.resnet18(num_classes=4)
+    model.layer1[0].bn2 = Float32GroupNorm(8, 64)
+    model.layer2[0].downsample = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(64, 128, 1, bias=False), Float32GroupNorm(8, 128))
+    plain = copy.deepcopy(model)
+    x = torch.randn(8, 3, 64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = plain(x)
+        with fused_resnet.backend("eager"):
+            out = model(x)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected.float(), rtol=0.1, atol=0.1)
+    out.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,8 @@ class Block(nn.Module):
     def _first_convolution(self, a: Activation, first: tuple[nn.Conv2d, nn.BatchNorm2d]):
         """Make the activation before this block while the first convolution (and the projection) reads it."""
         exists = isinstance(a.x, Tensor)
+        if exists:  # under autocast, PyTorch's modules may have made it in float32
+            a = enter(a.x, compute_dtype(a.x))
         dtype = a.x.dtype if exists else a.x.y.dtype
         conv, norm = conv_and_norm(*first, dtype), first[1]
         if self.shortcut and self._projects():
@@ -90,7 +92,7 @@ class Block(nn.Module):
             out, act = ops.norm_act_conv(a.x, conv), None
         residual = None
         if self.shortcut:
-            residual = act if self.downsample is None else to_nhwc(self.downsample(act))
+            residual = act if self.downsample is None else enter(self.downsample(act), dtype).x
         return out, residual, batch_statistics(norm, out)
 
 
