@@ -371,7 +371,7 @@ def test_evaluation_is_whole_in_order_and_normalised():
 def test_batches_are_channels_last(channels, augment):
     data = small(channels=channels)
     for images, _ in Loader(data, data.train, 4, CPU, augment).batches(0):
-        assert tuple(images.shape) == (4, channels, 6, 6)[: images.dim()] or len(images) == 2
+        assert images.shape[1:] == (channels, 6, 6)
         assert images.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -105,7 +105,7 @@ def test_weight_decay_of_norms_and_biases_is_optional(decay_norms):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("epochs", 0), ("batch_size", -1), ("limit_train", 0), ("lr", 0.0), ("lr", math.nan), ("momentum", 1.0),
+        ("epochs", 0), ("epochs", 1.5), ("batch_size", -1), ("limit_train", 0), ("lr", 0.0), ("lr", math.nan), ("momentum", 1.0),
         ("weight_decay", -1.0), ("label_smoothing", 1.0), ("precision", "fp8"), ("seed", -1), ("warmup_epochs", -1.0),
     ],
 )  # fmt: skip

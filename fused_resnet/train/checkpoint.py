@@ -24,7 +24,7 @@ KEYS = ("config", "epoch", "model", "optimizer", "scaler", "rng", "history")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint can't be read or written. The message names the file and what was expected."""
+    """A checkpoint can't be read, written or used. The message names the file, or the network that it does not fit."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

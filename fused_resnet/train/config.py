@@ -36,7 +36,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("epochs", "limit_train", "limit_eval", "image_size", "batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and (not isinstance(value, int) or value < 1):
                 raise SettingError(name, f"expected a whole number of at least 1; got {value}")
         if self.image_size is not None and self.data != "synthetic":
             raise SettingError(
