@@ -11,7 +11,7 @@ from ..problem import ConvProblem
 from ..reference import ConvGeometry, Source
 from ..tuning import Configuration
 from .elements import pack_bits, passes_gradient, preactivation, relu, vector
-from .implicit_gemm import pixel, tap, tap_steps, tile, tile_moments
+from .implicit_gemm import pixel, tap, tile, tile_moments
 from .launch import launch, packed_mask
 from .tiling import ceil_div
 
@@ -59,8 +59,10 @@ def conv_fprop_norm_act_stats_kernel(
     PADDING_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
-    FLAT_C: tl.constexpr,  # C where the K axis runs over (r, s, c) without gaps, else 0
-    WHOLE_STEPS: tl.constexpr,  # no step along K passes the last channel, or the last tap with FLAT_C
+    FLAT_C: tl.constexpr,  # C where the K axis runs over whole filter rows of S·C elements, else 0
+    LEAD: tl.constexpr,  # with FLAT_C: elements of weight 0 before each filter row, so that pixels begin at a multiple of ALIGNED
+    ALIGNED: tl.constexpr,  # with FLAT_C: elements
+    WHOLE_STEPS: tl.constexpr,  # no step along K passes the last channel
     PRECISION: tl.constexpr,  # of a float32 product: "tf32" or "ieee"
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -88,23 +90,38 @@ def conv_fprop_norm_act_stats_kernel(
         first_image = start // (P * Q)
         origin = first_image.to(tl.int64) * H * W
         corner = ((image - first_image) * H + top) * W + left
-    x_at = (corner * C)[:, None]
+    if FLAT_C:
+        ROW: tl.constexpr = (LEAD + S * FLAT_C + ALIGNED - 1) // ALIGNED * ALIGNED
+        steps = tl.cdiv(R * ROW, BLOCK_K)
+        x_at = tl.multiple_of(corner * FLAT_C - LEAD, ALIGNED)[:, None]
+        edge = tl.multiple_of(left * FLAT_C - LEAD, ALIGNED)[:, None]
+    else:
+        steps = R * S * tl.cdiv(C, BLOCK_K)
+        x_at = (corner * C)[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(tap_steps(C, R, S, BLOCK_K, FLAT_C)):
-        r, s, c = tap(step, C, R, S, BLOCK_K, FLAT_C)
-        if WHOLE_STEPS:
-            inside = tl.full([BLOCK_K], 1, tl.int1)
-        elif FLAT_C:
-            inside = r < R
-        else:
-            inside = c < C
-        valid = valid_row & inside[None, :]
-        if PADDED:
+    for step in range(steps):
+        if FLAT_C:
+            k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            r = k // ROW
+            element = k % ROW
+            s = (element - LEAD) // FLAT_C
+            c = (element - LEAD) % FLAT_C
+            inside = (r < R) & (element >= LEAD) & (element < LEAD + S * FLAT_C)
             h = top[:, None] + r * DILATION_H
-            w = left[:, None] + s * DILATION_W
-            on_image = (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            valid = valid & on_image
-        at = x_at + ((r * DILATION_H * W + s * DILATION_W) * C + c)
+            # In elements of an image row; LEAD's are read, since weights of 0 undo them and narrower masks would narrow the loads.
+            on_image = (r < R) & (h >= 0) & (h < H) & (edge + element >= 0) & (edge + element < W * FLAT_C)
+            valid = valid_row & on_image
+            at = x_at + (r * DILATION_H * W * FLAT_C + element)
+        else:
+            r, s, c = tap(step, C, S, BLOCK_K)
+            inside = tl.full([BLOCK_K], 1, tl.int1) if WHOLE_STEPS else c < C
+            valid = valid_row & inside[None, :]
+            if PADDED:
+                h = top + r * DILATION_H
+                w = left + s * DILATION_W
+                on_image = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+                valid = valid & on_image
+            at = x_at + ((r * DILATION_H * W + s * DILATION_W) * C + c)
         a = tl.load(x_ptr + origin * C + at, mask=valid, other=0.0)
         if scale_ptr is not None:
             residual = None
@@ -119,8 +136,10 @@ def conv_fprop_norm_act_stats_kernel(
             bias = vector(bias_ptr, c, inside)
             z = preactivation(a.to(tl.float32), scale, bias, residual, residual_scale, residual_bias)
             act = relu(z)
-            if PADDED:  # again: a tap on padding is 0, and act of what was loaded there is not
-                kept = tl.load(one_ptr + tl.zeros_like(h + w), mask=on_image, other=0.0)
+            if PADDED:
+                # Again: a tap on padding is 0, and act of what was loaded there is not. As a load, the mask reaches the registers of
+                # a matrix instruction's operand as x does; computed, it would send the tile through shared memory once more.
+                kept = tl.load(one_ptr + tl.zeros(on_image.shape, tl.int32), mask=on_image, other=0.0)
                 act = tl.where(kept != 0.0, act, 0.0)
             a = act.to(a.dtype)
             if act_ptr is not None:
@@ -190,7 +209,9 @@ def fprop(
     mask = packed_mask(source.x) if save_mask else None
     counts = torch.empty(parts, dtype=torch.int64, device=y.device)
     means, m2s = torch.empty((2, parts, k), dtype=torch.float32, device=y.device)
-    flat = c if c < FEW_CHANNELS and r * s > 1 else 0
+    flat = c if c < FEW_CHANNELS and r * s > 1 and dilation[1] == 1 else 0
+    # 4 bytes at a time, which a copy that does not wait needs, where a window's step keeps to them and Triton can know it.
+    pairs = y.element_size() == 2 and w % 16 == 0 and stride[1] * c % 2 == 0
     weight_k, weight_c, weight_r, weight_s = weight.stride()
     launch(
         conv_fprop_norm_act_stats_kernel, parts * ceil_div(k, configuration.block_n), y.device, configuration.warps,
@@ -201,7 +222,7 @@ def fprop(
         rows=rows, H=h, W=w, C=c, P=p, Q=q, K=k,
         weight_k=weight_k, weight_c=weight_c, weight_r=weight_r, weight_s=weight_s, R=r, S=s, STRIDE_H=stride[0],
         STRIDE_W=stride[1], PADDING_H=padding[0], PADDING_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
-        FLAT_C=flat, WHOLE_STEPS=(r * s * c if flat else c) % configuration.block_k == 0,
+        FLAT_C=flat, LEAD=padding[1] * c % 2 if pairs else 0, ALIGNED=2 if pairs else 1, WHOLE_STEPS=c % configuration.block_k == 0,
         PRECISION="tf32" if allow_tf32 else "ieee",
         BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
     )  # fmt: skip

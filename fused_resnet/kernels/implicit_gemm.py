@@ -20,38 +20,13 @@ def pixel(row, HEIGHT, WIDTH):
 
 
 @triton.jit
-def tap_steps(C, R: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr, FLAT_C: tl.constexpr):
-    """How many steps of BLOCK_K the axis (r, s, c) takes, by `tap`."""
-    if FLAT_C:
-        steps = tl.cdiv(R * S * FLAT_C, BLOCK_K)
-    else:
-        steps = R * S * tl.cdiv(C, BLOCK_K)
-    return steps
+def tap(step, C, S: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(r, s, c) of a step along the K axis (r, s, c): a tap, and [BLOCK_K] channels of it, which may pass C.
 
-
-@triton.jit
-def tap(step, C, R: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr, FLAT_C: tl.constexpr):
-    """(r, s, c) of a step along the axis (r, s, c): c is [BLOCK_K] and may pass C.
-
-    Each tap begins a step of its own, so that r and s are scalars. With FLAT_C, which is C as a constant, steps go over taps and
-    channels alike, and r and s are [BLOCK_K] too; r may pass R. That is for few channels: padded to a step, most would be padding.
+    Each tap begins a step of its own, R·S·⌈C / BLOCK_K⌉ in all, so that r and s are scalars.
     """
-    k = tl.arange(0, BLOCK_K)
-    if FLAT_C:
-        k += step * BLOCK_K
-        r = k // (S * FLAT_C)
-        s = k // FLAT_C % S
-        c = k % FLAT_C
-    elif R * S == 1:
-        r = 0
-        s = 0
-        c = step * BLOCK_K + k
-    else:
-        blocks = tl.cdiv(C, BLOCK_K)
-        r = step // blocks // S
-        s = step // blocks % S
-        c = step % blocks * BLOCK_K + k
-    return r, s, c
+    blocks = tl.cdiv(C, BLOCK_K)
+    return step // blocks // S, step // blocks % S, step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
 
 
 @triton.jit
