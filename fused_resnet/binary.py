@@ -26,6 +26,7 @@ class Code:
     shared: int  #: bytes of static shared memory a block
     wide: int  #: global loads and stores of 16 bytes
     accesses: int  #: all global loads and stores
+    matrix: tuple[str, ...]  #: the kinds of matrix instructions: HMMA, HGMMA
 
 
 def occupancy(registers: int, threads: int) -> float:
@@ -47,7 +48,8 @@ def read(path: Path) -> list[Code]:
         accesses = re.findall(r"\b(?:LDG|STG)\.E\S*", text)
         wide = sum(".128" in access for access in accesses)
         spilled = figures["STACK"] + figures["LOCAL"]
-        result.append(Code(function, architecture, figures["REG"], spilled, figures["SHARED"], wide, len(accesses)))
+        matrix = tuple(sorted(set(re.findall(r"\b(HMMA|HGMMA)\.", text))))
+        result.append(Code(function, architecture, figures["REG"], spilled, figures["SHARED"], wide, len(accesses), matrix))
     return result
 
 

@@ -143,7 +143,8 @@ def conv_fprop_norm_act_stats_kernel(
                 act = tl.where(kept != 0.0, act, 0.0)
             a = act.to(a.dtype)
             if act_ptr is not None:
-                if n == 0:
+                writes = n == 0  # the other N tiles read the same
+                if writes:
                     tl.store(act_ptr + origin * C + at, a, mask=valid)
                     if mask_ptr is not None:
                         width = tl.cdiv(C, 8)
@@ -204,6 +205,9 @@ def fprop(
         raise ValueError("save_mask: expected False where write_act is")
     p, q = problem.p, problem.q
     rows, parts = n * p * q, ceil_div(n * p * q, configuration.block_m)
+    images = min(n, configuration.block_m // (p * q) + 2)  # that a tile may touch
+    if not reads_each_value_once(problem) and max(images * h * w * c, rows + configuration.block_m) >= 2**31:
+        raise ValueError(f"source: expected fewer than 2**31 elements in the {images} images of a tile; got {h * w * c} in each")
     y = torch.empty((n, k, p, q), dtype=source.x.dtype, device=source.x.device, memory_format=torch.channels_last)
     act = torch.empty_like(source.x, memory_format=torch.channels_last) if write_act else None
     mask = packed_mask(source.x) if save_mask else None

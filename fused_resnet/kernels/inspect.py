@@ -3,14 +3,16 @@
     python -m fused_resnet.kernels.inspect            # all kernels; also `fused-resnet kernels`
     python -m fused_resnet.kernels.inspect reduce     # those whose name holds "reduce"
 
-The passes run on tensors of PyTorch's device "meta", which have shapes and no memory; their launches are recorded and compiled ahead of
-time. So the table shows the kernels as they are launched, in every variant, tiled as for ResNet-50's shapes.
+The passes and convolutions run on tensors of PyTorch's device "meta", which have shapes and no memory; their launches are recorded and
+compiled ahead of time. So the table shows the kernels as they are launched: the passes in every variant, tiled as for ResNet-50's shapes,
+and the convolutions of a ResNet-50 as the rules of thumb tile them for each architecture.
 """
 
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,8 +21,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .. import binary
-from . import avg_pool, batch_stats, max_pool, norm_add_act, norm_backward
+from .. import binary, roofline
+from . import avg_pool, batch_stats, max_pool, networks, norm_add_act, norm_backward
 from .launch import INTERPRETED, Launch, packed_mask, recording
 
 #: Architectures that the table has: Ampere's A100, Hopper.
@@ -28,6 +30,8 @@ ARCHITECTURES = (80, 90)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: [N, C, H, W]: one of ResNet-50's, and one that suits no vector load and no tile.
 SHAPES = ((256, 256, 56, 56), (1, 10, 1, 1))
+#: Whose convolutions the table has, at this batch size.
+NETWORK = ("resnet50", 256)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Compiled:
     threads: int  #: of a program
     wide: int  #: global loads and stores of 16 bytes
     accesses: int  #: all global loads and stores
+    matrix: tuple[str, ...]  #: the kinds of matrix instructions: HMMA, HGMMA
     ptx: str
 
 
@@ -134,6 +139,7 @@ def compile_launch(launch: Launch, variant: str, architecture: int) -> Compiled:
         threads=32 * launch.warps,
         wide=code.wide,
         accesses=code.accesses,
+        matrix=code.matrix,
         ptx=compiled.asm["ptx"],
     )
 
@@ -154,13 +160,46 @@ def variants(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterat
                     yield launch, words.strip()
 
 
-def compile_all(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Compiled]:
-    """All variants on all architectures. Raises RuntimeError where Triton's interpreter has taken the kernels."""
+def _check_not_interpreted() -> None:
     if INTERPRETED:
         raise RuntimeError("the kernels can't be compiled where TRITON_INTERPRET is set: unset it")
+
+
+def compile_all(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Compiled]:
+    """All variants of the passes on all architectures. Raises RuntimeError where Triton's interpreter has taken the kernels."""
+    _check_not_interpreted()
     for launch, variant in variants(name, dtypes):
         for architecture in ARCHITECTURES:
             yield compile_launch(launch, variant, architecture)
+
+
+def convolutions(
+    name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES, architectures: tuple[int, ...] = ARCHITECTURES
+) -> Iterator[tuple[Launch, str, int]]:
+    """The different launches of the network's convolutions, each with the words for its variant and its architecture."""
+    network = roofline.resnet(*NETWORK)
+    for dtype in dtypes:
+        for architecture in architectures:
+            seen = set()
+            for problem, kind in networks.sources(network):
+                launch = networks.record_fprop(problem, kind, dtype, architecture)
+                key = _source(launch).hash(), launch.warps, launch.stages
+                if name in launch.kernel.__name__ and key not in seen:
+                    seen.add(key)
+                    words = f"{problem.r}x{problem.s}/{problem.stride[0]} C={problem.c} {kind} {_tiles(launch)}"
+                    yield launch, f"{str(dtype).removeprefix('torch.')} {words}", architecture
+
+
+def _tiles(launch: Launch) -> str:
+    extents = "x".join(str(launch.arguments[f"BLOCK_{axis}"]) for axis in "MNK")
+    return f"{extents}, {launch.stages} stages"
+
+
+def compile_convolutions(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Compiled]:
+    """Those of `convolutions`. Raises RuntimeError as `compile_all`."""
+    _check_not_interpreted()
+    for launch, variant, architecture in convolutions(name, dtypes):
+        yield compile_launch(launch, variant, architecture)
 
 
 HEADER = ("kernel", "variant", "sm", "registers", "spilled", "shared", "threads", "occupancy", "16-byte")
@@ -168,7 +207,7 @@ HEADER = ("kernel", "variant", "sm", "registers", "spilled", "shared", "threads"
 
 def rows(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[tuple[str, ...]]:
     """The lines of the table, in the order of `HEADER`. The last column: accesses of 16 bytes, of all to global memory."""
-    for c in compile_all(name, dtypes):
+    for c in chain(compile_all(name, dtypes), compile_convolutions(name, dtypes)):
         yield (
             c.kernel, c.variant, str(c.architecture), str(c.registers), str(c.spilled), str(c.shared), str(c.threads),
             f"{binary.occupancy(c.registers, c.threads):.0%}", f"{c.wide}/{c.accesses}",
@@ -177,7 +216,8 @@ def rows(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[t
 
 def names() -> list[str]:
     """The names of all kernels."""
-    return sorted({launch.kernel.__name__ for launch, _ in variants(dtypes=DTYPES[:1])})
+    launches = chain(variants(dtypes=DTYPES[:1]), convolutions(dtypes=DTYPES[:1]))
+    return sorted({launch.kernel.__name__ for launch, *_ in launches})
 
 
 def table(name: str = "") -> str | None:
