@@ -16,7 +16,10 @@ kernels:
 | `batch_stats` | mean and variance, and the affine map of the norm |
 | `norm_add_act` | norm + residual + ReLU |
 | `norm_backward` | the backward reduction (dz, s1, s2), and batch norm's backward |
+| `fprop` | convolution with norm + residual + ReLU on load and the statistics of its output |
+| `implicit_gemm` | tiles, pixels, taps: device functions that the convolutions share |
 | `max_pool`, `avg_pool` | norm + ReLU + max pool; norm + residual + ReLU + global average pool; both ways |
 | `launch` | the one place where a kernel is launched |
+| `networks` | the launches of a network's convolutions, recorded |
 | `inspect` | compiles all of them without a GPU and prints registers, spills, shared memory |
 """

@@ -10,13 +10,11 @@ from torch import Tensor
 from ..problem import ConvProblem
 from ..reference import ConvGeometry, Source
 from ..tuning import Configuration
+from ..tuning.heuristic_fprop import FEW_CHANNELS
 from .elements import pack_bits, passes_gradient, preactivation, relu, vector
 from .implicit_gemm import pixel, tap, tile, tile_moments
 from .launch import launch, packed_mask
 from .tiling import ceil_div
-
-#: Fewer channels than the smallest step along K are not padded to one: the K axis runs over taps and channels alike.
-FEW_CHANNELS = 16
 
 
 def reads_each_value_once(problem: ConvProblem) -> bool:
@@ -68,9 +66,19 @@ def conv_fprop_norm_act_stats_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y = round(Σ act·weight), act = round(relu(fma(x, scale, bias) + residual)) or x, and each M tile's mean and M2 of y.
+    """y = round(Σ act·weight) with act = round(relu(fma(x, scale, bias) + residual)), or x; and each M tile's mean and M2 of y.
 
-    The GEMM's axes: M over output pixels, N over K, K over (r, s, c).
+    GEMM axes: M output pixels, N filters, K taps and channels. One program computes BLOCK_M x BLOCK_N of y, in float32, and
+    rounds it once; its statistics are of what it rounded. The program of N tile 0 writes act and the mask that it read in passing,
+    which a 1x1 convolution with stride 1 and no padding does once.
+
+    K goes tap by tap in blocks of channels, or, where channels are few, over whole filter rows: S·C consecutive elements of an
+    image's row. Three channels padded to the 16 that a step has at least would be five times the products; a stem's 7x7x3 = 147
+    take 160 this way. LEAD = 1 more before each row lets a 2-byte element travel with its neighbour, 4 bytes at a time.
+
+    Bytes: reads what the windows cover of x, and of the residual, and the weight; writes y, act, the mask, and 8 bytes per M tile
+    and filter. The N tiles of an M tile, and the taps of a window, read the same x again, from L2. FLOPs: 2·rows·K·R·S·C.
+    Floor: max(FLOPs / rate, bytes / bandwidth), as `roofline` counts them. Deterministic.
     """
     m, n = tile(tl.cdiv(K, BLOCK_N))
     start = m * BLOCK_M

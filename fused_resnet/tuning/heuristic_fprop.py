@@ -8,6 +8,8 @@ from dataclasses import replace
 from ..problem import ConvProblem
 from .configuration import Configuration
 
+#: Fewer channels than the smallest step along K are not padded to one: the kernel's K axis then runs over whole filter rows.
+FEW_CHANNELS = 16
 #: Multiprocessors of an architecture's largest GPU: A100; H100 and H200. Later architectures count as the latest here.
 MULTIPROCESSORS = {8: 108, 9: 132}
 #: (architecture, bytes of an element, prologue, more than one tap) -> tiles for many rows and filters. The largest accumulator with
@@ -58,12 +60,11 @@ def configuration(problem: ConvProblem, itemsize: int, capability: tuple[int, in
         block_m //= 2
     while block_n > LEAST and programs() < 2 * MULTIPROCESSORS[architecture]:
         block_n //= 2
-    if problem.c < 16 and taps > 1:  # the K axis runs over whole filter rows, and is short
-        axis, repeats, most = taps * problem.c, 1, 32
-    else:
-        axis, repeats, most = problem.c, taps, tile.block_k
-    block_k = _power_of_two(axis, min(most, tile.block_k))
-    steps = repeats * -(-axis // block_k)
+    few = problem.c < FEW_CHANNELS and taps > 1
+    axis = taps * problem.c if few else problem.c
+    # A stem's 154 elements are 160 in steps of 32, and 192 in steps of 64.
+    block_k = _power_of_two(axis, min(32, tile.block_k) if few else tile.block_k)
+    steps = -(-axis // block_k) * (1 if few else taps)
     # What is cut from a tile of eight warps' 128 x 128 is four warps'. TF32 on 8.x spills with four.
     warps = tile.warps if (block_m, block_n) == (tile.block_m, tile.block_n) or (architecture, itemsize) == (8, 4) else 4
     return replace(
