@@ -235,6 +235,22 @@ def test_what_it_can_not_do_is_named(problem, kind, write_act, save_mask, tiles,
         fprop(source, weight, geometry_of(problem), write_act, save_mask, tiles, False)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [1, 3])
+def test_offsets_past_two_to_the_31(window):
+    """A tensor of 2³¹ + elements: its last image is what it is by itself."""
+    n = 2**31 // (64 * 112 * 112) + 2
+    x = torch.randn(n, 64, 112, 112, device=DEVICE, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    scale, bias = torch.rand(64, device=DEVICE) + 0.5, torch.randn(64, device=DEVICE)
+    problem = ConvProblem(n, 64, 112, 112, 64, window, window, padding=(window // 2,) * 2)
+    weight = weight_of(problem, torch.float16)
+    for prologue in (False, True):
+        tiles = configuration(problem, 2, torch.cuda.get_device_capability(), prologue)
+        norm = (scale, scale, scale, bias) if prologue else ()
+        whole, tail = (fprop(Source(t, *norm), weight, geometry_of(problem), False, False, tiles, False)[0] for t in (x, x[-1:]))
+        assert torch.equal(whole[-1:], tail)
+
+
 def network_problems(batches=(1, 8, 32, 100, 256, 400, 1024)):
     """Every convolution of ResNets, wide ResNets and CIFAR nets."""
     for batch in batches:

@@ -58,7 +58,7 @@ def conv_fprop_norm_act_stats_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     FLAT_C: tl.constexpr,  # C where the K axis runs over whole filter rows of S·C elements, else 0
-    LEAD: tl.constexpr,  # with FLAT_C: elements of weight 0 before each filter row, so that pixels begin at a multiple of ALIGNED
+    LEAD: tl.constexpr,  # with FLAT_C: elements of weight 0 before each filter row, so that windows begin at a multiple of ALIGNED
     ALIGNED: tl.constexpr,  # with FLAT_C: elements
     WHOLE_STEPS: tl.constexpr,  # no step along K passes the last channel
     PRECISION: tl.constexpr,  # of a float32 product: "tf32" or "ieee"
@@ -195,8 +195,10 @@ def fprop(
     `save_mask` for its packed ReLU mask; else they are None. counts [parts] int64, means and m2s [parts, K] float32 are of y as
     rounded, for `batch_stats.merge_moments`.
     `weight` [K, C, R, S] may have any strides; it is read 16 bytes at a time where C is its fastest axis (channels_last) or S·R = 1.
-    `allow_tf32` lets float32 products be TF32. Raises ValueError for groups, for a split K axis, and for an act that is not there
-    or that no program would write whole: only a 1x1 convolution with stride 1 and no padding reads each value once.
+    `allow_tf32` lets float32 products be TF32.
+
+    Raises ValueError for groups, for a split K axis, for an act that is not there or that no program would write whole (only a 1x1
+    convolution with stride 1 and no padding reads each value once), and for sizes that 32 bits can't count within a tile.
     """
     (n, c, h, w), (k, _, r, s) = source.x.shape, weight.shape
     stride, padding, dilation, groups = geometry
@@ -213,9 +215,11 @@ def fprop(
         raise ValueError("save_mask: expected False where write_act is")
     p, q = problem.p, problem.q
     rows, parts = n * p * q, ceil_div(n * p * q, configuration.block_m)
-    images = min(n, configuration.block_m // (p * q) + 2)  # that a tile may touch
-    if not reads_each_value_once(problem) and max(images * h * w * c, rows + configuration.block_m) >= 2**31:
-        raise ValueError(f"source: expected fewer than 2**31 elements in the {images} images of a tile; got {h * w * c} in each")
+    spanned = 0 if reads_each_value_once(problem) else min(n, configuration.block_m // (p * q) + 2) * h * w * c
+    if max(spanned, rows + configuration.block_m) >= 2**31:
+        raise ValueError(
+            f"source: expected fewer than 2**31 elements in the images of a tile, and output pixels; got {spanned} and {rows}"
+        )
     y = torch.empty((n, k, p, q), dtype=source.x.dtype, device=source.x.device, memory_format=torch.channels_last)
     act = torch.empty_like(source.x, memory_format=torch.channels_last) if write_act else None
     mask = packed_mask(source.x) if save_mask else None
@@ -223,7 +227,7 @@ def fprop(
     means, m2s = torch.empty((2, parts, k), dtype=torch.float32, device=y.device)
     flat = c if c < FEW_CHANNELS and r * s > 1 and dilation[1] == 1 else 0
     # 4 bytes at a time, which a copy that does not wait needs, where a window's step keeps to them and Triton can know it.
-    pairs = y.element_size() == 2 and w % 16 == 0 and stride[1] * c % 2 == 0
+    pairs = flat > 0 and y.element_size() == 2 and w % 16 == 0 and stride[1] * c % 2 == 0
     weight_k, weight_c, weight_r, weight_s = weight.stride()
     launch(
         conv_fprop_norm_act_stats_kernel, parts * ceil_div(k, configuration.block_n), y.device, configuration.warps,
@@ -235,7 +239,7 @@ def fprop(
         weight_k=weight_k, weight_c=weight_c, weight_r=weight_r, weight_s=weight_s, R=r, S=s, STRIDE_H=stride[0],
         STRIDE_W=stride[1], PADDING_H=padding[0], PADDING_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
         FLAT_C=flat, LEAD=padding[1] * c % 2 if pairs else 0, ALIGNED=2 if pairs else 1, WHOLE_STEPS=c % configuration.block_k == 0,
-        PRECISION="tf32" if allow_tf32 else "ieee",
+        PRECISION="ieee" if y.dtype == torch.float32 and not allow_tf32 else "tf32",
         BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
     )  # fmt: skip
     return y, act, mask, (counts, means, m2s)

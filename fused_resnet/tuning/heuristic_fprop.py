@@ -68,5 +68,5 @@ def configuration(problem: ConvProblem, itemsize: int, capability: tuple[int, in
     # What is cut from a tile of eight warps' 128 x 128 is four warps'. TF32 on 8.x spills with four.
     warps = tile.warps if (block_m, block_n) == (tile.block_m, tile.block_n) or (architecture, itemsize) == (8, 4) else 4
     return replace(
-        tile, block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=min(tile.stages, max(2, steps))
+        tile, block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=min(tile.stages, steps + 1)
     )
