@@ -121,7 +121,7 @@ def conv_fprop_norm_act_stats_kernel(
             valid = valid_row & on_image
             at = x_at + (r * DILATION_H * W * FLAT_C + element)
         else:
-            r, s, c = tap(step, C, S, BLOCK_K)
+            r, s, c = tap(step, C, R, S, BLOCK_K)
             inside = tl.full([BLOCK_K], 1, tl.int1) if WHOLE_STEPS else c < C
             valid = valid_row & inside[None, :]
             if PADDED:

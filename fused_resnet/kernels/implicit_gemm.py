@@ -20,13 +20,16 @@ def pixel(row, HEIGHT, WIDTH):
 
 
 @triton.jit
-def tap(step, C, S: tl.constexpr, BLOCK_K: tl.constexpr):
+def tap(step, C, R: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr):
     """(r, s, c) of a step along the K axis (r, s, c): a tap, and [BLOCK_K] channels of it, which may pass C.
 
     Each tap begins a step of its own, R·S·⌈C / BLOCK_K⌉ in all, so that r and s are scalars.
     """
-    blocks = tl.cdiv(C, BLOCK_K)
-    return step // blocks // S, step // blocks % S, step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    if R * S == 1:  # without the divisions, which nothing folds
+        return 0, 0, step * BLOCK_K + tl.arange(0, BLOCK_K)
+    else:
+        blocks = tl.cdiv(C, BLOCK_K)
+        return step // blocks // S, step // blocks % S, step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
 
 
 @triton.jit
