@@ -16,8 +16,9 @@ from fused_resnet.bench.steps import OURS
 from fused_resnet.reference import Reference, nhwc
 
 REFERENCE = Reference()
-#: [N, C, H, W]: one tile; no vector load and a part of a mask's byte; several tiles; many channels and one pixel.
-SHAPES = [(2, 24, 5, 7), (3, 13, 4, 3), (2, 72, 11, 9), (6, 264, 1, 1)]
+#: [N, C, H, W]: one tile; no vector load and a part of a mask's byte; so many rows that partial results are merged; many channels
+#: and one pixel.
+SHAPES = [(2, 24, 5, 7), (3, 13, 4, 3), (3, 72, 21, 19), (6, 264, 1, 1)]
 WINDOW = (3, 2, 1)
 
 
@@ -32,17 +33,24 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, tup
     absent = None, None, None
     for vectors in ((gamma, beta), (None, None)):
         yield "batch_stats", (x, *vectors, 1e-5)
+        parts = [REFERENCE.batch_moments(image) for image in x.split(1)]
+        counts = torch.full((len(parts),), shape[2] * shape[3])
+        yield "merge_moments", (counts, *(torch.stack(p) for p in zip(*parts, strict=True)), *vectors, 1e-5)
+    yield "batch_moments", (x,)
     for given in (absent, (residual, None, None), (residual, residual_scale, residual_bias)):
-        yield "norm_add_act", (x, scale, bias, *given, True, True)
-        yield "norm_add_act", (x, scale, bias, *given, False, False)
+        for relu, save_mask in ((True, True), (True, False), (False, False)):
+            if given[0] is not None or not save_mask:
+                yield "norm_add_act", (x, scale, bias, *given, relu, save_mask)
         yield "norm_add_act_avg_pool", (x, scale, bias, *given)
     mask = REFERENCE.norm_add_act(x, scale, bias, residual, None, None, True, True)[1]
     for of_residual, bits in ((absent, None), (absent, mask), (raw, mask)):
         yield "norm_backward_reduce", (d, None, x, *statistics, *of_residual, bits, True)
         yield "norm_backward_reduce", (d, dact, x, *statistics, *of_residual, bits, True)
+        yield "norm_backward_reduce", (d, dact, x, *statistics, *of_residual, None, False)
         dout = nhwc(d[:, :, :1, :1])
         yield "norm_add_act_avg_pool_backward", (dout, x, *statistics, *of_residual, bits)
-    yield "norm_backward_apply", (d, x, mean, invstd, gamma, beta, gamma)
+    for weight in (gamma, None):
+        yield "norm_backward_apply", (d, x, mean, invstd, weight, beta, gamma)
     if min(shape[2:]) + 2 * WINDOW[2] >= WINDOW[0]:
         out, index = REFERENCE.norm_act_max_pool(x, scale, bias, *WINDOW)
         yield "norm_act_max_pool", (x, scale, bias, *WINDOW)

@@ -14,6 +14,7 @@ std::tuple<Tensor, OptionalTensor> norm_add_act(
   check.vector("scale", scale, x);
   check.vector("bias", bias, x);
   check.residual(residual, residual_scale, residual_bias, x);
+  if (save_mask && !(relu && residual)) check.fail("save_mask: expected False without a ReLU and a residual");
 
   const DeviceGuard guard(x);
   const Tensor act = torch::stable::empty_like(x);
@@ -30,8 +31,9 @@ std::tuple<Tensor, OptionalTensor> norm_add_act(
     with_width<T>(channels, aligned(arguments.x, arguments.residual, arguments.act), [&](auto width) {
       with_residual(residual.has_value(), residual_scale.has_value(), [&](auto kind) {
         with_bool(relu, [&](auto has_relu) {
-          with_bool(save_mask, [&](auto has_mask) {
-            launch(check, norm_add_act_kernel<T, width(), kind(), has_relu(), has_mask()>, blocks, x, arguments);
+          with_bool(save_mask, [&](auto asks_mask) {
+            constexpr bool kMask = asks_mask() && has_relu() && kind() != Residual::kNone;
+            launch(check, norm_add_act_kernel<T, width(), kind(), has_relu(), kMask>, blocks, x, arguments);
           });
         });
       });

@@ -25,17 +25,22 @@ constexpr int kWideColumns = 8;              // 64 channels: at least 128 bytes 
 constexpr int kNarrowColumns = 2;            // 32 bytes of a 16-bit type, a sector
 constexpr int kSlab = kWideColumns * kGroup;  // the most channels of a block
 constexpr int64_t kFewRows = 1024;           // eight for each thread of a narrow tile
+constexpr int64_t kMoreRows = 4 * kFewRows;  // 7x7 images in a batch of 83
 
 // Few rows, as of 7x7, 4x4 and 1x1 images in a small batch, are one part: narrow slabs make blocks enough of many channels, and the
-// second kernel, whose launch would take longer than the sums, is not needed. Else as many parts as fill the device once.
-// First guesses; not tuned on a device.
+// second kernel, whose launch would take longer than the sums, is not needed. So are some more rows, where narrow slabs alone give
+// a block to half of the multiprocessors (2,048 channels do on 132): by arithmetic, 3,136 rows are 24 loads for a thread, 6 trips to
+// memory of four loads each, about what the shorter sums and the second kernel would take, and one launch less.
+// Else as many parts as fill the device once. First guesses; not tuned on a device.
 inline ReductionTile reduction_tile(int64_t rows, int channels, int multiprocessors) {
   const int groups = groups_of(channels);
-  const int most = rows <= kFewRows ? kNarrowColumns : kWideColumns;
+  const bool many_slabs = 2 * ceil_div(groups, kNarrowColumns) >= multiprocessors;
+  const bool one_part = rows <= (many_slabs ? kMoreRows : kFewRows);
+  const int most = one_part ? kNarrowColumns : kWideColumns;
   int columns = 1;
   while (columns < most && columns < groups) columns *= 2;
   ReductionTile tile{columns, static_cast<int>(ceil_div(groups, columns)), 1, rows};
-  if (rows > kFewRows) {
+  if (!one_part) {
     const int64_t height = kThreads / columns;
     const int64_t wanted = ceil_div(static_cast<int64_t>(multiprocessors) * kBlocksPerMultiprocessor, tile.slabs);
     tile.rows_per_part = ceil_div(ceil_div(rows, wanted), height) * height;

@@ -225,8 +225,11 @@ class Reference:
     ) -> tuple[Tensor, Tensor | None]:
         """act = relu(fma(x, scale, bias) + residual), rounded once, and its packed mask where `save_mask`.
 
-        `residual` is None, materialised (`residual_scale` None), or raw with an affine of its own.
+        `residual` is None, materialised (`residual_scale` None), or raw with an affine of its own. A mask is saved only with a ReLU
+        and a residual, where backward can't tell it from `x` alone; else it raises ValueError.
         """
+        if save_mask and not (relu and residual is not None):
+            raise ValueError("save_mask: expected False without a ReLU and a residual")
         z = self._preactivation(x, scale, bias, residual, residual_scale, residual_bias)
         act = nhwc((z.relu() if relu else z).to(x.dtype))
         return act, pack_mask(passes_gradient(z)) if save_mask else None

@@ -14,9 +14,9 @@ os.environ.pop("FUSED_RESNET_BACKEND", None)
 
 from emulated import Emulated  # noqa: E402
 
-from fused_resnet.backends import BACKENDS  # noqa: E402
+from fused_resnet import backends  # noqa: E402
 
-BACKENDS[Emulated.name] = Emulated()
+backends.BACKENDS[Emulated.name] = Emulated()
 
 
 def _import_torchvision() -> bool:
@@ -65,6 +65,19 @@ def seed(request) -> int:
     torch.manual_seed(value)
     random.seed(value)
     return value
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Sets what a backend answers when it is asked whether it declines; forgotten after the test."""
+    backends._declines.cache_clear()
+
+    def answer(name, declines):
+        monkeypatch.setattr(backends.BACKENDS[name], "declines", declines)
+        backends._declines.cache_clear()
+
+    yield answer
+    backends._declines.cache_clear()
 
 
 def pytest_collection_modifyitems(items):

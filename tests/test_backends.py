@@ -4,24 +4,11 @@ import pytest
 import torch
 
 import fused_resnet
-from fused_resnet import backends, ops
+from fused_resnet import ops
 from fused_resnet.backends import BACKENDS, PASSES, choices, resolve
 from fused_resnet.functional import conv_bn_act
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def answers(monkeypatch):
-    """Sets what a backend answers when it is asked whether it declines; forgotten after the test."""
-    backends._declines.cache_clear()
-
-    def answer(name, declines):
-        monkeypatch.setattr(BACKENDS[name], "declines", declines)
-        backends._declines.cache_clear()
-
-    yield answer
-    backends._declines.cache_clear()
 
 
 def test_auto_is_pytorchs_own_on_a_cpu_and_for_float64():

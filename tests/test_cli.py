@@ -118,9 +118,9 @@ def test_cuda_without_a_gpu_says_so(capsys):
     assert "argument --device: cuda was asked for, but PyTorch" in refused(capsys, "train", "--device", "cuda")
 
 
-def test_a_forced_backend_that_can_not_run_says_why(capsys, monkeypatch):
+def test_a_forced_backend_that_can_not_run_says_why(capsys, answers):
     for name in backends.PASSES:
-        monkeypatch.setattr(backends.BACKENDS[name], "declines", lambda device, dtype: "it rains")
+        answers(name, lambda device, dtype: "it rains")
     line = refused(capsys, "train", "--backend", "passes", "--device", "cpu")
     assert "argument --backend:" in line
     assert "passes_cuda: it rains; passes_triton: it rains" in line
@@ -268,9 +268,9 @@ def test_info_as_json(tmp_path):
     assert len(found["gpus"]) == torch.cuda.device_count()
 
 
-def test_info_for_people(capsys, monkeypatch):
+def test_info_for_people(capsys, monkeypatch, answers):
     monkeypatch.setattr(native, "load", lambda: "nvcc was not there")
-    monkeypatch.setattr(backends.BACKENDS["passes_cuda"], "declines", lambda device, dtype: "it rains")
+    answers("passes_cuda", lambda device, dtype: "it rains")
     assert main(["info"]) == 0
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     found = {name: value.strip() for name, value in lines.items()}

@@ -22,7 +22,7 @@ x = flat[1:].view(3, 20, 20, 64).permute(0, 3, 1, 2)
 aligned = x.clone(memory_format=torch.channels_last)
 mean, invstd, _, scale, bias = ops.batch_stats(aligned, None, None, 1e-5)
 ops.norm_backward_reduce(aligned, None, aligned, mean, invstd, scale, bias, None, None, None, None, True)
-ops.norm_add_act(x, scale, bias, None, None, None, True, True)
+ops.norm_add_act(x, scale, bias, x, None, None, True, True)
 ops.norm_act_max_pool(aligned, scale, bias, 3, 2, 1)
 """
 #: A file of csrc/, what stands there, what a fault makes of it, and what is reported under which flavour.

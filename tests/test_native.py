@@ -77,7 +77,7 @@ def test_no_kernel_spills_and_wide_variants_move_16_bytes(library, monkeypatch):
     rows = [dict(zip(native_kernels.HEADER, row, strict=True)) for row in native_kernels.rows()]
     assert {row["sm"] for row in rows} == {"80", "90"}
     # dtypes x widths x options, and the two that merge partial results
-    variants = {"batch_stats": 6, "merge_moments": 1, "norm_add_act": 72, "norm_backward_reduce": 90, "norm_backward_apply": 6,
+    variants = {"batch_stats": 6, "merge_moments": 1, "norm_add_act": 48, "norm_backward_reduce": 90, "norm_backward_apply": 6,
                 "merge_sums": 1, "norm_act_max_pool": 12, "norm_add_act_avg_pool": 18}  # fmt: skip
     found = [row["kernel"].removesuffix("_kernel") for row in rows if row["sm"] == "90"]
     assert {name: found.count(name) for name in found} == variants
@@ -277,9 +277,9 @@ def test_unaligned_tensors_take_the_narrow_path(operators):
     x, (scale, bias) = nhwc(2, 64, 6, 6), vectors(2, 64)
     flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)
     shifted = flat[1:].view(2, 6, 6, 64).permute(0, 3, 1, 2).copy_(x)  # 2 bytes past a 16-byte boundary
-    expected = Reference().norm_add_act(x, scale, bias, None, None, None, True, True)
+    expected = Reference().norm_add_act(x, scale, bias, x, None, None, True, True)
     for given in (x, shifted):
-        act, mask = operators.norm_add_act(given, scale, bias, None, None, None, True, True)
+        act, mask = operators.norm_add_act(given, scale, bias, given, None, None, True, True)
         assert torch.equal(act, expected[0]) and torch.equal(mask, expected[1])
 
 

@@ -20,6 +20,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: One tile; no vector load and a part of a mask's byte; several programs, steps and blocks of channels, and more rows than the CUDA
 #: kernels give to one block; many channels, one pixel.
 SHAPES = [(2, 24, 5, 7), (3, 13, 4, 3), (3, 72, 21, 19), (6, 264, 1, 1)]
+KINDS = ("none", "materialised", "raw")  # of a residual
+OPTIONS = ((True, True), (True, False), (False, False))  # relu, save_mask
 CASES = [(name, s, d) for name in LANGUAGES for s in SHAPES for d in DTYPES if not BACKENDS[name].declines(DEVICE, d)]
 
 
@@ -108,6 +110,15 @@ def test_statistics_survive_a_mean_far_above_the_deviation(passes, ratio):
     assert ((naive - var).abs() / var).max() > 1e-5
 
 
+def test_more_rows_of_many_channels_are_one_part(passes):
+    """Narrow slabs of so many channels fill a device, and the CUDA kernels then sum up to 4,096 rows without partial results."""
+    case = Case(passes, (5, 136, 15, 16), torch.float16)
+    arguments = (case.x, case.gamma, case.beta, 1e-5)
+    agree(passes.batch_stats(*arguments), REFERENCE.batch_stats(*arguments))
+    arguments = (case.d, case.dact, case.x, *case.statistics(), *case.raw("raw"), None, False)
+    agree(passes.norm_backward_reduce(*arguments), REFERENCE.norm_backward_reduce(*arguments))
+
+
 @pytest.mark.parametrize("parts", [1, 3, 41])
 def test_moments_of_parts_merge_into_those_of_the_whole(case, parts):
     """As devices that share a batch merge theirs: the counts differ, and the parts' means lie apart."""
@@ -124,8 +135,7 @@ def test_moments_of_parts_merge_into_those_of_the_whole(case, parts):
     agree(merged, REFERENCE.batch_stats(case.x, case.gamma, case.beta, 1e-5))
 
 
-@pytest.mark.parametrize("relu, save_mask", [(True, True), (True, False), (False, False)])
-@pytest.mark.parametrize("kind", ["none", "materialised", "raw"])
+@pytest.mark.parametrize("kind, relu, save_mask", [(k, *o) for k in KINDS for o in OPTIONS if k != "none" or o != (True, True)])
 def test_norm_add_act(case, kind, relu, save_mask):
     arguments = (case.x, case.scale, case.bias, *case.residuals[kind], relu, save_mask)
     ours, expected = case.passes.norm_add_act(*arguments), REFERENCE.norm_add_act(*arguments)
@@ -190,7 +200,7 @@ def test_what_is_not_finite_is_not_hidden(passes, value):
     case = Case(passes, (2, 10, 6, 5), torch.float32)
     case.x[1, 3, 2, 2] = value
     for kind in case.residuals:
-        arguments = (case.x, case.scale, case.bias, *case.residuals[kind], True, True)
+        arguments = (case.x, case.scale, case.bias, *case.residuals[kind], True, kind != "none")
         agree(passes.norm_add_act(*arguments), REFERENCE.norm_add_act(*arguments), flips=1e-2)
         arguments = arguments[:-2]
         agree(passes.norm_add_act_avg_pool(*arguments), REFERENCE.norm_add_act_avg_pool(*arguments), flips=1e-2)
@@ -223,8 +233,8 @@ def test_offsets_past_two_to_the_31(passes):
     x = torch.randn(n, 64, 112, 112, device=DEVICE, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
     assert x.numel() > 2**31
     scale, bias = torch.rand(64, device=DEVICE) + 0.5, torch.randn(64, device=DEVICE)
-    act, mask = passes.norm_add_act(x, scale, bias, None, None, None, True, True)
-    tail, tail_mask = passes.norm_add_act(x[-1:], scale, bias, None, None, None, True, True)
+    act, mask = passes.norm_add_act(x, scale, bias, x, None, None, True, True)
+    tail, tail_mask = passes.norm_add_act(x[-1:], scale, bias, x[-1:], None, None, True, True)
     assert torch.equal(act[-1:], tail) and torch.equal(mask[-1:], tail_mask)
     del act, mask
     out, index = passes.norm_act_max_pool(x, scale, bias, 3, 2, 1)

@@ -71,6 +71,8 @@ def norm_add_act(
     save_mask: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`Reference.norm_add_act` in one kernel."""
+    if save_mask and not (relu and residual is not None):
+        raise ValueError("save_mask: expected False without a ReLU and a residual")
     rows, channels = matrix_shape(x)
     act = torch.empty_like(x, memory_format=torch.channels_last)
     mask = packed_mask(x) if save_mask else None

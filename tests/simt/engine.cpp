@@ -135,7 +135,7 @@ struct {
 pthread_t launching_thread;
 
 int remembered_error = cudaSuccess;
-int multiprocessors = 4;
+int multiprocessors = 16;
 unsigned launches = 0;
 
 std::map<const void*, int>& allowed_dynamic_bytes() {
