@@ -6,31 +6,31 @@ On a CPU by Triton's interpreter, with small tiles, but several in each directio
 """
 
 import importlib.util
-import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from chains import DEVICE
-from test_kernels_compile import LOSES_NAN, run
 from test_operators import floor
 from test_passes import agree, poisoned
 
 from fused_resnet.kernels import fprop as module
 from fused_resnet.kernels.batch_stats import merge_moments
 from fused_resnet.kernels.fprop import fprop
-from fused_resnet.kernels.networks import SOURCES, sources
 from fused_resnet.problem import ConvProblem
 from fused_resnet.reference import ConvGeometry, Reference, Source
 from fused_resnet.roofline import resnet
 from fused_resnet.tuning import Configuration
-from fused_resnet.tuning.heuristic_fprop import MULTIPROCESSORS, configuration
+from fused_resnet.tuning.gpu import MULTIPROCESSORS
+from fused_resnet.tuning.heuristic_fprop import configuration
 
 pytestmark = pytest.mark.usefixtures(poisoned.__name__)
 
 REFERENCE = Reference()
+#: What a convolution may read: an activation, or a raw output with its norm, alone or with either kind of residual.
+SOURCES = ("materialised", "norm", "residual", "raw residual")
 SMALL = Configuration(16, 16, 16, warps=1, stages=1)
 #: The interpreter of Triton 3.6 computes a product of bfloat16 wrongly.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
@@ -276,58 +276,3 @@ def test_the_heuristic_fills_the_gpu(itemsize, capability):
             programs = math.ceil(problem.n * problem.p * problem.q / tiles.block_m) * math.ceil(problem.k / tiles.block_n)
             smallest = tiles.block_m == 64 and tiles.block_n <= 64
             assert smallest or programs >= 2 * MULTIPROCESSORS[min(capability[0], 9)], (problem, tiles)
-
-
-#: Each different launch of problems and kinds of sources, compiled.
-COMPILE = """
-import dataclasses, json, sys, torch
-from fused_resnet.kernels import inspect, networks
-from fused_resnet.problem import ConvProblem
-dtype, precision, cases = getattr(torch, sys.argv[1]), sys.argv[2], json.load(open(sys.argv[3]))
-seen = set()
-for fields, kind in cases:
-    problem = ConvProblem(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
-    for architecture in inspect.ARCHITECTURES:
-        launch = networks.record_fprop(problem, kind, dtype, architecture, allow_tf32=precision == "tf32")
-        key = inspect._source(launch).hash(), launch.warps, launch.stages, architecture
-        if key not in seen:
-            seen.add(key)
-            print(json.dumps(dataclasses.asdict(inspect.compile_launch(launch, f"{problem} {kind}", architecture))))
-"""
-#: Bytes that a program may have.
-SHARED = {80: 163 * 1024, 90: 227 * 1024}
-
-
-def compile_cases(cases, dtype, precision, tmp_path):
-    path = tmp_path / "cases.json"
-    path.write_text(json.dumps([(asdict(problem), kind) for problem, kind in cases]))
-    lines = run("-c", COMPILE, dtype, precision, str(path)).splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def check_compiled(compiled, precision="tf32"):
-    """No spill, within shared memory, NaN kept, matrix instructions, loads that do not wait."""
-    assert {c["architecture"] for c in compiled} == {80, 90}
-    for c in compiled:
-        where = c["variant"], c["architecture"]
-        assert c["spilled"] == 0, where
-        assert c["shared"] <= SHARED[c["architecture"]], where
-        assert not LOSES_NAN.search(c["ptx"]), where
-        assert "cp.async.cg.shared.global" in c["ptx"] or "c=3," in c["variant"], where
-        if precision == "tf32":
-            assert c["matrix"] == (["HGMMA"] if c["architecture"] == 90 else ["HMMA"]), where
-
-
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), pytest.param("float32", marks=pytest.mark.slow)])
-def test_what_the_heuristic_chooses_for_resnets_compiles(dtype, tmp_path):
-    cases = [case for name in ("resnet18", "resnet50") for batch in (256, 32) for case in sources(resnet(name, batch))]
-    check_compiled(compile_cases(dict.fromkeys(cases), dtype, "tf32", tmp_path))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("dtype, precision", [("bfloat16", "tf32"), ("float16", "tf32"), ("float32", "tf32"), ("float32", "ieee")])
-def test_whatever_the_heuristic_chooses_compiles(dtype, precision, tmp_path):
-    cases = [(problem, kind) for problem in dict.fromkeys(network_problems((1, 32, 256))) for kind in SOURCES]
-    check_compiled(compile_cases(cases, dtype, precision, tmp_path), precision)

@@ -46,3 +46,12 @@ def preactivation(x, scale, bias, residual, residual_scale, residual_bias):
         else:
             z += residual
     return z
+
+
+@triton.jit
+def batch_norm_backward(dz, y, mean, invstd, gamma, s1, s2, n):
+    """dy = gamma·invstd·(dz − s1/n − x̂·s2/n), x̂ = (y − mean)·invstd; gamma may be None. Ioffe & Szegedy 2015, section 3."""
+    scale = invstd
+    if gamma is not None:
+        scale = invstd * gamma
+    return scale * (dz - s1 / n - (y - mean) * invstd * (s2 / n))

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .. import binary, roofline
+from ..tuning import heuristics
 from . import avg_pool, batch_stats, max_pool, networks, norm_add_act, norm_backward
 from .launch import INTERPRETED, Launch, packed_mask, recording
 
@@ -107,6 +108,11 @@ def _source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
+def launch_key(launch: Launch) -> tuple:
+    """Equal for launches of the same machine code."""
+    return _source(launch).hash(), launch.warps, launch.stages
+
+
 def _options(launch: Launch, all_launches: list[Launch]) -> str:
     """The optional arguments that are there and the switches that are on."""
     peers = [other.arguments for other in all_launches if other.kernel is launch.kernel]
@@ -181,18 +187,13 @@ def convolutions(
     for dtype in dtypes:
         for architecture in architectures:
             seen = set()
-            for problem, kind in networks.sources(network):
-                launch = networks.record_fprop(problem, kind, dtype, architecture)
-                key = _source(launch).hash(), launch.warps, launch.stages
+            for task in networks.tasks(network, str(dtype).removeprefix("torch.")):
+                configuration = heuristics.configuration(task, divmod(architecture, 10))
+                launch = networks.record(task, configuration)
+                key = launch_key(launch)
                 if name in launch.kernel.__name__ and key not in seen:
                     seen.add(key)
-                    words = f"{problem.r}x{problem.s}/{problem.stride[0]} C={problem.c} {kind} {_tiles(launch)}"
-                    yield launch, f"{str(dtype).removeprefix('torch.')} {words}", architecture
-
-
-def _tiles(launch: Launch) -> str:
-    extents = "x".join(str(launch.arguments[f"BLOCK_{axis}"]) for axis in "MNK")
-    return f"{extents}, {launch.stages} stages"
+                    yield launch, f"{task}; {configuration}", architecture
 
 
 def compile_convolutions(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Compiled]:

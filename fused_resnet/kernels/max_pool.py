@@ -174,7 +174,7 @@ def norm_act_max_pool_backward(
     rows, _ = matrix_shape(x)
     dz = torch.empty_like(x, memory_format=torch.channels_last)
     tile = tiling.reduction(rows, channels, x.element_size(), multiprocessors(x.device), loads=1)
-    sums = PartialSums(tile, x.device)
+    sums = PartialSums(tile.row_programs, tile.channels, x.device)
     launch(
         norm_act_max_pool_backward_kernel, tile.programs, x.device, tile.warps,
         dout_ptr=dout, index_ptr=index, x_ptr=x, mean_ptr=mean, invstd_ptr=invstd, scale_ptr=scale, bias_ptr=bias,

@@ -1,61 +1,82 @@
-"""The launches of a network's convolutions as the rules of thumb tile them, recorded on meta tensors: nothing runs, no GPU is needed."""
+"""The launches of a network's convolutions, forward and backward, recorded on meta tensors: nothing runs, no GPU is needed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..problem import ConvProblem
-from ..reference import ConvGeometry, Source
+from ..reference import ConvGeometry, ConvOutput, Source
 from ..roofline import Network
-from ..tuning import heuristic_fprop
-from . import fprop
-from .launch import Launch, recording
-
-#: What a convolution may read: an activation, or a raw output with its norm, alone or with either kind of residual.
-SOURCES = ("materialised", "norm", "residual", "raw residual")
+from ..tuning import Configuration, Task
+from ..tuning.heuristic_dgrad import pays_to_apply_norm
+from . import dgrad, fprop, wgrad
+from .launch import Launch, packed_mask, recording
 
 
-def nhwc(*extents: int, dtype: torch.dtype) -> Tensor:
+def tasks(network: Network, dtype: str) -> Iterator[Task]:
+    """What the kernels do in a training step of a network, as `backends.convolutions` asks for it, each as often as it occurs."""
+
+    def forward_and_dw(conv: ConvProblem, source: str) -> Iterator[Task]:
+        yield Task("fprop", conv, dtype, source)
+        yield Task("wgrad", conv, dtype, source if source == "norm" else "act")
+
+    yield from forward_and_dw(network.stem.conv, "act")
+    source = "act"  # the first block reads the pool's output
+    for block in network.blocks:
+        first, *inner = (layer.conv for layer in block.branch)
+        # Overlapping windows would make a block's input again and again, so a pass does.
+        yield from forward_and_dw(first, source if fprop.reads_each_value_once(first) else "act")
+        stride = 0
+        if block.projection:
+            projection = block.projection.conv
+            stride = projection.stride[0]
+            yield from forward_and_dw(projection, "act")
+            # Its input's gradient stays on its own grid, where it is a plain product.
+            yield Task("dgrad", replace(projection, h=projection.p, w=projection.q, stride=(1, 1)), dtype, "act")
+        yield Task("dgrad", first, dtype, source, dact=not stride, compact=stride)
+        for conv in inner:
+            yield from forward_and_dw(conv, "norm")
+            yield Task("dgrad", conv, dtype, "norm")
+        source = "norm_add_raw" if block.projection else "norm_add"
+
+
+def record(task: Task, configuration: Configuration, allow_tf32: bool = True) -> Launch:
+    """The convolution of a task, of tensors in the layouts that a network has."""
+    conv, dtype = task.conv, getattr(torch, task.dtype)
+    geometry = ConvGeometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+    weight, source = _nhwc(dtype, conv.k, conv.c, conv.r, conv.s), _source(task, dtype)
+    pointwise, residual = fprop.reads_each_value_once(conv), task.source.startswith("norm_add")
+    with recording() as launches:
+        if task.kind == "fprop":
+            writes = residual and pointwise
+            fprop.fprop(source, weight, geometry, writes, writes, configuration, allow_tf32)
+        elif task.kind == "wgrad":
+            wgrad.wgrad(source, _nhwc(dtype, conv.n, conv.k, conv.p, conv.q), weight, geometry, configuration, allow_tf32)
+        else:
+            y, vector = _nhwc(dtype, conv.n, conv.k, conv.p, conv.q), torch.empty(conv.k, device="meta")
+            output = ConvOutput(y, vector, vector, y, vector, vector, weight, vector, True, geometry, True)
+            applies = pays_to_apply_norm(conv)
+            compact = [-(-extent // task.compact) for extent in (conv.h, conv.w)] if task.compact else None
+            dgrad.dgrad(
+                output, source, packed_mask(source.x) if residual else None, source.x if task.dact else None,
+                _nhwc(dtype, conv.n, conv.c, *compact) if compact else None, task.compact, applies, applies, configuration, allow_tf32,
+            )  # fmt: skip
+    return launches[0]
+
+
+def _nhwc(dtype: torch.dtype, *extents: int) -> Tensor:
     """A channels_last tensor without memory."""
     return torch.empty(extents, dtype=dtype, device="meta", memory_format=torch.channels_last)
 
 
-def source(kind: str, problem: ConvProblem, dtype: torch.dtype) -> Source:
-    """The input of a convolution, of one of the kinds in `SOURCES`."""
-    x = nhwc(problem.n, problem.c, problem.h, problem.w, dtype=dtype)
-    norm = [torch.empty(problem.c, device="meta")] * 4
-    if kind == "materialised":
+def _source(task: Task, dtype: torch.dtype) -> Source:
+    """The input of a task's convolution. Its backward is told of a raw residual only."""
+    conv = task.conv
+    x, norm, absent = _nhwc(dtype, conv.n, conv.c, conv.h, conv.w), [torch.empty(conv.c, device="meta")] * 4, [None] * 4
+    if task.source == "act":
         return Source(x)
-    if kind == "norm":
-        return Source(x, *norm)
-    return Source(x, *norm, x, *(norm if kind == "raw residual" else [None] * 4))
-
-
-def sources(network: Network) -> Iterator[tuple[ConvProblem, str]]:
-    """Each convolution of a network, with the kind of its source in training."""
-    yield network.stem.conv, "materialised"
-    projected = None  # whether the block before ends in a raw residual; the first block reads the pool's output
-    for block in network.blocks:
-        first, *inner = (layer.conv for layer in block.branch)
-        if projected is None or not fprop.reads_each_value_once(first):
-            yield first, "materialised"
-        else:
-            yield first, "raw residual" if projected else "residual"
-        for conv in inner:
-            yield conv, "norm"
-        if block.projection:
-            yield block.projection.conv, "materialised"
-        projected = block.projection is not None
-
-
-def record_fprop(problem: ConvProblem, kind: str, dtype: torch.dtype, architecture: int, allow_tf32: bool = True) -> Launch:
-    """The forward convolution of `problem` for sm_`architecture`; where there is a residual, it writes act and mask if it can."""
-    given = source(kind, problem, dtype)
-    writes = given.residual is not None and fprop.reads_each_value_once(problem)
-    geometry = ConvGeometry(list(problem.stride), list(problem.padding), list(problem.dilation), problem.groups)
-    tiles = heuristic_fprop.configuration(problem, dtype.itemsize, divmod(architecture, 10), given.pending)
-    with recording() as launches:
-        fprop.fprop(given, nhwc(problem.k, problem.c, problem.r, problem.s, dtype=dtype), geometry, writes, writes, tiles, allow_tf32)
-    (launch,) = launches
-    return launch
+    if task.source == "norm_add_raw":
+        return Source(x, *norm, x, *norm)
+    return Source(x, *norm, x if task.source == "norm_add" and task.kind == "fprop" else None, *absent)

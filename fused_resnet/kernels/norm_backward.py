@@ -6,9 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiling
-from .elements import passes_gradient, unpack_bits, vector
+from .elements import batch_norm_backward, passes_gradient, unpack_bits, vector
 from .launch import launch, matrix_shape, multiprocessors
-from .tiling import Tiling
 
 
 @triton.jit
@@ -151,24 +150,23 @@ def norm_backward_apply_kernel(
     at = row[:, None] * C + channels[None, :]
     dz = tl.load(dz_ptr + at, mask=valid, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + at, mask=valid, other=0.0).to(tl.float32)
-    invstd = vector(invstd_ptr, channels, inside)
-    n = tl.cast(rows, tl.float32)
-    scale = invstd
+    gamma = None
     if gamma_ptr is not None:
-        scale = invstd * vector(gamma_ptr, channels, inside)
-    xhat = (y - vector(mean_ptr, channels, inside)) * invstd
-    dy = scale * (dz - vector(s1_ptr, channels, inside) / n - xhat * (vector(s2_ptr, channels, inside) / n))
+        gamma = vector(gamma_ptr, channels, inside)
+    mean = vector(mean_ptr, channels, inside)
+    invstd = vector(invstd_ptr, channels, inside)
+    s1 = vector(s1_ptr, channels, inside)
+    s2 = vector(s2_ptr, channels, inside)
+    dy = batch_norm_backward(dz, y, mean, invstd, gamma, s1, s2, tl.cast(rows, tl.float32))
     tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=valid)
 
 
 class PartialSums:
     """The sums of a backward reduction: per program first, then finalised. s1, s2 and, of a raw residual, its s2."""
 
-    def __init__(self, tile: Tiling, device: torch.device, raw_residual: bool = False):
-        self.tile, self.device = tile, device
-        self.partial = torch.empty(
-            (3 if raw_residual else 2, tile.row_programs, tile.channels), dtype=torch.float32, device=device
-        )
+    def __init__(self, partials: int, channels: int, device: torch.device, raw_residual: bool = False):
+        self.device = device
+        self.partial = torch.empty((3 if raw_residual else 2, partials, channels), dtype=torch.float32, device=device)
 
     def pointers(self) -> dict[str, Tensor | None]:
         """Where a kernel writes its partial sums, each [partials, C]."""
@@ -211,7 +209,7 @@ def norm_backward_reduce(
     dz = torch.empty_like(x, memory_format=torch.channels_last)
     raw = residual_mean is not None
     tile = tiling.reduction(rows, channels, x.element_size(), multiprocessors(x.device), loads=1)
-    sums = PartialSums(tile, x.device, raw)
+    sums = PartialSums(tile.row_programs, channels, x.device, raw)
     launch(
         norm_backward_reduce_kernel, tile.programs, x.device, tile.warps,
         d_ptr=d, dact_ptr=dact, x_ptr=x, mean_ptr=mean, invstd_ptr=invstd, scale_ptr=scale, bias_ptr=bias,

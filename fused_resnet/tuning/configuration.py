@@ -21,3 +21,7 @@ class Configuration:
                 raise ValueError(f"{name}: expected a whole number of at least {least}; got {value!r}")
             if name not in ("stages", "splits") and value & (value - 1):
                 raise ValueError(f"{name}: expected a power of two; got {value}")
+
+    def __str__(self) -> str:
+        split = f", {self.splits} splits" if self.splits > 1 else ""
+        return f"{self.block_m}x{self.block_n}x{self.block_k}, {self.warps} warps, {self.stages} stages{split}"

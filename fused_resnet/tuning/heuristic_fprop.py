@@ -7,11 +7,10 @@ from dataclasses import replace
 
 from ..problem import ConvProblem
 from .configuration import Configuration
+from .gpu import MULTIPROCESSORS, architecture, ceil_div, power_of_two
 
 #: Fewer channels than the smallest step along K are not padded to one: the kernel's K axis then runs over whole filter rows.
 FEW_CHANNELS = 16
-#: Multiprocessors of an architecture's largest GPU: A100; H100 and H200. Later architectures count as the latest here.
-MULTIPROCESSORS = {8: 108, 9: 132}
 #: (architecture, bytes of an element, prologue, more than one tap) -> tiles for many rows and filters. The largest accumulator with
 #: which two programs or more share a multiprocessor, so that one's epilogue hides behind another's main loop, as far as registers let
 #: it: a prologue's short steps keep few of its values alive at a time.
@@ -37,36 +36,32 @@ TILES = {
 LEAST = 64
 
 
-def _power_of_two(value: int, most: int) -> int:
-    return min(max(1 << max(value - 1, 0).bit_length(), 16), most)
-
-
 def configuration(problem: ConvProblem, itemsize: int, capability: tuple[int, int], prologue: bool) -> Configuration:
     """Tiles for `kernels.fprop` of elements of `itemsize` bytes (2 or 4) on a GPU of compute capability `capability`, 8.0 or later.
 
     `prologue` tells whether a norm is applied on load.
     """
-    architecture = min(capability[0], max(MULTIPROCESSORS))
+    on = architecture(capability)
     taps = problem.r * problem.s
-    tile = TILES[architecture, itemsize, prologue, taps > 1]
-    block_m, block_n = tile.block_m, _power_of_two(problem.k, tile.block_n)
+    tile = TILES[on, itemsize, prologue, taps > 1]
+    block_m, block_n = tile.block_m, power_of_two(problem.k, tile.block_n)
     rows = problem.n * problem.p * problem.q
 
     def programs() -> int:
-        return -(-rows // block_m) * -(-problem.k // block_n)
+        return ceil_div(rows, block_m) * ceil_div(problem.k, block_n)
 
     # Smaller tiles where whole ones would not give each multiprocessor two.
-    while block_m > LEAST and programs() < 2 * MULTIPROCESSORS[architecture]:
+    while block_m > LEAST and programs() < 2 * MULTIPROCESSORS[on]:
         block_m //= 2
-    while block_n > LEAST and programs() < 2 * MULTIPROCESSORS[architecture]:
+    while block_n > LEAST and programs() < 2 * MULTIPROCESSORS[on]:
         block_n //= 2
     few = problem.c < FEW_CHANNELS and taps > 1
     axis = taps * problem.c if few else problem.c
     # A stem's 154 elements are 160 in steps of 32, and 192 in steps of 64.
-    block_k = _power_of_two(axis, min(32, tile.block_k) if few else tile.block_k)
-    steps = -(-axis // block_k) * (1 if few else taps)
-    # What is cut from a tile of eight warps' 128 x 128 is four warps'. TF32 on 8.x spills with four.
-    warps = tile.warps if (block_m, block_n) == (tile.block_m, tile.block_n) or (architecture, itemsize) == (8, 4) else 4
+    block_k = power_of_two(axis, min(32, tile.block_k) if few else tile.block_k)
+    steps = ceil_div(axis, block_k) * (1 if few else taps)
+    # What is cut from a tile of eight warps is four warps'.
+    warps = tile.warps if (block_m, block_n) == (tile.block_m, tile.block_n) else 4
     return replace(
         tile, block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=min(tile.stages, steps + 1)
     )

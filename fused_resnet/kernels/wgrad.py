@@ -1,0 +1,174 @@
+"""Gradient of a convolution's weight: the activation made on load, pixels split over programs, partial results added in order."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import ConvProblem
+from ..reference import ConvGeometry, Source, like_weight
+from ..tuning import Configuration
+from ..tuning.heuristic_fprop import FEW_CHANNELS
+from ..tuning.heuristic_wgrad import m_tiles
+from .elements import relu, vector
+from .implicit_gemm import pixel, tile
+from .launch import launch
+from .tiling import ceil_div
+
+
+@triton.jit
+def conv_wgrad_norm_act_kernel(
+    x_ptr,  # [N, H, W, C]
+    scale_ptr,  # [C] float32, as bias; None where x is materialised
+    bias_ptr,
+    dy_ptr,  # [rows, K], rows = N·P·Q
+    out_ptr,  # [splits, elements of the weight]: dw, or partial results in float32
+    rows,
+    rows_per_split,  # a multiple of BLOCK_K
+    H,
+    W,
+    C,
+    P,
+    Q,
+    K,
+    out_split,  # strides of out, in elements
+    out_k,
+    out_c,
+    out_r,
+    out_s,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    FLAT_C: tl.constexpr,  # C where the M axis runs over (r, s, c) without gaps, else 0
+    PRECISION: tl.constexpr,  # of a float32 product: "tf32" or "ieee"
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out = Σ act·dy over the pixels of a split, act = round(relu(fma(x, scale, bias))) or x, and 0 on padding.
+
+    The GEMM's axes: M over (r, s, c), N over K, K over output pixels. It computes dwᵀ, so that the operand that is made on load is A.
+    """
+    n_tiles = tl.cdiv(K, BLOCK_N)
+    if FLAT_C:
+        m_tiles = tl.cdiv(R * S * FLAT_C, BLOCK_M)
+    else:
+        m_tiles = R * S * tl.cdiv(C, BLOCK_M)
+    # The tiles of one split follow each other, so that its pixels are read from L2 but for the first time.
+    m, n = tile(n_tiles)
+    split = m // m_tiles
+    m = m % m_tiles
+    lane = tl.arange(0, BLOCK_M)
+    if FLAT_C:
+        element = m * BLOCK_M + lane
+        r = element // (S * FLAT_C)
+        s = element // FLAT_C % S
+        c = element % FLAT_C
+        inside = element < R * S * FLAT_C
+    else:
+        blocks = tl.cdiv(C, BLOCK_M)
+        r = m // blocks // S
+        s = m // blocks % S
+        c = m % blocks * BLOCK_M + lane
+        inside = c < C
+    filters = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid_filter = (filters < K)[None, :]
+    scale = None
+    bias = None
+    if scale_ptr is not None:
+        scale = vector(scale_ptr, c, inside)
+        bias = vector(bias_ptr, c, inside)
+    PADDED: tl.constexpr = PADDING_H + PADDING_W > 0
+    first = split * rows_per_split
+    steps = tl.cdiv(tl.minimum(rows - first, rows_per_split), BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(steps):
+        start = first + step * BLOCK_K
+        step_lane = tl.arange(0, BLOCK_K)
+        valid_row = (start + step_lane < rows)[:, None]
+        # 64-bit offsets end at the step's first pixel or image; from there on 32 bits do.
+        if R * S * STRIDE_H * STRIDE_W == 1 and not PADDED:  # an output pixel is an input pixel
+            origin = start.to(tl.int64)
+            at = (step_lane * C)[:, None] + c[None, :]
+            valid = valid_row & inside[None, :]
+        else:
+            image, p, q = pixel(start + step_lane, P, Q)
+            first_image = start // (P * Q)
+            origin = first_image.to(tl.int64) * H * W
+            h = (p * STRIDE_H - PADDING_H)[:, None] + r * DILATION_H
+            w = (q * STRIDE_W - PADDING_W)[:, None] + s * DILATION_W
+            valid = valid_row & inside[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            at = (((image - first_image)[:, None] * H + h) * W + w) * C + c[None, :]
+        a = tl.load(x_ptr + origin * C + at, mask=valid, other=0.0)
+        if scale_ptr is not None:
+            act = relu(tl.fma(a.to(tl.float32), scale, bias))
+            a = tl.where(valid, act, 0.0).to(a.dtype)  # again: act of a padded zero is not 0
+        dy_at = (step_lane * K)[:, None] + filters[None, :]
+        b = tl.load(dy_ptr + start.to(tl.int64) * K + dy_at, mask=valid_row & valid_filter, other=0.0)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_N]
+    element_at = r * out_r + s * out_s + c * out_c
+    out_at = split.to(tl.int64) * out_split + element_at[:, None] + (filters * out_k)[None, :]
+    tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & valid_filter)
+
+
+@triton.jit
+def wgrad_finalise_kernel(
+    partial_ptr,  # [splits, elements] float32
+    dw_ptr,  # [elements]
+    splits,
+    elements,
+    BLOCK: tl.constexpr,
+):
+    """dw = round(Σ partial) in the order of the splits. Reads 4 bytes an element and split, writes dw."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        total += tl.load(partial_ptr + tl.cast(split, tl.int64) * elements + at, mask=at < elements, other=0.0)
+    tl.store(dw_ptr + at, total.to(dw_ptr.dtype.element_ty), mask=at < elements)
+
+
+def wgrad(
+    source: Source, dy: Tensor, weight: Tensor, geometry: ConvGeometry, configuration: Configuration, allow_tf32: bool
+) -> Tensor:
+    """The gradient of `weight` [K, C, R, S], in its dtype and strides, from dy [N, K, P, Q] and the activation that `source` stands for.
+
+    A pending source is activated again on load; one with a residual raises ValueError, since its activation was written. So do groups.
+    The sum over N·P·Q pixels is split into `configuration.splits` ranges, whose results a second kernel adds in a fixed order.
+
+    Bytes: x as far as windows touch it, dy, dw, and with splits 8 bytes an element of the weight and split. FLOPs: 2·N·P·Q·K·C·R·S.
+    """
+    if source.residual is not None:
+        raise ValueError("source: expected no residual: its activation exists, and is what wgrad reads")
+    if geometry.groups != 1:
+        raise ValueError(f"geometry: expected groups = 1; got {geometry.groups}")
+    (n, c, h, w), (k, _, r, s), (p, q) = source.x.shape, weight.shape, dy.shape[2:]
+    rows = n * p * q
+    rows_per_split = ceil_div(ceil_div(rows, configuration.splits), configuration.block_k) * configuration.block_k
+    splits = ceil_div(rows, rows_per_split)  # none of them is empty
+    dw = torch.empty_like(weight)  # of the weight's strides if those leave no gaps
+    out = dw if splits == 1 else torch.empty((splits, dw.numel()), dtype=torch.float32, device=dw.device)
+    flat = c if c < FEW_CHANNELS and r * s > 1 else 0
+    problem = ConvProblem(n, c, h, w, k, r, s, tuple(geometry.stride), tuple(geometry.padding), tuple(geometry.dilation))
+    out_k, out_c, out_r, out_s = dw.stride()
+    launch(
+        conv_wgrad_norm_act_kernel, splits * m_tiles(problem, configuration.block_m) * ceil_div(k, configuration.block_n), dy.device, configuration.warps,
+        configuration.stages,
+        x_ptr=source.x, scale_ptr=source.scale, bias_ptr=source.bias, dy_ptr=dy, out_ptr=out, rows=rows,
+        rows_per_split=rows_per_split, H=h, W=w, C=c, P=p, Q=q, K=k, out_split=dw.numel(), out_k=out_k, out_c=out_c,
+        out_r=out_r, out_s=out_s, R=r, S=s, STRIDE_H=geometry.stride[0], STRIDE_W=geometry.stride[1],
+        PADDING_H=geometry.padding[0], PADDING_W=geometry.padding[1], DILATION_H=geometry.dilation[0],
+        DILATION_W=geometry.dilation[1], FLAT_C=flat, PRECISION="tf32" if allow_tf32 else "ieee",
+        BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
+    )  # fmt: skip
+    if splits > 1:
+        block = 512
+        launch(
+            wgrad_finalise_kernel, ceil_div(dw.numel(), block), dw.device, warps=4,
+            partial_ptr=out, dw_ptr=dw, splits=splits, elements=dw.numel(), BLOCK=block,
+        )  # fmt: skip
+    return like_weight(dw, weight)

@@ -1,0 +1,158 @@
+"""Measured choices: a JSON file for each GPU, shipped with the package or made by `fused-resnet tune` in the user's cache.
+
+    {"version": 1, "device": "NVIDIA H100 80GB HBM3", …, "entries": [{"task": …, "configuration": …, "ms": …, "passes_ms": …}]}
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from math import log
+from pathlib import Path
+from typing import Any
+
+from .. import environment
+from ..files import replace_file
+from ..problem import ConvProblem
+from .configuration import Configuration
+from .task import Task
+
+VERSION = 1
+SHIPPED = Path(__file__).parent / "tables"
+#: A choice serves batches up to this many times smaller or larger than the one that was measured.
+REACH = 2.0
+
+
+class TableError(ValueError):
+    """A file is no table. The message names it, and the place in it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was measured of a task. `configuration` is None where the passes and the framework's convolution are faster."""
+
+    task: Task
+    configuration: Configuration | None
+    ms: float  #: of the choice
+    passes_ms: float
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The machine and the versions that a table was measured with."""
+
+    device: str
+    torch: str
+    triton: str
+    commit: str
+    date: str
+
+
+def _of_any_batch(task: Task) -> Task:
+    return replace(task, conv=replace(task.conv, n=1))
+
+
+class Table:
+    """The entries of a GPU, found by task."""
+
+    def __init__(self, entries: Iterable[Entry] = ()):
+        self._found: dict[Task, dict[int, Entry]] = {}
+        for entry in entries:
+            self.add(entry)
+
+    def add(self, entry: Entry) -> None:
+        """Put an entry in, in place of one of the same task."""
+        self._found.setdefault(_of_any_batch(entry.task), {})[entry.task.conv.n] = entry
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All, in the order in which their shapes were first added."""
+        return [entry for of_shape in self._found.values() for entry in of_shape.values()]
+
+    def entry(self, task: Task, reach: float = REACH) -> Entry | None:
+        """The entry of the same task, at the nearest batch within `reach` times the task's; None where there is none."""
+        of_shape = self._found.get(_of_any_batch(task), {})
+        distances = {n: abs(log(n / task.conv.n)) for n in of_shape}
+        near = min(distances, key=distances.get, default=None)
+        return None if near is None or distances[near] > log(reach) + 1e-9 else of_shape[near]
+
+
+def path_of(device: str, folder: Path | None = None) -> Path:
+    """The file of a GPU's name in the user's cache, or in `folder`."""
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return (folder or environment.cache_dir() / "tuned") / f"{name}.json"
+
+
+def write_table(path: Path, meta: Meta, table: Table) -> None:
+    """Write it, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = [json.dumps(asdict(entry)) for entry in table.entries]  # a line each, so that a difference can be read
+    head = json.dumps({"version": VERSION, **asdict(meta)})[:-1]
+    text = f'{head}, "entries": [\n' + ",\n".join(entries) + "\n]}\n"
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def read_table(path: Path) -> tuple[Meta, Table]:
+    """The table in a file. Raises FileNotFoundError, and TableError where it is none, or one of a newer version."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TableError(f"{path}: expected JSON; {error}") from None
+    if not isinstance(content, dict) or not isinstance(version := content.pop("version", None), int):
+        raise TableError(f"{path}: expected a table, an object with a version")
+    if version > VERSION:
+        raise TableError(f"{path}: version: expected at most {VERSION}; got {version}: a newer fused_resnet wrote this file")
+    entries = content.pop("entries", None)
+    if not isinstance(entries, list):
+        raise TableError(f"{path}: entries: expected a list")
+    meta = _made(Meta, content, f"{path}")
+    return meta, Table(_entry(entry, f"{path}: entries[{i}]") for i, entry in enumerate(entries))
+
+
+def task_of(values: Any, place: str) -> Task:
+    """A task from its fields as JSON has them. Raises TableError, naming `place`."""
+    values = dict(_object(values, place))
+    conv = _object(values.get("conv"), f"{place}.conv")
+    pairs = {name: tuple(value) if isinstance(value, list) else value for name, value in conv.items()}
+    values["conv"] = _made(ConvProblem, pairs, f"{place}.conv")
+    return _made(Task, values, place)
+
+
+def _entry(values: Any, place: str) -> Entry:
+    values = dict(_object(values, place))
+    values["task"] = task_of(values.get("task"), f"{place}.task")
+    if values.get("configuration") is not None:
+        values["configuration"] = _made(Configuration, values["configuration"], f"{place}.configuration")
+    return _made(Entry, values, place)
+
+
+def _object(values: Any, place: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise TableError(f"{place}: expected an object; got {values!r}")
+    return values
+
+
+def _made(kind: type, values: Any, place: str) -> Any:
+    expected, given = {field.name for field in fields(kind)}, set(_object(values, place))
+    if expected != given:
+        raise TableError(f"{place}: missing or unknown: {', '.join(sorted(expected ^ given))}")
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise TableError(f"{place}: {error}") from None
+
+
+@lru_cache
+def table_of(device: str) -> Table:
+    """The choices for a GPU of that name: what ships, and over it what the user measured. Read once; `table_of.cache_clear()` forgets.
+
+    Raises TableError for a file that is none: a broken table must not pass for an empty one.
+    """
+    table = Table()
+    for folder in (SHIPPED, None):
+        path = path_of(device, folder)
+        if path.exists():
+            for entry in read_table(path)[1].entries:
+                table.add(entry)
+    return table

@@ -1,0 +1,95 @@
+"""What the rules of thumb choose for convolutions, forward and backward, is compiled ahead of time for sm_80 and sm_90. No GPU is needed."""
+
+import dataclasses
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from test_fprop import network_problems
+from test_kernels_compile import LOSES_NAN, run
+
+from fused_resnet.kernels.networks import tasks
+from fused_resnet.roofline import resnet
+from fused_resnet.tuning import Task
+
+#: Bytes that a program may have.
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+#: Each different launch of the tasks in a file, compiled.
+COMPILE = """
+import dataclasses, json, sys
+from pathlib import Path
+from fused_resnet.kernels import inspect, networks
+from fused_resnet.tuning import heuristics, table
+seen = set()
+for fields in json.loads(Path(sys.argv[1]).read_text()):
+    task = table.task_of(fields, sys.argv[1])
+    for architecture in inspect.ARCHITECTURES:
+        tiles = heuristics.configuration(task, divmod(architecture, 10))
+        launch = networks.record(task, tiles, allow_tf32=sys.argv[2] == "tf32")
+        key = architecture, *inspect.launch_key(launch)
+        if key not in seen:
+            seen.add(key)
+            print(json.dumps(dataclasses.asdict(inspect.compile_launch(launch, f"{task}; {tiles}", architecture))))
+"""
+
+
+def compiled(wanted: list[Task], precision: str, tmp_path) -> list[dict]:
+    """Each different launch of `wanted` on each architecture, as `inspect.Compiled` has it."""
+    path = tmp_path / "tasks.json"
+    path.write_text(json.dumps([asdict(task) for task in dict.fromkeys(wanted)]))
+    return [json.loads(line) for line in run("-c", COMPILE, str(path), precision).splitlines()]
+
+
+def check(found: list[dict], precision: str = "tf32"):
+    """No spill, within shared memory, NaN kept, matrix instructions, loads that do not wait."""
+    assert {c["architecture"] for c in found} == {80, 90}
+    for c in found:
+        where = c["variant"], c["architecture"]
+        assert c["spilled"] == 0, where
+        assert c["shared"] <= SHARED[c["architecture"]], where
+        assert not LOSES_NAN.search(c["ptx"]), where
+        # Of 16 bytes; of four where each element has an address of its own, and where TF32's operands change places on sm_90.
+        narrow = " 3x" in c["variant"] or ("wgrad" in c["variant"] and "float32" in c["variant"])
+        assert ("cp.async.ca" if narrow else "cp.async.cg.shared.global") in c["ptx"], where
+        if precision == "tf32":
+            assert c["matrix"] == (["HGMMA"] if c["architecture"] == 90 else ["HMMA"]), where
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_what_the_heuristic_chooses_for_resnets_compiles(dtype, kind, tmp_path):
+    wanted = [t for name in ("resnet18", "resnet50") for batch in (256, 32) for t in tasks(resnet(name, batch), dtype) if t.kind == kind]
+    check(compiled(wanted, "tf32", tmp_path))
+
+
+def all_tasks(dtype: str):
+    """Every kind of work on every convolution of ResNets, wide ResNets and CIFAR nets."""
+    for conv in dict.fromkeys(network_problems((1, 32, 256))):
+        for source in ("act", "norm", "norm_add", "norm_add_raw"):
+            yield Task("fprop", conv, dtype, source)
+            yield Task("dgrad", conv, dtype, source)
+            yield Task("dgrad", conv, dtype, source, dact=True)
+        yield Task("wgrad", conv, dtype, "act")
+        yield Task("wgrad", conv, dtype, "norm")
+        if max(conv.stride) == 1:
+            yield Task("dgrad", conv, dtype, "norm_add", compact=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("dtype, precision", [("bfloat16", "tf32"), ("float16", "tf32"), ("float32", "tf32"), ("float32", "ieee")])
+def test_whatever_the_heuristic_chooses_compiles(dtype, precision, tmp_path):
+    check(compiled(list(all_tasks(dtype)), precision, tmp_path), precision)
+
+
+def test_a_network_asks_for_these_tasks():
+    """ResNet-50's, by the paper's table: 53 convolutions, of which the stem needs no gradient of its input."""
+    found = list(tasks(resnet("resnet50", 8), "bfloat16"))
+    count = {kind: sum(task.kind == kind for task in found) for kind in ("fprop", "dgrad", "wgrad")}
+    assert count == {"fprop": 53, "dgrad": 52, "wgrad": 53}
+    first = [t for t in found if t.kind == "dgrad" and t.source == "norm_add_raw"]
+    assert len(first) == 4 and all(t.dact for t in first)  # of the second block of each stage
+    assert [t.compact for t in found if t.compact] == [1, 2, 2, 2]
+    assert replace(found[0], kind="wgrad") == found[1]
+    assert dataclasses.is_dataclass(found[0])

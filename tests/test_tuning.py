@@ -1,0 +1,108 @@
+"""Configurations, tasks, and the tables of measured choices."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from fused_resnet.problem import ConvProblem
+from fused_resnet.tuning import Configuration, Entry, Table, Task
+from fused_resnet.tuning.table import Meta, TableError, path_of, read_table, write_table
+
+CONV = ConvProblem(256, 64, 56, 56, 256, 1, 1)
+TASK = Task("fprop", CONV, "bfloat16", "norm")
+WIDE = Configuration(128, 128, 64, 8, 3)
+META = Meta("A GPU", "2.13.0", "3.6.0", "c0ffee", "2026-01-31T23:59:59Z")
+
+
+def entry(batch: int, configuration=WIDE, **changes) -> Entry:
+    return Entry(replace(TASK, conv=replace(CONV, n=batch), **changes), configuration, 0.5, 0.75)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ((8, 64, 32, 4, 3), "block_m: expected a whole number of at least 16; got 8"),
+        ((64, 96, 32, 4, 3), "block_n: expected a power of two; got 96"),
+        ((64, 64, 32, 3, 3), "warps: expected a power of two; got 3"),
+        ((64, 64, 32, 4, 0), "stages: expected a whole number of at least 1; got 0"),
+        ((64, 64, 32.0, 4, 1), "block_k: expected a whole number of at least 16; got 32.0"),
+        ((64, 64, 32, 4, 1, 0), "splits: expected a whole number of at least 1; got 0"),
+    ],
+)
+def test_a_configuration_that_no_kernel_can_run_is_refused(values, words):
+    with pytest.raises(ValueError) as error:
+        Configuration(*values)
+    assert str(error.value) == words
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"kind": "forward"}, "kind: expected one of fprop, dgrad, wgrad; got 'forward'"),
+        ({"source": "relu"}, "source: expected one of act, norm, norm_add, norm_add_raw; got 'relu'"),
+        ({"dact": True}, "dact, compact: expected nothing to be added in fprop; got True, 0"),
+    ],
+)
+def test_a_task_that_there_is_none_of_is_refused(values, words):
+    with pytest.raises(ValueError) as error:
+        replace(TASK, **values)
+    assert str(error.value) == words
+
+
+def test_a_choice_serves_half_to_twice_the_batch_and_the_nearest_wins():
+    table = Table([entry(64, None), entry(256)])
+    found = {n: table.entry(replace(TASK, conv=replace(CONV, n=n))) for n in (31, 32, 100, 200, 512, 513)}
+    batches = {n: None if e is None else e.task.conv.n for n, e in found.items()}
+    assert batches == {31: None, 32: 64, 100: 64, 200: 256, 512: 256, 513: None}
+
+
+def test_other_work_is_another_entry():
+    table = Table([entry(256)])
+    others = [replace(TASK, dtype="float16"), replace(TASK, source="act"), replace(TASK, kind="wgrad")]
+    others += [replace(TASK, conv=replace(CONV, k=128)), replace(TASK, conv=replace(CONV, stride=(2, 2)))]
+    assert all(table.entry(task) is None for task in others)
+    table.add(entry(256, None))
+    assert len(table.entries) == 1 and table.entry(TASK).configuration is None
+
+
+def test_a_table_comes_back_as_it_was_written(tmp_path):
+    table = Table([entry(256), entry(64, None), entry(256, kind="dgrad", source="norm_add_raw", dact=True, compact=2)])
+    path = path_of("NVIDIA H100 80GB HBM3", tmp_path)
+    assert path == tmp_path / "nvidia-h100-80gb-hbm3.json"
+    write_table(path, META, table)
+    meta, again = read_table(path)
+    assert meta == META and again.entries == table.entries
+
+
+def broken(change) -> dict:
+    """A table's content, changed."""
+    conv = {"n": 1, "c": 8, "h": 4, "w": 4, "k": 8, "r": 1, "s": 1, "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
+    task = {"kind": "fprop", "conv": conv, "dtype": "float16", "source": "act", "dact": False, "compact": 0}
+    content = {"version": 1, **vars(META), "entries": [{"task": task, "configuration": None, "ms": 1.0, "passes_ms": 1.0}]}
+    change(content)
+    return content
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.update(version=2), "version: expected at most 1; got 2: a newer fused_resnet wrote this file"),
+        (lambda t: t.pop("version"), "expected a table, an object with a version"),
+        (lambda t: t.update(entries={}), "entries: expected a list"),
+        (lambda t: t.pop("device"), "missing or unknown: device"),
+        (lambda t: t["entries"].append(3), "entries[1]: expected an object; got 3"),
+        (lambda t: t["entries"][0].pop("ms"), "entries[0]: missing or unknown: ms"),
+        (lambda t: t["entries"][0]["task"].update(kind="both"), "entries[0].task: kind: expected one of fprop, dgrad, wgrad; got 'both'"),
+        (lambda t: t["entries"][0]["task"]["conv"].update(n=0), "entries[0].task.conv: n: expected a whole number of at least 1; got 0"),
+        (lambda t: t["entries"][0].update(configuration={"block_m": 64}), "entries[0].configuration: missing or unknown: block_k, block_n"),
+    ],
+)
+def test_a_broken_table_is_refused_with_the_place(change, words, tmp_path):
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(broken(lambda t: None)))
+    assert len(read_table(path)[1].entries) == 1
+    path.write_text(json.dumps(broken(change)))
+    with pytest.raises(TableError) as error:
+        read_table(path)
+    assert str(path) in str(error.value) and words in str(error.value)
