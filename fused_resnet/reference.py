@@ -345,14 +345,18 @@ class Reference:
 
     # ---- operators: what a network is made of ------------------------------------------------------------------------
 
-    #: Whether `convolve` hands out the activation between two convolutions, to be kept for backward, or recomputes it there.
-    keeps_act = True
+    def keeps_act(self, source: Source, convs: Sequence[Conv]) -> bool:
+        """Whether an activation between two convolutions, which nobody else reads, is written and kept for backward.
 
-    def convolve(self, source: Source, convs: Sequence[Conv]) -> tuple[list[Pending], Tensor, Tensor | None]:
-        """The convolutions of the activation that `source` stands for -> (a Pending for each, act, packed mask or None).
+        Else `convolve_backward` is given none, and recomputes what it needs. Looks at shapes and dtypes only.
+        """
+        return True
 
-        act is relu(norm(x) + residual), or x itself where `source` is materialised. The mask comes with a residual only:
-        without one, backward recomputes it from x.
+    def convolve(self, source: Source, convs: Sequence[Conv], write_act: bool) -> tuple[list[Pending], Tensor | None, Tensor | None]:
+        """The convolutions of the activation that `source` stands for -> (a Pending for each, act, packed mask).
+
+        act is relu(norm(x) + residual), or x itself where `source` is materialised; None where it is not asked for and was not
+        written. There is a mask with a residual only: without one, backward recomputes it from x.
         """
         act, mask = source.x, None
         if source.pending:
@@ -372,7 +376,7 @@ class Reference:
     def convolve_backward(
         self,
         source: Source,
-        act: Tensor,
+        act: Tensor | None,
         mask: Tensor | None,
         outputs: Sequence[ConvOutput],
         dact: Tensor | None,
@@ -380,38 +384,53 @@ class Reference:
     ) -> tuple[tuple[Tensor | None, ...], list[Tensor | None]]:
         """The gradients of `convolve` -> ((dx, s1, s2, residual_s2), [dw of each convolution]); None for what is not needed.
 
+        act is what `convolve` gave. Of the residual, `source` holds a raw one only.
         For a pending source dx is its dz, and that of its residual too; for a materialised one s1 and s2 are None.
         """
         pairs = [self._convolution_backward(act, output, need_dx) for output in outputs]
         dws = [dw for _, dw in pairs]
         if not need_dx:
-            return (None, None, None, None), dws
-        d, *more = [dx for dx, _ in pairs if dx is not None] + ([] if dact is None else [dact])
+            return (None,) * 4, dws
+        return self._source_gradients(source, mask, [*(dx for dx, _ in pairs), dact]), dws
+
+    def _source_gradients(self, source: Source, mask: Tensor | None, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """(dx, s1, s2, residual_s2) from the gradients of the activation, which all its readers hand back."""
+        d, *more = [gradient for gradient in gradients if gradient is not None]
         while len(more) > (1 if source.pending else 0):  # the reduction below adds two; a third is rare
             d = d + more.pop(0)
         if not source.pending:
-            return (d, None, None, None), dws
+            return d, None, None, None
         raw = source.residual_mean is not None
         return self.norm_backward_reduce(
             d, more[0] if more else None, source.x, source.mean, source.invstd, source.scale, source.bias,
             source.residual if raw else None, source.residual_mean, source.residual_invstd, mask, relu=True,
-        ), dws  # fmt: skip
+        )  # fmt: skip
 
     def _convolution_backward(self, act: Tensor, output: ConvOutput, need_dx: bool) -> tuple[Tensor | None, Tensor | None]:
-        """(dx, dw) of one convolution. The producer of y applies its norm's backward, by the gradient convention."""
+        """(dx, dw) of one convolution."""
         if output.dz is None:
             return None, None
-        y, weight, gamma = output.y, output.weight, output.gamma
+        return convolution_backward(act, self._dy(output), output, need_dx, output.need_dw)
+
+    def _dy(self, output: ConvOutput) -> Tensor:
+        """The gradient of y. Its producer applies its norm's backward, by the gradient convention."""
+        y, gamma = output.y, output.gamma
         if output.training:
-            dy = self.norm_backward_apply(output.dz, y, output.mean, output.invstd, gamma, output.s1, output.s2)
-        else:  # running statistics are constants, so the norm is an affine map and nothing else
-            scale = output.invstd if gamma is None else output.invstd * gamma
-            dy = (output.dz * scale[:, None, None]).to(y.dtype)
-        stride, padding, dilation, groups = output.geometry
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            dy, act, weight, None, stride, padding, dilation, False, [0, 0], groups, [need_dx, output.need_dw, False]
-        )
-        return None if dx is None else nhwc(dx), None if dw is None else like_weight(dw, weight)
+            return self.norm_backward_apply(output.dz, y, output.mean, output.invstd, gamma, output.s1, output.s2)
+        # Running statistics are constants, so the norm is an affine map and nothing else.
+        scale = output.invstd if gamma is None else output.invstd * gamma
+        return (output.dz * scale[:, None, None]).to(y.dtype)
+
+
+def convolution_backward(
+    act: Tensor, dy: Tensor, output: ConvOutput, need_dx: bool, need_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx in channels_last, dw in the weight's strides), by the framework; None for what is not needed."""
+    stride, padding, dilation, groups = output.geometry
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dy, act, output.weight, None, stride, padding, dilation, False, [0, 0], groups, [need_dx, need_dw, False]
+    )
+    return None if dx is None else nhwc(dx), None if dw is None else like_weight(dw, output.weight)
 
 
 def like_weight(dw: Tensor, weight: Tensor) -> Tensor:

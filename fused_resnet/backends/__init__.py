@@ -1,8 +1,8 @@
 """The implementations of the operators, and the one place where one of them is chosen.
 
-`auto`, the default, takes PyTorch's own modules ("off") on a CPU and for float64, and `passes` on a GPU that can run it,
-else "off". `passes` is the CUDA C++ kernels where the native library can be loaded, else the Triton kernels. Any other name forces
-that backend: where it can't run, an error says why.
+`auto`, the default, takes PyTorch's own modules ("off") on a CPU and for float64; on a GPU `tuned`, else `passes`, else "off".
+`passes` is the CUDA C++ kernels where the native library can be loaded, else the Triton kernels; `tuned` is those with the convolutions
+that were measured to be faster as Triton kernels. Any other name forces that backend: where it can't run, an error says why.
 """
 
 from collections.abc import Iterator
@@ -13,18 +13,24 @@ import torch
 
 from .. import environment
 from ..reference import Reference
+from ..tuning.table import table_of
+from .convolutions import FusedConvolutions
 from .passes_cuda import PassesCuda
 from .passes_triton import PassesTriton
+from .triton import Triton
+from .tuned import TunedCuda, TunedTriton
 
 #: The backends by name.
-BACKENDS: dict[str, Reference] = {b.name: b for b in (Reference(), PassesCuda(), PassesTriton())}
-#: What the choice "passes" stands for: the first of these that can run.
+BACKENDS: dict[str, Reference] = {b.name: b for b in (Reference(), PassesCuda(), PassesTriton(), Triton(), TunedCuda(), TunedTriton())}
+#: What the choices "passes" and "tuned" stand for: the first of these that can run.
 PASSES = (PassesCuda.name, PassesTriton.name)
+TUNED = (TunedCuda.name, TunedTriton.name)
+FAMILIES = {"auto": (*TUNED, *PASSES), "passes": PASSES, "tuned": TUNED}
 
 
 def choices() -> tuple[str, ...]:
     """The names that may be asked for: the backends, and what stands for one of them or for none."""
-    return ("auto", "off", "passes", *BACKENDS)
+    return ("auto", "off", "passes", "tuned", *BACKENDS)
 
 
 _forced: str | None = None
@@ -67,7 +73,7 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
         return "off"
     if choice == "off":
         return choice
-    candidates = PASSES if choice in ("auto", "passes") else (choice,)
+    candidates = FAMILIES.get(choice, (choice,))
     reasons = {}
     for name in candidates:
         reasons[name] = _declines(name, device, dtype)
@@ -77,3 +83,11 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
         return "off"
     why = next(iter(reasons.values())) if len(reasons) == 1 else "; ".join(f"{name}: {why}" for name, why in reasons.items())
     raise RuntimeError(f"backend {choice!r} was asked for and can't run here: {why}")
+
+
+def forget_choices() -> None:
+    """Read the tables of measured choices again, since a file has changed."""
+    table_of.cache_clear()
+    for implementation in BACKENDS.values():
+        if isinstance(implementation, FusedConvolutions):
+            implementation.forget()

@@ -85,12 +85,10 @@ class Operator:
         check_source(source)
         for conv in convs:
             check_conv(source.x, conv)
-        implementation = BACKENDS[backend]
-        pendings, act, mask = implementation.convolve(source, convs)
+        pendings, act, mask = BACKENDS[backend].convolve(source, convs, self._writes_act(source, convs, backend))
         results = [t for pending in pendings for t in pending]
         if self.pending:
-            keep = self.residual or implementation.keeps_act
-            results.append(act if keep else nothing(source.x, source.x.dtype))
+            results.append(nothing(source.x, source.x.dtype) if act is None else act)
         if self.residual:
             results.append(nothing(source.x, torch.uint8) if mask is None else mask)
         return tuple(results)
@@ -106,13 +104,16 @@ class Operator:
             results.append(empty_nhwc(x, shape))
             results += [x.new_empty(shape[1], dtype=accumulate_dtype(x.dtype)) for _ in range(5)]
         if self.pending:
-            keep = self.residual or BACKENDS[backend].keeps_act
-            results.append(empty_nhwc(x, x.shape) if keep else nothing(x, x.dtype))
+            results.append(empty_nhwc(x, x.shape) if self._writes_act(source, convs, backend) else nothing(x, x.dtype))
         if self.residual:
             n, c, h, w = x.shape
             absent = source.residual is None
             results.append(nothing(x, torch.uint8) if absent else x.new_empty((n, h, w, (c + 7) // 8), dtype=torch.uint8))
         return tuple(results)
+
+    def _writes_act(self, source: Source, convs: list[Conv], backend: str) -> bool:
+        """Whether the activation is a tensor after `forward`: where it is a result, or the backend keeps it for backward."""
+        return self.residual or BACKENDS[backend].keeps_act(source, convs)
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
@@ -125,7 +126,7 @@ class Operator:
             *tensors, training, stride, padding, dilation, groups, need_dw = rest[14 * i : 14 * (i + 1)]
             outputs.append(ConvOutput(*tensors, training, ConvGeometry(stride, padding, dilation, groups), need_dw))
         sums, dws = BACKENDS[backend].convolve_backward(
-            source, act, mask if mask.numel() else None, outputs, dact, need_dx
+            source, act if act.numel() else None, mask if mask.numel() else None, outputs, dact, need_dx
         )
         results = [nothing(source.x, t) if r is None else r for r, t in zip(sums, self._sum_dtypes(source), strict=True)]
         results += [nothing(o.weight, o.weight.dtype) if dw is None else dw for dw, o in zip(dws, outputs, strict=True)]

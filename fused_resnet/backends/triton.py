@@ -1,0 +1,35 @@
+"""The backend `triton`: every convolution that there is a Triton kernel for, tiled as was measured or else by rule of thumb."""
+
+from functools import lru_cache
+
+import torch
+
+from ..tuning import Configuration, Task, heuristics
+from ..tuning.table import Table, table_of
+from .convolutions import FusedConvolutions
+from .passes_triton import PassesTriton
+
+#: What a rule of thumb is for where no GPU is: the H100 in the interpreter.
+CAPABILITY = (9, 0)
+
+
+def measured(device: torch.device) -> Table:
+    """What was measured on a GPU like this one, or by the interpreter."""
+    return table_of(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+
+
+@lru_cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability that rules of thumb are asked for."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else CAPABILITY
+
+
+class Triton(FusedConvolutions, PassesTriton):
+    """Convolutions and passes in Triton. For grouped convolutions, which have no kernel, the framework's."""
+
+    name = "triton"
+
+    def choose(self, task: Task, device: torch.device) -> Configuration | None:
+        """The configuration that was measured for the task, though the passes may have been faster; else the rule of thumb."""
+        entry = measured(device).entry(task)
+        return entry.configuration if entry and entry.configuration else heuristics.configuration(task, capability(device))

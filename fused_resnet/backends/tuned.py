@@ -1,0 +1,29 @@
+"""The backends `tuned_cuda` and `tuned_triton`: for each convolution what was measured to be faster, a Triton kernel or the passes."""
+
+from .convolutions import FusedConvolutions
+from .passes_cuda import PassesCuda
+from .passes_triton import PassesTriton
+from .triton import measured
+
+
+class Tuned(FusedConvolutions):
+    """What was not measured runs as passes: a kernel that nobody timed takes the place of none that people know to be good."""
+
+    def choose(self, task, device):
+        entry = measured(device).entry(task)
+        return entry.configuration if entry else None
+
+
+class TunedCuda(Tuned, PassesCuda):
+    """With the passes of the native library."""
+
+    name = "tuned_cuda"
+
+    def _declines_here(self, device, dtype):
+        return super()._declines_here(device, dtype) or PassesTriton().declines(device, dtype)
+
+
+class TunedTriton(Tuned, PassesTriton):
+    """With the passes in Triton."""
+
+    name = "tuned_triton"
