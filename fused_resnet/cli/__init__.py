@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from .._version import __version__
 from ..data import DataError
 from ..train import CheckpointError, SettingError, TrainingDiverged
-from . import bench, demo, info, kernels, profile, roofline, train
+from . import bench, demo, info, kernels, profile, roofline, train, tune
 from .arguments import Parser, Unavailable, UsageError
 
 EXAMPLES = """example:
@@ -15,6 +15,7 @@ EXAMPLES = """example:
   fused-resnet train --resume runs/first
   fused-resnet bench train --model resnet50
   fused-resnet profile --model resnet50 --out runs/profile
+  fused-resnet tune --model resnet50 --batch 256
   fused-resnet roofline --model resnet50 --device h100
   fused-resnet info --json
 """
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"fused_resnet {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (train, demo, bench, profile, roofline, info, kernels):
+    for command in (train, demo, bench, profile, tune, roofline, info, kernels):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     prog = f"{parser.prog} {args.command}"

@@ -1,0 +1,244 @@
+"""The tuner: which convolutions of a network are faster as Triton kernels, and with which tiles, measured on the GPU at hand.
+
+Every candidate runs as it would in the network, by the backend's own code: what is timed is the piece of work from its operands to
+its results, with the passes that one candidate needs and another does not. So the candidates of a task are
+
+- `passes`: the framework's convolution, with a pass before or behind it;
+- the Triton kernel with each of a few configurations (`tuning.heuristics.candidates`).
+
+All must agree with `passes` before any is timed. What a task's neighbours were found to be is used while it is timed, so
+activations that exist come before those that are still to be made.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import BACKENDS, TUNED, backend
+from ..backends.convolutions import FusedConvolutions
+from ..backends.triton import capability
+from ..problem import ConvProblem
+from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Reference, Source, nhwc
+from ..tuning import Configuration, Entry, Table, Task, heuristics
+from . import passes
+from .timing import Times, attempt, measure
+from .trace import scalar
+
+EPS = 1e-5
+LISTED_BATCH = 2  #: images with which a network is run to find its tasks
+#: A mask's bits may differ where a pre-activation is within rounding of zero.
+MASK_TOLERANCE = 1e-2
+
+
+def tuned_class(device: torch.device, dtype: torch.dtype) -> type[FusedConvolutions]:
+    """The class of the backend that the choices are for. Raises RuntimeError, with the reasons, where none runs there."""
+    reasons = {name: BACKENDS[name].declines(device, dtype) for name in TUNED}
+    for name, reason in reasons.items():
+        if reason is None:
+            return type(BACKENDS[name])
+    raise RuntimeError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+
+
+def tasks_of(make: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Counter[Task]:
+    """The tasks of a training step of a network on images of `shape`, [N, C, H, W], and how often each occurs.
+
+    The network runs once, on `LISTED_BATCH` images, as passes.
+    """
+    found: Counter[Task] = Counter()
+
+    class Listing(tuned_class(device, dtype)):
+        name = "listing"
+
+        def _choose(self, *args):
+            self.forget()  # so that each call is seen, not each task
+            return super()._choose(*args)
+
+        def choose(self, task, device):
+            found[replace(task, conv=replace(task.conv, n=shape[0]))] += 1
+
+        def keeps_act(self, source, convs):
+            return True
+
+    BACKENDS[Listing.name] = Listing()
+    try:
+        model = make().to(device=device, memory_format=torch.channels_last).train()
+        images = nhwc(torch.randn(LISTED_BATCH, *shape[1:], device=device))
+        labels = torch.zeros(LISTED_BATCH, dtype=torch.long, device=device)
+        with backend(Listing.name), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            scalar(model(images), labels).backward()
+    finally:
+        del BACKENDS[Listing.name]
+    # Where the activation is not kept, wgrad makes it again.
+    remade = {
+        replace(task, kind="wgrad"): count for task, count in found.items() if (task.kind, task.source) == ("fprop", "norm")
+    }
+    return found + Counter(remade)
+
+
+def in_order(tasks: Iterable[Task]) -> list[Task]:
+    """Tasks that others use come first: activations that exist, and gradients to which nothing is added."""
+    return sorted(tasks, key=lambda t: (t.source != "act", t.kind, t.dact, t.compact))
+
+
+#: A task's work, done by a backend.
+Work = Callable[[FusedConvolutions], tuple[Tensor | None, ...]]
+
+
+class Trial:
+    """The operands of a task, and its work by any candidate."""
+
+    def __init__(self, task: Task, table: Table, device: torch.device):
+        self.task, self.dtype = task, getattr(torch, task.dtype)
+        c = task.conv
+        self.geometry = ConvGeometry(list(c.stride), list(c.padding), list(c.dilation), 1)
+        self.device = device
+        x = self._tensor(c.n, c.c, c.h, c.w)
+        self.source = self._source(x)
+        self.weight = self._weight(c.k, c.c, c.r, c.s)
+        self._table = table
+        self._run = {"fprop": self._fprop, "dgrad": self._dgrad, "wgrad": self._wgrad}[task.kind]()
+
+    def _tensor(self, *shape: int) -> Tensor:
+        return nhwc(torch.randn(shape, device=self.device).add_(0.5).to(self.dtype))
+
+    def _weight(self, k: int, c: int, r: int, s: int) -> Tensor:
+        return nhwc((torch.randn(k, c, r, s, device=self.device) * (2 / (c * r * s)) ** 0.5).to(self.dtype))
+
+    def _vectors(self, channels: int) -> tuple[Tensor, Tensor]:
+        """A norm's gamma and beta."""
+        return torch.rand(channels, device=self.device) + 0.5, torch.randn(channels, device=self.device) * 0.3
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(mean, invstd, scale, bias) of x."""
+        mean, invstd, _, scale, bias = Reference().batch_stats(x, *self._vectors(x.shape[1]), EPS)
+        return mean, invstd, scale, bias
+
+    def _source(self, x: Tensor) -> Source:
+        if self.task.source == "act":
+            return Source(x.relu_())
+        source = Source(x, *self._statistics(x))
+        if self.task.source == "norm":
+            return source
+        residual = self._tensor(*x.shape)
+        if self.task.source == "norm_add":
+            return source._replace(residual=residual)
+        return Source(*source[:5], residual, *self._statistics(residual))
+
+    def call(self, choice: Configuration | None) -> Callable[[], tuple[Tensor | None, ...]]:
+        """The task's work, done with that choice."""
+        task, table = self.task, self._table
+
+        class Candidate(tuned_class(self.device, self.dtype)):
+            def choose(self, asked, device):
+                if asked == task:
+                    return choice
+                entry = table.entry(asked)
+                return entry.configuration if entry else None
+
+        candidate = Candidate()
+        return lambda: self._run(candidate)
+
+    def _fprop(self) -> Work:
+        conv = Conv(self.weight, Norm(*self._vectors(self.task.conv.k), None, None, True, EPS), self.geometry)
+        asked = self.task.source.startswith("norm_add")
+
+        def run(candidate):
+            (pending,), act, mask = candidate.convolve(self.source, [conv], asked or candidate.keeps_act(self.source, [conv]))
+            return pending.y, pending.mean, pending.invstd, act, mask
+
+        return run
+
+    def _output(self, problem: ConvProblem, weight: Tensor, geometry: ConvGeometry) -> ConvOutput:
+        """An output of a convolution, with the gradients that its readers hand back."""
+        y, dz = (self._tensor(problem.n, problem.k, problem.p, problem.q) for _ in range(2))
+        mean, invstd, _, _ = self._statistics(y)
+        _, s1, s2, _ = Reference._reduced(dz, y, mean, invstd)
+        return ConvOutput(dz, s1, s2, y, mean, invstd, weight, self._vectors(problem.k)[0], True, geometry, True)
+
+    def _dgrad(self) -> Work:
+        c, task = self.task.conv, self.task
+        outputs = [self._output(c, self.weight, self.geometry)]
+        if task.compact:
+            projection = ConvProblem(c.n, c.c, c.h, c.w, c.k, 1, 1, (task.compact,) * 2)
+            geometry = ConvGeometry([task.compact] * 2, [0, 0], [1, 1], 1)
+            outputs.append(self._output(projection, self._weight(c.k, c.c, 1, 1), geometry))
+        dact = self._tensor(c.n, c.c, c.h, c.w) if task.dact else None
+        source, mask = self.source, None
+        if source.residual is not None:
+            _, mask = Reference().norm_add_act(*source[:1], *source[3:6], *source[8:], relu=True, save_mask=True)
+        if task.source == "norm_add":
+            source = source._replace(residual=None)
+
+        def run(candidate):
+            gradients, dys = candidate._input_gradients(source, mask, outputs, dact)
+            return *gradients, *dys
+
+        return run
+
+    def _wgrad(self) -> Work:
+        output = self._output(self.task.conv, self.weight, self.geometry)
+        act = self.source.x if self.task.source == "act" else None
+        dy = self._tensor(*output.y.shape)
+        return lambda candidate: (candidate._weight_gradient(self.source, act, dy, output),)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task's candidates."""
+
+    entry: Entry | None  #: None where not even the passes could be timed
+    failed: dict[str, str]  #: the status of each candidate that was wrong or did not run
+
+
+def difference(results: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> str | None:
+    """What is wrong with a candidate's results, by those of the passes; None where nothing is.
+
+    A result that only one of them has is not compared: a prologue need not hand out what a pass makes on the way.
+    """
+    both = [(a, b) for a, b in zip(results, expected, strict=True) if a is not None and b is not None]
+    for a, b in both:
+        if a.dtype == torch.uint8 and (a != b).double().mean() > MASK_TOLERANCE:
+            return "wrong: a mask"
+    numbers = [(a, b) for a, b in both if a.dtype != torch.uint8]
+    return passes.error([a for a, _ in numbers], [b for _, b in numbers])[1]
+
+
+def tune(task: Task, table: Table, device: torch.device, most: int, repeats: int, limit_s: float) -> Outcome:
+    """Check and time the first `most` candidates of a task against the passes; the best goes into `table`."""
+    trial = Trial(task, table, device)
+    configurations = heuristics.candidates(task, capability(device))[:most]
+    choices: dict[str, Configuration | None] = {"passes": None} | {str(c): c for c in configurations}
+    expected: list[Tensor | None] = []
+    calls, failed = {}, {}
+    ends = time.monotonic() + limit_s
+    for name, choice in choices.items():
+        call, results = trial.call(choice), []
+
+        def check(call=call, results=results):
+            results.extend(call())
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        status = attempt(check, max(1.0, ends - time.monotonic()))
+        if name == "passes":
+            expected = results
+        if status := status or difference(tuple(results), tuple(expected)):
+            failed[name] = status
+            if name == "passes":
+                return Outcome(None, failed)
+        else:
+            calls[name] = call
+        del results
+    times = measure(calls, device, repeats, limit_s=max(1.0, ends - time.monotonic()))
+    failed |= {name: outcome for name, outcome in times.items() if not isinstance(outcome, Times)}
+    medians = {name: outcome.median_ms for name, outcome in times.items() if isinstance(outcome, Times)}
+    if "passes" not in medians:
+        return Outcome(None, failed)
+    best = min(medians, key=medians.get)
+    entry = Entry(task, choices[best], medians[best], medians["passes"])
+    table.add(entry)
+    return Outcome(entry, failed)
