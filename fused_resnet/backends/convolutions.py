@@ -53,14 +53,14 @@ class FusedConvolutions(Reference, ABC):
         self._chosen.clear()
 
     def _choose(
-        self, kind: str, x: Tensor, weight: Tensor, geometry: ConvGeometry, source: str, dact: bool = False, compact: int = 0
+        self, kind: str, x: Tensor, weight: Tensor, geometry: ConvGeometry, source: str, dact: bool = False, *compact: int
     ) -> Configuration | None:
         stride, padding, dilation, groups = geometry
         if groups > 1:
             return None
-        key = kind, x.shape, weight.shape, *stride, *padding, *dilation, x.dtype, source, dact, compact, x.device
+        key = kind, x.shape, weight.shape, *stride, *padding, *dilation, x.dtype, source, dact, *compact, x.device
         if key not in self._chosen:
-            task = Task(kind, problem_of(x, weight, geometry), str(x.dtype).removeprefix("torch."), source, dact, compact)
+            task = Task(kind, problem_of(x, weight, geometry), str(x.dtype).removeprefix("torch."), source, dact, *compact)
             self._chosen[key] = self.choose(task, x.device)
         return self._chosen[key]
 
@@ -140,7 +140,8 @@ class FusedConvolutions(Reference, ABC):
         kind = "act"
         if source.pending:
             kind = "norm_add_raw" if source.residual_mean is not None else "norm" if mask is None else "norm_add"
-        configuration = self._choose("dgrad", source.x, main.weight, main.geometry, kind, adds, stride)
+        projection = (stride, others[0].weight.shape[0]) if stride else ()
+        configuration = self._choose("dgrad", source.x, main.weight, main.geometry, kind, adds, *projection)
         if configuration is None:
             dys = [self._dy(output) for output in outputs]
             dxs = [convolution_backward(source.x, dy, output, True, False)[0] for dy, output in zip(dys, outputs, strict=True)]
