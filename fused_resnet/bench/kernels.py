@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends import BACKENDS
+from ..backends import BACKENDS, PASSES
 from ..reference import Reference
 from . import passes
 from .machine import Ceilings
@@ -15,7 +15,9 @@ from .schema import Row
 from .steps import OURS
 from .timing import Times, attempt, measure
 
-IMPLEMENTATIONS = ("eager_nhwc", "compile", "cudnn", *OURS)
+#: The backends that have passes of their own; the others run one's of these.
+LANGUAGES = {impl: name for impl, name in OURS.items() if name in PASSES}
+IMPLEMENTATIONS = ("eager_nhwc", "compile", "cudnn", *LANGUAGES)
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class Kernels:
 
 def declines(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an implementation can't be had on a device, as far as that is known before it is tried; None where it can."""
-    if impl in OURS:
-        return BACKENDS[OURS[impl]].declines(device, dtype)
+    if impl in LANGUAGES:
+        return BACKENDS[LANGUAGES[impl]].declines(device, dtype)
     if impl == "cudnn" and device.type != "cuda":
         return f"cuDNN runs on CUDA GPUs, not on {device.type!r}"
     return None
@@ -71,7 +73,7 @@ def declines(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def peers(case: Case, implementations: tuple[str, ...]) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """The implementations that there are of a case."""
-    calls = {impl: lambda backend=BACKENDS[name]: case.ours(backend) for impl, name in OURS.items()}
+    calls = {impl: lambda backend=BACKENDS[name]: case.ours(backend) for impl, name in LANGUAGES.items()}
     if case.eager is not None:
         torch.compiler.reset()  # else the shapes of a pass share one list of compiled versions, which is short
         calls["eager_nhwc"] = case.eager

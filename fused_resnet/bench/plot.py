@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import replace_file
-from .schema import Results, Row
+from .schema import IMPLEMENTATIONS, Results, Row
 
-#: Okabe and Ito's colours, which the colour-blind tell apart; each has a marker of its own as well.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
-MARKERS = "oDs^vPX*"
+#: Okabe and Ito's colours, which the colour-blind tell apart, but for the yellow, which is pale on white. An implementation has the same
+#: colour and marker in every picture, and no two have both in common, since there are seven of the one and nine of the other.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+MARKERS = "oDs^vPX*<"
+STYLES = {impl: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, impl in enumerate(IMPLEMENTATIONS)}
 #: What a row is drawn by, the first that it has: (field, words on the axis).
 FIGURES = (
     ("copy_fraction", "fraction of a device-to-device copy's bandwidth"),
@@ -35,12 +37,13 @@ def plot_results(results: Results, path: Path) -> None:
     figure = Figure(figsize=(11, 1.6 + 0.3 * len(lines)), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for number, impl in enumerate(implementations):
+    for impl in implementations:
         own = [row for row in rows if row.impl == impl]
+        colour, marker = STYLES[impl]
         values = [getattr(row, field) for row in own]
         axes.errorbar(
             values, [lines.index(_line(row)) for row in own], xerr=_spans(own, field), linestyle="none", markersize=7, alpha=0.9,
-            color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], label=impl,
+            color=colour, marker=marker, label=impl,
         )  # fmt: skip
     axes.set_yticks(range(len(lines)), lines)
     axes.invert_yaxis()

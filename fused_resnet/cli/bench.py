@@ -59,14 +59,16 @@ def add_parser(commands) -> None:
                         help="networks, or whose shapes (default: resnet18 resnet50)")  # fmt: skip
     parser.add_argument("--case", nargs="+", type=one_of(*passes.NAMES), metavar="PASS", help="of the suite kernels (default: all)")
     parser.add_argument("--impl", nargs="+", type=one_of(*ALL), metavar="IMPL",
-                        help=f"of {', '.join(ALL)} (default: all of the suite; on a CPU those without torch.compile)")  # fmt: skip
+                        help=f"of {', '.join(ALL)} (default: those of the suite that are installed; on a CPU neither "
+                             "compilers nor cuDNN)")  # fmt: skip
     parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", metavar="D", help="auto (default), cpu, cuda")
     parser.add_argument("--dtype", type=one_of(*DTYPES), metavar="D", help="fp32, fp16, bf16 (default: bf16, fp32 on a CPU)")
     parser.add_argument("--batch", nargs="+", type=positive, metavar="N", help="images in a batch (default: 256, few on a CPU)")
     parser.add_argument("--size", type=positive, metavar="PIXELS", help="of an image's side (default: 224, less on a CPU)")
     parser.add_argument("--repeats", type=positive, default=50, metavar="N", help="timed calls of each (default: 50)")
     parser.add_argument("--limit", type=positive, default=120, metavar="SECONDS",
-                        help="for building one implementation of a case, and for timing it (default: 120)")  # fmt: skip
+                        help="for building one implementation of a case, for timing it, for finding its largest batch "
+                             "(default: 120)")  # fmt: skip
     parser.add_argument("--largest", type=positive, default=0, metavar="N",
                         help="find the largest batch that fits, up to N images, and the throughput there")  # fmt: skip
     parser.add_argument("--plot", action="store_true", help="draw a picture beside the JSON")
@@ -116,7 +118,14 @@ def bench(args: argparse.Namespace) -> int:
 def _implementations(args: argparse.Namespace, known: tuple[str, ...], on_gpu: bool) -> tuple[str, ...]:
     if others := [impl for impl in args.impl or () if impl not in known]:
         raise UsageError("--impl", f"expected some of {', '.join(known)} in the suite {args.suite}; got {others[0]!r}")
-    return tuple(args.impl or [impl for impl in known if on_gpu or not impl.startswith("compile")])
+    return tuple(args.impl or [impl for impl in known if _by_default(impl, on_gpu)])
+
+
+def _by_default(impl: str, on_gpu: bool) -> bool:
+    """Whether an implementation is timed though nobody named it."""
+    if impl in IMPLEMENTATIONS and not IMPLEMENTATIONS[impl].installed:
+        return False
+    return on_gpu or not impl.startswith(("compile", "cudnn"))
 
 
 def _failed(row: Row, on_gpu: bool) -> bool:
