@@ -177,10 +177,10 @@ class Networks:
     def _largest(self, subject: Subject, impl: str, batch: int, state: dict[str, Tensor], truth: Truth, timed: Row) -> Row:
         """The row of the largest batch that fits, with the throughput there. `timed`: the implementation's row at `batch`.
 
-        What is wrong, or can't be had, has none. The search as a whole has `limit_s` seconds.
+        What is wrong, can't be had, or takes too long at `batch` has none. The search as a whole has `limit_s` seconds.
         """
         case = f"{subject.name}:largest_batch"
-        if timed.status.startswith(("wrong", "unsupported")):
+        if timed.status.startswith(("wrong", "unsupported", "timeout")):
             return self._row(subject, case, impl, None, {"status": timed.status})
         why, facts, ends = {}, {}, time.monotonic() + self.limit_s
         if timed.max_rel_error is None:  # at `batch` it did not get as far as that

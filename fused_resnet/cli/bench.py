@@ -17,7 +17,7 @@ from ..bench.plot import plot_results
 from ..bench.schema import SUITES, Results, Row, results_path, write_results
 from ..bench.steps import IMPLEMENTATIONS
 from ..bench.table import console, results_table
-from ..problem import NormProblem
+from ..bench.timing import terminated_as_interrupted
 from ..roofline import DEPTHS, resnet
 from .arguments import UsageError, blaming, device, one_of, positive
 
@@ -30,8 +30,9 @@ DESCRIPTION = """Times a suite and writes bench/results/<gpu>/<suite>-<date>-<co
 
 Results are compared with a reference before anything is timed; what is wrong
 gets no figure. Peers take turns. What runs out of memory or time, or can't be
-had here, is a row that says so, and the rest goes on. On a CPU the cases are
-small and timed by the wall clock: they show that the program works.
+had here, is a row that says so, and the rest goes on. What was done is written
+also where the run is stopped, by Ctrl-C or SIGTERM. On a CPU the cases are small
+and timed by the wall clock: they show that the program works.
 
 Exit code 1 where a result is wrong, or where an implementation of this package
 did not run on a GPU."""
@@ -99,8 +100,11 @@ def bench(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     ceilings = measure_ceilings(where, dtype, args.repeats)
     jobs = list(_jobs(args, where, dtype, ceilings, implementations))
-    rows = kernels.ceiling_rows(ceilings, dtype) if args.suite == "kernels" else []
-    rows += _run(jobs, not args.no_progress)
+    with terminated_as_interrupted():
+        rows, stopped = _run(jobs, not args.no_progress)
+    if not rows:  # stopped before the first case was done
+        raise KeyboardInterrupt
+    rows = (kernels.ceiling_rows(ceilings, dtype) if args.suite == "kernels" else []) + rows
 
     results = Results(collect_meta(where, args.commit), rows)
     path = results_path(args.out, results)
@@ -112,6 +116,8 @@ def bench(args: argparse.Namespace) -> int:
         with blaming("--plot", ValueError):
             plot_results(results, path.with_suffix(".png"))
         print(f"picture: {path.with_suffix('.png')}")
+    if stopped:
+        raise KeyboardInterrupt
     return int(any(_failed(row, on_gpu) for row in rows))
 
 
@@ -141,28 +147,27 @@ def _jobs(args, where: torch.device, dtype: torch.dtype, ceilings: Ceilings, imp
             shapes = [resnet(model, batch, args.size) for model in args.model]
             for make, norm in passes.plan(shapes, args.case or passes.NAMES):
                 words = f"{make.__name__} {norm.n}x{norm.c}x{norm.h}x{norm.w}"
-                yield words, partial(_pass_rows, suite, make, norm)
+                yield words, partial(suite.rows_of, make, norm)
         else:
             suite = networks.Networks(args.suite, *common, args.largest)
             for subject in networks.subjects(args.suite, args.model, args.size):
                 yield f"{subject.name}, batch {batch}", partial(suite.rows, subject, batch)
 
 
-def _pass_rows(suite: kernels.Kernels, make: passes.Maker, norm: NormProblem) -> list[Row]:
-    return suite.rows(make(passes.Inputs(norm, suite.dtype, suite.device)))
-
-
-def _run(jobs: list[Job], enabled: bool) -> list[Row]:
-    """The rows of all jobs, with a bar on a terminal and a line a job elsewhere."""
+def _run(jobs: list[Job], enabled: bool) -> tuple[list[Row], bool]:
+    """(the rows of all jobs, whether they were stopped before the last), with a bar on a terminal and a line a job elsewhere."""
     terminal = sys.stderr.isatty()
     columns = TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn()
     rows = []
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not (enabled and terminal)) as progress:
         task = progress.add_task("", total=len(jobs))
-        for words, measured in jobs:
-            progress.update(task, description=words)
-            if enabled and not terminal:
-                print(words, file=sys.stderr, flush=True)
-            rows += measured()
-            progress.advance(task)
-    return rows
+        try:
+            for words, measured in jobs:
+                progress.update(task, description=words)
+                if enabled and not terminal:
+                    print(words, file=sys.stderr, flush=True)
+                rows += measured()
+                progress.advance(task)
+        except KeyboardInterrupt:
+            return rows, True
+    return rows, False
