@@ -6,8 +6,9 @@ import signal
 import pytest
 import torch
 
-from fused_resnet.bench import passes
+from fused_resnet.bench import passes, schema
 from fused_resnet.bench.kernels import Kernels
+from fused_resnet.bench.plot import COLOURS, MARKERS
 from fused_resnet.bench.schema import Row, read_results
 from fused_resnet.bench.table import columns, number
 from fused_resnet.cli import main
@@ -95,3 +96,8 @@ def test_the_table_leaves_out_what_no_row_has():
 @pytest.mark.parametrize("value, text", [(None, ""), (0.0, "0"), (0.01234, "0.0123"), (1.16, "1.160"), (12.345, "12.35"), (1234.5, "1,234")])
 def test_numbers_have_four_digits(value, text):
     assert number(value) == text
+
+
+def test_no_two_implementations_of_a_picture_look_alike():
+    styles = {(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i in range(len(schema.IMPLEMENTATIONS))}
+    assert len(styles) == len(schema.IMPLEMENTATIONS) and len(set(COLOURS)) == len(COLOURS)

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import replace_file
-from .schema import IMPLEMENTATIONS, Results, Row
+from .schema import Results, Row
 
-#: Okabe and Ito's colours, which the colour-blind tell apart, but for the yellow, which is pale on white. An implementation has the same
-#: colour and marker in every picture, and no two have both in common, since there are seven of the one and nine of the other.
+#: Okabe and Ito's colours, which the colour-blind tell apart, but for the yellow, which is pale on white. There are more markers than
+#: colours, so that no two implementations of a picture have both in common.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = "oDs^vPX*<"
-STYLES = {impl: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, impl in enumerate(IMPLEMENTATIONS)}
 #: What a row is drawn by, the first that it has: (field, words on the axis).
 FIGURES = (
     ("copy_fraction", "fraction of a device-to-device copy's bandwidth"),
@@ -37,9 +36,9 @@ def plot_results(results: Results, path: Path) -> None:
     figure = Figure(figsize=(11, 1.6 + 0.3 * len(lines)), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for impl in implementations:
+    for number, impl in enumerate(implementations):
         own = [row for row in rows if row.impl == impl]
-        colour, marker = STYLES[impl]
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         values = [getattr(row, field) for row in own]
         axes.errorbar(
             values, [lines.index(_line(row)) for row in own], xerr=_spans(own, field), linestyle="none", markersize=7, alpha=0.9,
