@@ -376,3 +376,11 @@ def test_a_users_network_from_the_folder_at_hand(tmp_path, monkeypatch):
     command = ["profile", "--model", "tiny_net:make", "--size", "16", "--batch", "2", "--device", "cpu", "--commit", "x", "--out", "out"]
     assert main(command) == 0
     assert {part.layer for part in read_profile(tmp_path / "out" / "profile.json").parts} == {"0", "3", "loss", "optimizer"}
+
+
+def test_torchvisions_network_by_its_name(torchvision_models, tmp_path):
+    command = ["profile", "--model", "torchvision:resnet18", "--size", "32", "--batch", "2", "--device", "cpu", "--commit", "x", "--out", str(tmp_path)]
+    assert main(command) == 0
+    found = read_profile(tmp_path / "profile.json")
+    assert (found.impl, found.design) == ("eager_nhwc", "eager")
+    assert {part.layer for part in found.parts} == UNITS | {"maxpool", "avgpool", "fc", "loss", "optimizer"}

@@ -182,6 +182,17 @@ def test_the_command_takes_any_network_and_measures_ceilings(capsys):
         assert "this CPU, not a GPU, measured: a large copy and a large matrix product" in out
 
 
+def test_the_command_finds_the_same_of_torchvisions_network(torchvision_models, capsys):
+    given = ["--batch", "64", "--tflops", "800", "--tbytes", "3.0"]
+    rows = []
+    for model in ("resnet50", "torchvision:resnet50"):
+        assert main(["roofline", "--model", model, *given]) == 0
+        rows.append({row[0]: row for line in capsys.readouterr().out.splitlines() if len(row := cells(line)) > 5})
+    for name, design in (("eager", "eager"), ("passes", "passes"), ("fused", "+fold")):
+        traced, counted = (float(row[2]) for row in (rows[1][name], rows[0][design]))
+        assert traced == pytest.approx(counted, rel=0.03)
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
