@@ -48,6 +48,11 @@ class FusedConvolutions(Reference, ABC):
     def choose(self, task: Task, device: torch.device) -> Configuration | None:
         """How the kernel for `task` is tiled; None where the framework and the passes do the work. Asked once for each task."""
 
+    @property
+    def fuses(self) -> bool:
+        """Whether any of the work so far was a kernel's."""
+        return any(choice is not None for choice in self._chosen.values())
+
     def forget(self) -> None:
         """Ask again for every task, since what is known has changed."""
         self._chosen.clear()
