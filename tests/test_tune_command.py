@@ -33,7 +33,7 @@ def test_it_measures_writes_and_goes_on(tmp_path, capsys, monkeypatch):
     assert [entry.task for entry in table.entries] == asked
     assert all(0 < entry.ms <= entry.passes_ms for entry in table.entries)
     told = capsys.readouterr()
-    assert "1 tasks measured, 5 left: run it again to go on" in told.out
+    assert "1 tasks measured, 8 left: run it again to go on" in told.out
     assert "no figure of a GPU" in told.out and str(asked[0]) in told.err
     assert main([*COMMAND, "--limit", "1"]) == 0
     assert len(asked) == len(set(asked)) == 2, "what the table has is not measured again"
