@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..problem import ConvProblem
 from ..reference import Conv, ConvGeometry, ConvOutput, Pending, Reference, Source, convolution_backward
+from ..roofline import pays_to_apply_norm
 from ..tuning import Configuration, Task
-from ..tuning.heuristic_dgrad import pays_to_apply_norm
 
 
 def allow_tf32() -> bool:
