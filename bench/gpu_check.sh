@@ -4,7 +4,7 @@
 #   bench/gpu_check.sh PART OUT [COMMIT]
 #
 # PART  test      build the native library, and run tests/ on the GPU
-#       sanitize  every pass under compute-sanitizer's memcheck, racecheck, synccheck and initcheck
+#       sanitize  every pass under compute-sanitizer's memcheck, racecheck, synccheck and initcheck; the operator tests under the first three
 #       kernels   time every pass on ResNet-18's and ResNet-50's shapes against PyTorch's eager mode, torch.compile and cuDNN
 #       blocks    time residual blocks, forward and backward, against eager mode and torch.compile
 #       tune      measure which convolutions of ResNet-50 and -18 are faster as Triton kernels; train, inference and profile use the table
@@ -118,6 +118,12 @@ case $part in
       # Without the caching allocator each tensor is an allocation of its own, whose ends the tools know.
       step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$(sanitizer)" --tool "$tool" --error-exitcode 9 \
         --target-processes application-only "$python" bench/sanitize_passes.py
+    done
+    # The operators' own tests, whose shapes are small. What their inputs are made by is not ours, and is left alone; initcheck, which
+    # has to see every write, is therefore for the program above.
+    for tool in memcheck racecheck synccheck; do
+      step "operators-$tool" "$(sanitizer)" --tool "$tool" --error-exitcode 9 --target-processes application-only \
+        --kernel-name kns=fused_resnet "$python" -m pytest tests/test_operators.py -x -q -o addopts= -k "passes_cuda and float16 and training"
     done
     ;;
   kernels)

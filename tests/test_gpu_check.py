@@ -3,9 +3,11 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from chains import DEVICE
 
 from fused_resnet.bench import passes
 from fused_resnet.bench.steps import IMPLEMENTATIONS
@@ -157,9 +159,18 @@ def test_a_missing_sanitizer_is_a_failure(tmp_path, python):
     done = gpu_check("sanitize", tmp_path / "out", "c0ffee", python=python)
     assert done.returncode == 1
     assert sorted(p.name for p in (tmp_path / "out").glob("*.failed")) == [
-        f"sanitize-{tool}.failed" for tool in ("initcheck", "memcheck", "racecheck", "synccheck")
+        f"sanitize-{step}.failed"
+        for step in ("initcheck", "memcheck", "operators-memcheck", "operators-racecheck", "operators-synccheck", "racecheck", "synccheck")
     ]
     assert "compute-sanitizer" in (tmp_path / "out" / "sanitize-memcheck.log").read_text()
+
+
+def test_the_sanitized_operator_tests_are_there():
+    """An expression that chooses nothing would pass unseen. Here `emulated` stands for the GPU's library."""
+    expression = re.search(r'-k "(passes_cuda[^"]*)"', SCRIPT.read_text())[1].replace("passes_cuda", "emulated" if DEVICE.type == "cpu" else "passes_cuda")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_operators.py", "-k", expression]
+    done = subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True, check=False)
+    assert len(re.findall(r"test_error_is_at_most_twice_eagers\[.*float16.*training", done.stdout)) > 5, done.stdout
 
 
 def test_every_program_that_it_calls_is_there():
