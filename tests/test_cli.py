@@ -38,7 +38,7 @@ def command(*args, env=(), cwd=None) -> subprocess.CompletedProcess:
     line = [sys.executable, "-m", "fused_resnet", *map(str, args)]
     # These runs are tiny: a second thread would only wait, and dearly where other tests run beside them.
     kept["OMP_NUM_THREADS"] = "1"
-    return subprocess.run(line, check=False, capture_output=True, text=True, timeout=240, env=kept | dict(env), cwd=cwd)
+    return subprocess.run(line, check=False, capture_output=True, text=True, timeout=540, env=kept | dict(env), cwd=cwd)
 
 
 def refused(capsys, *args) -> str:
