@@ -4,7 +4,7 @@ The step runs as it would on a GPU, by the code of a backend, but for two things
 (`kernels.launch.recording`), and so are the framework's convolutions and other large operators. So it needs neither a GPU nor the
 memory, and takes seconds. Numbers are not computed.
 
-A tensor that a kernel is given counts once, as in `roofline`: of the input of a strided 1x1 convolution what its windows cover. What kernels
+A tensor that a kernel is given counts once, as in `roofline`: of a strided 1x1 what its windows cover. What kernels
 hand to one another, partial sums and split-K results, is counted apart.
 """
 
