@@ -345,6 +345,13 @@ class Reference:
 
     # ---- operators: what a network is made of ------------------------------------------------------------------------
 
+    def as_read(self, source: Source, convs: Sequence["Conv | ConvOutput"], kept: bool) -> Source:
+        """`source` with the coefficients that a node of these convolutions reads, forward and backward.
+
+        They are as given but where a backend's kernels round them. `kept` tells whether the activation is written.
+        """
+        return source
+
     def keeps_act(self, source: Source, convs: Sequence[Conv]) -> bool:
         """Whether an activation between two convolutions, which nobody else reads, is written and kept for backward.
 

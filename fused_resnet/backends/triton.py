@@ -32,4 +32,5 @@ class Triton(FusedConvolutions, PassesTriton):
     def choose(self, task: Task, device: torch.device) -> Configuration | None:
         """The configuration that was measured for the task, though the passes may have been faster; else the rule of thumb."""
         entry = measured(device).entry(task)
-        return entry.configuration if entry and entry.configuration else heuristics.configuration(task, capability(device))
+        tiled = entry is not None and isinstance(entry.configuration, Configuration)
+        return entry.configuration if tiled else heuristics.configuration(task, capability(device))

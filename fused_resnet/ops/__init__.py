@@ -11,7 +11,7 @@ The backend is resolved once per call, before the operator is entered, and hande
 import torch
 from torch import Tensor
 
-from ..backends import resolve
+from ..backends import BACKENDS, resolve
 from ..reference import Conv, ConvGeometry, Norm, Pending, Source, unpack_mask
 from . import norm as _norm  # noqa: F401  (registers the operators)
 from .convolve import OPERATORS
@@ -105,11 +105,17 @@ def norm_add_act_avg_pool(x: Pending, residual: Pending | Tensor | None = None) 
     return overload("norm_add_act_avg_pool")(*source(x, residual), _backend(x.y))[0]
 
 
-def relu_mask(x: Pending, residual: Pending | Tensor | None = None) -> Tensor:
-    """The mask that backward applies to the gradient of relu(norm(x) + residual): bool [N, C, H, W]. For tests."""
+def relu_mask(x: Pending, residual: Pending | Tensor | None = None, conv: Conv | None = None) -> Tensor:
+    """The mask that backward applies to the gradient of relu(norm(x) + residual): bool [N, C, H, W]. For tests.
+
+    `conv` is the convolution where `norm_act_conv` reads the activation, whose kernels may round the norm's coefficients.
+    """
     given = source(x, residual)
     with torch.no_grad():
         backend = _backend(given.x)
+        if conv is not None:
+            implementation = BACKENDS[backend]
+            given = implementation.as_read(given, [conv], implementation.keeps_act(given, [conv]))
         if residual is None:
             ones = torch.ones_like(given.x)
             return overload("norm_add_act_backward")(ones, *given, ones.new_empty(0, dtype=torch.uint8), True, backend)[0] > 0
