@@ -40,7 +40,7 @@ def moments_of_sums_kernel(
     """
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channels < C
-    n = rows.to(tl.float32)
+    n = rows * 1.0
     total = tl.load(sum_ptr + channels, mask=inside, other=0.0)
     squares = tl.load(square_sum_ptr + channels, mask=inside, other=0.0)
     mean = total / n
