@@ -380,6 +380,10 @@ class Reference:
             return Pending(y, *self.batch_stats(y, norm.gamma, norm.beta, norm.eps))
         return Pending(y, *self.running_stats(norm, y.dtype))
 
+    def conv_norm_add_act(self, x: Tensor, conv: Conv, residual: Tensor | None) -> Tensor | None:
+        """relu(norm(conv(x)) + residual) by running statistics, without a gradient, where a backend has one kernel for it; else None."""
+        return None
+
     def convolve_backward(
         self,
         source: Source,

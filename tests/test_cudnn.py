@@ -4,10 +4,11 @@ Without a GPU the package builds nodes and prints them; it proposes no plan.
 """
 
 import importlib.metadata
+import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 
-import cudnn as package
 import pytest
 import torch
 from chains import CHAINS, DEVICE
@@ -23,6 +24,8 @@ from fused_resnet.problem import ConvProblem
 from fused_resnet.reference import Conv, ConvGeometry, Norm, Reference, Source, affine, nhwc, passes_gradient
 from fused_resnet.tuning import CUDNN, Entry, Table, Task
 
+ROOT = Path(__file__).resolve().parents[1]
+package = pytest.importorskip("cudnn", reason="nvidia-cudnn-frontend is not installed")
 CONV = ConvProblem(4, 64, 14, 12, 32, 3, 3, (2, 2), (1, 1))
 CASES = [(name, source) for name, graph in GRAPHS.items() for source in graph.sources]
 NO_CUDA = pytest.mark.skipif(DEVICE.type == "cuda", reason="says what happens where no GPU is")
@@ -454,6 +457,31 @@ def test_a_backward_that_did_not_know_of_the_rounding_is_seen(arithmetic, monkey
     assert torch.equal(seen["scale"], forward.scale)
 
 
+def test_inference_of_a_layer_is_one_kernel_where_the_backend_has_one(monkeypatch, device):
+    from fused_resnet.functional import conv_bn_act
+
+    seen = []
+
+    def one_kernel(self, x, conv, residual):
+        seen.append((conv.norm.training, residual is not None))
+        return torch.full((2, 8, 4, 4), 7.0, device=device)
+
+    monkeypatch.setattr(Reference, "conv_norm_add_act", one_kernel)
+    x, weight = torch.randn(2, 8, 4, 4, device=device), torch.randn(8, 8, 1, 1, device=device)
+    vectors = [torch.rand(8, device=device) + 0.5 for _ in range(4)]
+    residual = torch.randn(2, 8, 4, 4, device=device)
+    with fused_resnet.backend("eager"):
+        assert (conv_bn_act(x, weight, *vectors, residual, training=False) == 7).all() and seen == [(False, True)]
+        for options in ({"training": True}, {"training": False, "relu": False}):
+            assert not (conv_bn_act(x, weight, *vectors, **options) == 7).all()
+        assert conv_bn_act(x.requires_grad_(), weight, *vectors, training=False).requires_grad
+        with torch.no_grad():
+            assert (conv_bn_act(x, weight, *vectors, training=False) == 7).all()
+        with pytest.raises((ValueError, RuntimeError)):
+            conv_bn_act(x, weight, *vectors, residual[:1], training=False)
+    assert len(seen) == 2
+
+
 def test_a_choice_of_cudnn_that_is_not_here_runs_as_passes(monkeypatch):
     from fused_resnet.backends import tuned
 
@@ -498,6 +526,64 @@ def test_the_tuner_tries_cudnn_and_checks_it_first(monkeypatch):
     monkeypatch.setattr(tune.FusedConvolutions.convolve.__globals__["cudnn"], "fprop", wrong)
     outcome = tune.tune(fprops, Table(), cpu, most=1, repeats=2, limit_s=60)
     assert outcome.failed[CUDNN].startswith("wrong") and outcome.entry.configuration != CUDNN
+
+
+# ---- the page, and the script that makes its tables ------------------------------------------------------------------
+
+
+def script():
+    """bench/cudnn_graphs.py as a module."""
+    path = ROOT / "bench" / "cudnn_graphs.py"
+    spec = importlib.util.spec_from_file_location("cudnn_graphs", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_files_say():
+    made = script()
+    text = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    assert made.page(text, made.FILES) == text, "docs/backends.md is not what `python bench/cudnn_graphs.py table` makes"
+
+
+def test_a_table_tells_what_ran_from_what_was_proposed(tmp_path):
+    made = script()
+    assert "Not measured" in made.tables(tmp_path)
+    found = {"conv_genstats act": None, "dgrad norm": "wrong: s2 differs", "dbn_apply norm": "CUDNN_STATUS_X: no"}
+    content = {
+        "device": "A GPU", "capability": [9, 0], "ran": False, "cudnn": "9.9.9", "frontend": "1.27.0", "torch": "2.13.0", "commit": "c0ffee",
+        "date": "2026-01-31T23:59:59Z", "answers": dict.fromkeys(made.DTYPES, found),
+    }  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    text = made.tables(tmp_path)
+    assert "Not measured" in text and "| `conv_genstats` | `act` | proposed | proposed | proposed |" in text and "no such GPU" in text
+    (tmp_path / "b.json").write_text(json.dumps(content | {"ran": True}))
+    text = made.tables(tmp_path)
+    assert "Not measured" not in text and text.index("was checked") < text.index("no such GPU")
+    assert "| `conv_genstats` | `act` | yes | yes | yes |" in text and "| wrong | wrong | wrong |" in text and "| refused | refused |" in text
+
+
+def test_the_floor_counts_every_operand_once():
+    made, c = script(), ConvProblem(2, 8, 4, 4, 16, 1, 1)
+    x, y, w, mask = 2 * 8 * 16 * 2, 2 * 16 * 16 * 2, 16 * 8 * 2, 2 * 16
+    expected = {
+        ("fprop", "norm"): x + y + w, ("fprop", "norm_add"): 3 * x + mask + y + w, ("wgrad", "norm"): x + y + w,
+        ("dgrad", "act"): 2 * y + w + x, ("dgrad", "norm"): 2 * y + w + 2 * x, ("dgrad", "norm_add_raw"): 2 * y + w + 3 * x + mask,
+    }  # fmt: skip
+    assert {(kind, source): made.floor_bytes(Task(kind, c, "float16", source)) for kind, source in expected} == expected
+    assert made.floor_bytes(Task("dgrad", c, "float16", "norm", dact=True, compact=2)) == 2 * y + w + 3 * x + x // 4
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="tiny, by the interpreter")
+def test_the_shapes_are_timed_with_every_peer(tmp_path):
+    made = script()
+    arguments = ["shapes", str(tmp_path), "--device", "cpu", "--model", "resnet18", "--batch", "1", "--size", "8", "--most", "1", "--repeats", "1"]
+    args = made.parser().parse_args([*arguments, "--commit", "c0ffee"])
+    assert args.run(args) == 0
+    (path,) = tmp_path.rglob("*.json")
+    statuses = {row["impl"]: row["status"] for row in json.loads(path.read_text())["rows"]}
+    assert statuses.pop("ours:cudnn").startswith("unsupported: cuDNN runs on CUDA GPUs")
+    assert statuses == dict.fromkeys(("eager_nhwc", "ours:passes", "ours:triton"), "ok")
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

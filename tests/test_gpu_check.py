@@ -5,10 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from test_cudnn import script
 
 from fused_resnet.bench import passes
 from fused_resnet.bench.steps import IMPLEMENTATIONS
-from fused_resnet.cli import bench, profile
+from fused_resnet.cli import bench, profile, tune
 from fused_resnet.cli.arguments import Parser
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu_check.sh"
@@ -45,8 +46,8 @@ def test_bash_accepts_it():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "PART: expected one of test sanitize kernels blocks train inference profile; got ''"),
-        (["tests", "out"], "PART: expected one of test sanitize kernels blocks train inference profile; got 'tests'"),
+        ([], "PART: expected one of test sanitize kernels blocks train inference profile cudnn; got ''"),
+        (["tests", "out"], "PART: expected one of test sanitize kernels blocks train inference profile cudnn; got 'tests'"),
         (["test sanitize", "out"], "PART: expected one of"),
         (["kernels"], "OUT: expected a folder"),
         (["kernels", "/dev/null/out", "c0ffee"], "OUT: /dev/null/out can't be made"),
@@ -106,7 +107,7 @@ def test_the_training_part_times_three_networks_at_three_batches_with_all_peers(
         if "bf16" in words and "--largest" not in words:
             implementations = words[words.index("--impl") + 1 : words.index("--device")]
             timed |= {(words[words.index("--model") + 1], words[words.index("--batch") + 1], impl) for impl in implementations}
-    peers = set(IMPLEMENTATIONS)
+    peers = set(IMPLEMENTATIONS) - {"ours:cudnn"}  # which the part of its name times: its package may be missing
     assert timed == {(m, b, i) for m in ("resnet18", "resnet50", "resnet152") for b in ("64", "128", "256") for i in peers}
 
 
@@ -121,6 +122,31 @@ def test_every_command_is_one_that_the_program_takes(part, tmp_path, python):
     for call in calls(python):
         assert call.startswith("-m fused_resnet ")
         assert parser.parse_args(call.split()[2:]).run is expected
+
+
+def test_the_cudnn_part_probes_tests_times_and_tunes(tmp_path, python):
+    assert gpu_check("cudnn", tmp_path / "out", "c0ffee", python=python).returncode == 0
+    made = Parser()
+    commands = made.add_subparsers()
+    for command in (bench, tune):
+        command.add_parser(commands)
+    kinds = []
+    for call in calls(python):
+        words = call.split()
+        if words[0] == "bench/cudnn_graphs.py":
+            arguments = script().parser().parse_args(words[1:])
+            kinds.append((words[1], getattr(arguments, "batch", None)))
+        elif words[:2] == ["-m", "fused_resnet"]:
+            arguments = made.parse_args(words[2:])
+            kinds.append((words[2], arguments.batch))
+            assert arguments.dtype == "fp16" and (words[2] == "tune" or {"ours:cudnn", "ours"} <= set(arguments.impl))
+        else:
+            kinds.append((words[2], None))
+    expected = [("probe", None), *((f"tests/test_{name}.py", None) for name in ("cudnn", "operators", "backends"))]
+    expected += [("shapes", [batch]) for batch in (64, 256, 400)]
+    for batch in (64, 256, 400):
+        expected += [("tune", [batch]), ("train", [batch])]
+    assert [(kind if kind != "bench" else "train", batch) for kind, batch in kinds] == expected
 
 
 def test_the_test_part_goes_on_without_a_native_library(tmp_path, python):

@@ -196,12 +196,16 @@ def norm_backward_apply(
 
 
 def conv_norm_add_act(
-    x: Tensor, weight: Tensor, geometry: ConvGeometry, scale: Tensor, bias: Tensor, residual: Tensor | None
+    x: Tensor, weight: Tensor, geometry: ConvGeometry, scale: Tensor, bias: Tensor, residual: Tensor | None, tried: bool = False
 ) -> Tensor | None:
-    """relu(conv(x)·scale + bias + residual) in one kernel, for inference; None where cuDNN refuses."""
+    """relu(conv(x)·scale + bias + residual) in one kernel, for inference; None where cuDNN refuses. `tried` as above."""
+    from .probe import fault
+
     conv = problem_of(x, weight, geometry)
     kind, tf32 = "norm" if residual is None else "norm_add", torch.backends.cudnn.allow_tf32
     problem = GraphProblem("conv_scale_bias_add_relu", conv, _name(x), kind, tf32=tf32, deterministic=deterministic())
+    if not tried and fault(problem.graph, kind, problem.dtype, x.device):
+        return None
     plan = plans_of(x.device).get(problem)
     if isinstance(plan, str):
         return None

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..backends import BACKENDS, resolve
 from ..reference import Conv, ConvGeometry, Norm, Pending, Source, unpack_mask
 from . import norm as _norm  # noqa: F401  (registers the operators)
+from .checks import check_conv
 from .convolve import OPERATORS
 from .library import overload
 
@@ -22,6 +23,7 @@ __all__ = [
     "ConvGeometry",
     "Norm",
     "Pending",
+    "conv_norm_add_act",
     "conv_stats",
     "conv_stats_pair",
     "norm_act_conv",
@@ -103,6 +105,16 @@ def norm_act_max_pool(x: Pending, kernel_size: int = 3, stride: int = 2, padding
 def norm_add_act_avg_pool(x: Pending, residual: Pending | Tensor | None = None) -> Tensor:
     """The global average pool of relu(norm(x) + residual) -> [N, C, 1, 1]."""
     return overload("norm_add_act_avg_pool")(*source(x, residual), _backend(x.y))[0]
+
+
+def conv_norm_add_act(x: Tensor, conv: Conv, residual: Tensor | None = None) -> Tensor | None:
+    """relu(norm(conv(x)) + residual) by running statistics, where the backend has one kernel for it; else None.
+
+    For inference alone: no gradient flows, and a compiler does not see it. x and residual are channels_last.
+    """
+    shape = check_conv(x, conv)
+    fits = residual is None or (residual.shape == shape and residual.dtype == x.dtype and residual.device == x.device)
+    return BACKENDS[_backend(x)].conv_norm_add_act(x, conv, residual) if fits and not conv.norm.training else None
 
 
 def relu_mask(x: Pending, residual: Pending | Tensor | None = None, conv: Conv | None = None) -> Tensor:
