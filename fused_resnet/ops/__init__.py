@@ -113,7 +113,7 @@ def conv_norm_add_act(x: Tensor, conv: Conv, residual: Tensor | None = None) -> 
     For inference alone: no gradient flows, and a compiler does not see it. x and residual are channels_last.
     """
     shape = check_conv(x, conv)
-    fits = residual is None or (residual.shape == shape and residual.dtype == x.dtype and residual.device == x.device)
+    fits = residual is None or (tuple(residual.shape) == tuple(shape) and residual.dtype == x.dtype and residual.device == x.device)
     return BACKENDS[_backend(x)].conv_norm_add_act(x, conv, residual) if fits and not conv.norm.training else None
 
 
