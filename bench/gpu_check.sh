@@ -7,6 +7,7 @@
 #       sanitize  every pass under compute-sanitizer's memcheck, racecheck, synccheck and initcheck
 #       kernels   time every pass on ResNet-18's and ResNet-50's shapes against PyTorch's eager mode, torch.compile and cuDNN
 #       blocks    time residual blocks, forward and backward, against eager mode and torch.compile
+#       tune      measure which convolutions of ResNet-50 and -18 are faster as Triton kernels; train, inference and profile use the table
 #       train     time training steps of ResNet-18, -50 and -152 at three batch sizes against both, and find the largest batch
 #       inference time ResNet-50 in evaluation mode against both
 #       profile   one training step of ResNet-50 by layer, ours, eager and compiled
@@ -22,7 +23,7 @@
 set -uo pipefail
 
 LIMIT=460  # seconds of a call
-PARTS="test sanitize kernels blocks train inference profile cudnn"
+PARTS="test sanitize kernels blocks tune train inference profile cudnn"
 # The passes, in groups that fit into a call: Inductor compiles its peer of each on every shape.
 whole="norm_act_forward norm_add_forward norm_backward norm_add_backward"
 forward="batch_stats norm_act norm_add_act norm_add_act_raw norm_act_max_pool norm_add_act_avg_pool"
@@ -49,12 +50,13 @@ commit=${3:-$(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/nul
 [[ $commit =~ ^[0-9A-Za-z._-]+$ ]] || refuse "COMMIT: expected letters, digits, '.', '_' and '-', and $root is no git checkout; got '$commit'"
 
 # Implementations of a network that share a step, so that they take turns. CUDA graphs keep a step's memory to themselves, and
-# max-autotune takes minutes to compile.
-plain="eager eager_nhwc compile ours ours:passes_cuda ours:passes_triton ours:triton"
+# max-autotune takes minutes to compile. apex and inplace_abn are rows that say so where they are not installed.
+plain="eager eager_nhwc compile cudnn apex inplace_abn ours ours:passes_cuda ours:passes_triton ours:triton"
 graphs=compile_graphs
 max=compile_max
 
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+export FUSED_RESNET_CACHE=$out/cache  # in which the table of measured choices lies
 unset TRITON_INTERPRET FUSED_RESNET_BACKEND
 left_over=0
 
@@ -90,7 +92,7 @@ step() {
 bench() {
   local name=$1
   shift
-  step "$name" "$python" -m fused_resnet bench "$@" --device cuda --limit 300 --commit "$commit" --out "$out/results" --plot
+  step "$name" "$python" -m fused_resnet bench "$1" --limit 300 "${@:2}" --device cuda --commit "$commit" --out "$out/results" --plot
 }
 
 sanitizer() {
@@ -134,17 +136,28 @@ case $part in
       bench "$model" blocks --model "$model" --dtype bf16 --batch 256 --impl $plain
     done
     ;;
+  tune)
+    # What the table has is not measured again, so a step goes on where the one before stopped. A choice serves half to twice its batch.
+    for batch in 256 64; do
+      for turn in 1 2 3 4 5 6; do
+        step "bf16-$batch-$turn" "$python" -m fused_resnet tune --model resnet50 resnet18 --batch "$batch" --dtype bf16 --device cuda \
+          --limit 400 --commit "$commit"
+      done
+    done
+    ;;
   train)
     for group in plain graphs max; do
       for model in resnet50 resnet18 resnet152; do
-        for batch in 256 128 64; do
+        # 64 first: every implementation is checked at that batch, so that the compilers find it in their caches later.
+        for batch in 64 128 256; do
           bench "bf16-$model-$batch-$group" train --model "$model" --dtype bf16 --batch "$batch" --impl ${!group}
         done
       done
     done
     bench fp16-resnet50-256-plain train --model resnet50 --dtype fp16 --batch 256 --impl $plain
-    for impl in eager_nhwc compile ours; do
-      bench "bf16-resnet50-largest-$impl" train --model resnet50 --dtype bf16 --impl "$impl" --largest 4096
+    for impl in ours eager_nhwc compile eager cudnn ours:passes_cuda ours:passes_triton ours:triton apex inplace_abn compile_graphs \
+      compile_max; do
+      bench "bf16-resnet50-largest-${impl//:/-}" train --limit 180 --model resnet50 --dtype bf16 --batch 64 --impl "$impl" --largest 4096
     done
     ;;
   inference)
@@ -162,7 +175,6 @@ case $part in
   cudnn)
     # Needs nvidia-cudnn-frontend beside PyTorch; its wheel may be carried here: pip install --no-deps WHEEL. The files of the step
     # probe belong into bench/cudnn_graphs, of which `python bench/cudnn_graphs.py table` makes the tables of docs/backends.md.
-    export FUSED_RESNET_CACHE=$out/cache
     step probe "$python" bench/cudnn_graphs.py probe "$out/cudnn_graphs" --commit "$commit"
     step graphs "$python" -m pytest tests/test_cudnn.py -q -o addopts= -rs
     step operators "$python" -m pytest tests/test_operators.py -q -o addopts= -rs -k cudnn

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import BACKENDS
+from fused_resnet.bench.kernels import LANGUAGES
 from fused_resnet.bench.passes import error
-from fused_resnet.bench.steps import OURS
 from fused_resnet.reference import Reference, nhwc
 
 REFERENCE = Reference()
@@ -81,7 +81,7 @@ def main() -> int:
     torch.manual_seed(0)
     count, bad = 0, 0
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for implementation in OURS.values():
+        for implementation in LANGUAGES.values():
             if reason := BACKENDS[implementation].declines(device, dtype):
                 print(f"{implementation}, {dtype}: {reason}", flush=True)
                 continue

@@ -12,10 +12,9 @@ import torch
 
 from fused_resnet.backends import BACKENDS
 from fused_resnet.bench import passes, schema
-from fused_resnet.bench.kernels import IMPLEMENTATIONS, Kernels, declines, peers
+from fused_resnet.bench.kernels import IMPLEMENTATIONS, LANGUAGES, Kernels, declines, peers
 from fused_resnet.bench.machine import measure_ceilings
 from fused_resnet.bench.schema import read_results
-from fused_resnet.bench.steps import OURS
 from fused_resnet.cli import main
 from fused_resnet.problem import NormProblem
 from fused_resnet.reference import Reference
@@ -41,7 +40,7 @@ def suite():
     return Kernels(DEVICE, DTYPE, measure_ceilings(DEVICE, DTYPE, 3), IMPLEMENTATIONS)
 
 
-@pytest.mark.parametrize("impl", [*OURS, "eager_nhwc", *(["cudnn"] if CUDA else [])])
+@pytest.mark.parametrize("impl", [*LANGUAGES, "eager_nhwc", *(["cudnn"] if CUDA else [])])
 @pytest.mark.parametrize("make, norm", plan(), ids=name)
 def test_pass(benchmark, make, norm, impl, suite):
     if reason := declines(impl, DEVICE, DTYPE):
@@ -51,7 +50,7 @@ def test_pass(benchmark, make, norm, impl, suite):
     if not calls:
         pytest.skip("there is no operator for it")
     facts = suite.check(case, calls)[impl]
-    if "unsupported" in facts.get("status", "") and impl not in OURS:
+    if "unsupported" in facts.get("status", "") and impl not in LANGUAGES:
         pytest.skip(facts["status"])
     assert "status" not in facts, facts
     benchmark.extra_info.update(bytes=case.bytes, dtype=str(DTYPE), max_rel_error=facts["max_rel_error"])
@@ -75,7 +74,7 @@ def test_the_program_writes_what_it_measured(tmp_path, capsys):
     (path,) = tmp_path.rglob("*.json")
     rows = {(row.case, row.impl): row for row in read_results(path).rows}
     case = "norm_act_max_pool"
-    assert set(rows) == {("copy", "copy"), ("matmul", "eager"), (case, "eager_nhwc"), *((case, impl) for impl in OURS)}
+    assert set(rows) == {("copy", "copy"), ("matmul", "eager"), (case, "eager_nhwc"), *((case, impl) for impl in LANGUAGES)}
     for (_, impl), row in rows.items():
         reason = declines(impl, torch.device("cpu"), torch.float16)
         assert row.status == (f"unsupported: {reason}" if reason else "ok")

@@ -118,6 +118,58 @@ def test_the_largest_batch_is_a_row_with_its_throughput():
     assert all(row.images_per_s == pytest.approx(40 / (row.median_ms * 1e-3)) for row in found)
 
 
+def test_what_is_wrong_has_no_largest_batch(monkeypatch):
+    class Faulty(TrainingStep):
+        def answer(self):
+            return [1.1 * a for a in super().answer()] if self.how.backend == "auto" else super().answer()
+
+    monkeypatch.setitem(networks.STEPS, "train", Faulty)
+    rows = suite(largest=64).rows(Subject("small", Small, (3, 4, 4)), 8)
+    found = {row.impl: row for row in rows if row.case == "small:largest_batch"}
+    assert found["eager_nhwc"].status == "ok" and found["ours"].status.startswith("wrong: ")
+
+
+def test_what_did_not_fit_is_checked_before_its_largest_batch_is_timed(monkeypatch):
+    monkeypatch.setattr(networks, "CHECKED_BATCH", 32)
+    rows = suite(largest=64).rows(Subject("small", Small, (3, 4, 4)), 64)
+    found = {row.case: row for row in rows if row.impl == "ours"}
+    assert found["small"].status == "oom: no room for 64"
+    assert (found["small:largest_batch"].status, found["small:largest_batch"].batch) == ("ok", 40)
+    assert found["small:largest_batch"].max_rel_error < 1e-3
+
+
+def test_a_search_that_takes_too_long_says_how_far_it_got(monkeypatch):
+    class Slow(TrainingStep):
+        def __init__(self, subject, impl, dtype, batch, *others):
+            super().__init__(subject, impl, dtype, batch, *others)
+            if batch > 16:
+                time.sleep(30)
+
+    monkeypatch.setitem(networks.STEPS, "train", Slow)
+    rows = suite(largest=64, limit_s=5, implementations=("ours",)).rows(Subject("small", Small, (3, 4, 4)), 8)
+    (found,) = [row for row in rows if row.case == "small:largest_batch"]
+    assert found.status == "timeout: 16 images fit; 5 s did not suffice to find out whether more do"
+    assert found.median_ms is None
+
+
+def test_memory_that_runs_out_in_the_last_measurement_is_a_row(monkeypatch):
+    built = []
+
+    class Fickle(TrainingStep):
+        """The largest batch fits once: then another process takes the memory."""
+
+        def __init__(self, subject, impl, dtype, batch, *others):
+            super().__init__(subject, impl, dtype, batch, *others)
+            built.append(batch)
+            if built.count(40) > 1:
+                raise torch.OutOfMemoryError("taken")
+
+    monkeypatch.setitem(networks.STEPS, "train", Fickle)
+    rows = suite(largest=64, implementations=("ours",)).rows(Subject("small", Small, (3, 4, 4)), 8)
+    (found,) = [row for row in rows if row.case == "small:largest_batch"]
+    assert (found.status, found.batch) == ("oom: taken", 40)
+
+
 @pytest.mark.parametrize("start, limit, top, expected", [
     (8, 1024, 300, 296), (8, 1024, 5000, 1024), (256, 4096, 100, 100), (256, 4096, 0, None), (8, 8, 8, 8), (7, 64, 50, 48),
 ])  # fmt: skip

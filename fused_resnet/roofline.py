@@ -387,20 +387,35 @@ def _conv_backward(layer: Layer, dz: int, epilogue: int, design: Design, sizes: 
     yield sizes.wgrad(layer, source)
 
 
-def saved_bytes(network: Network, design: Design, itemsize: int = 2) -> int:
-    """Bytes of activations that are kept from forward to backward, whole batch. Per-channel vectors are not counted."""
+def saved_layers(network: Network, design: Design, itemsize: int = 2) -> dict[str, int]:
+    """Bytes of activations that are kept from forward to backward, whole batch, by the layer that makes them.
+
+    Of the stem also the images; of a block's last layer the block's output and its mask. Per-channel vectors are not counted.
+    """
     sizes = _Sizes(itemsize)
-    ends = [block.branch[-1] for block in network.blocks]
-    inner = sum(sizes.y(layer) for block in network.blocks for layer in block.branch[:-1])
-    total = sizes.x(network.stem) + sum(sizes.y(layer) for layer in network.layers) + sizes.pool(network)
+    saved = {layer.name: sizes.y(layer) for layer in network.layers}
+    saved[network.stem.name] += sizes.x(network.stem)
+    saved["maxpool"] = sizes.pool(network)
     if design.separate:
-        return total + sizes.y(network.stem) + inner + sum(map(sizes.y, ends)) + network.pool.tensor_bytes(8)
-    total += sum(map(sizes.y, ends[:-1])) + sum(map(sizes.mask, ends))
-    if not design.prologue:
-        total += inner
-    if design.stem != FUSED:
-        total += network.pool.elements
-    return total
+        saved[network.stem.name] += sizes.y(network.stem)
+        saved["maxpool"] += network.pool.tensor_bytes(8)
+    elif design.stem != FUSED:
+        saved["maxpool"] += network.pool.elements
+    for block in network.blocks:
+        *inner, last = block.branch
+        if design.separate or not design.prologue:
+            for layer in inner:
+                saved[layer.name] += sizes.y(layer)
+        if design.separate or block is not network.blocks[-1]:  # the last one's is pooled in the pass that makes it
+            saved[last.name] += sizes.y(last)
+        if not design.separate:
+            saved[last.name] += sizes.mask(last)
+    return saved
+
+
+def saved_bytes(network: Network, design: Design, itemsize: int = 2) -> int:
+    """Bytes of activations that are kept from forward to backward, whole batch."""
+    return sum(saved_layers(network, design, itemsize).values())
 
 
 def total_bytes(kernels: Iterable[Kernel]) -> int:

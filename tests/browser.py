@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+WAIT = 120  # seconds for an answer: the machine may be busy with other tests
 #: Nothing of its own goes to a network: what is asked for is the page's.
 OPTIONS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
@@ -56,7 +57,7 @@ class Browser:
         with contextlib.suppress(OSError):
             os.close(self._write_fd)  # at which it ends
         try:
-            self._process.wait(10)
+            self._process.wait(WAIT)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait(10)
@@ -69,7 +70,7 @@ class Browser:
         if self._session:
             message["sessionId"] = self._session
         os.write(self._write_fd, json.dumps(message).encode() + b"\0")
-        while (answer := self._receive(30)).get("id") != self._number:
+        while (answer := self._receive(WAIT)).get("id") != self._number:
             self.events.append(answer)
         assert "error" not in answer, answer
         return answer["result"]
@@ -92,7 +93,7 @@ class Browser:
         self.events.clear()
         self.call("Page.navigate", url=path.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self._receive(30))
+            self.events.append(self._receive(WAIT))
         self.evaluate("new Promise(r => setTimeout(r, 100))")
 
     def evaluate(self, expression: str):

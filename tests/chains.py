@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet import ops
-from fused_resnet.backends import BACKENDS
+from fused_resnet.backends import BACKENDS, TUNED
 from fused_resnet.ops import Conv, ConvGeometry, Norm, Pending
 
 EPS = 1e-5
@@ -21,8 +21,10 @@ EPS = 1e-5
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: The backends that run the passes here, one for each kernel language: on a CPU the CUDA kernels run by the SIMT shim.
 LANGUAGES = [name for name in ("passes_cuda", "emulated", "passes_triton") if not BACKENDS[name].declines(DEVICE, torch.float32)]
-#: All backends that run here.
-RUNNABLE = [name for name in BACKENDS if not BACKENDS[name].declines(DEVICE, torch.float32)]
+#: What is tested as a backend. `tuned` is made of others: tests/test_tune.py holds which of them it takes.
+TESTED = [name for name in BACKENDS if name not in TUNED]
+#: Those that run here.
+RUNNABLE = [name for name in TESTED if not BACKENDS[name].declines(DEVICE, torch.float32)]
 
 
 @dataclass

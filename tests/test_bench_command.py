@@ -1,8 +1,15 @@
 """`fused-resnet bench`: what it refuses, by name, before anything is measured. bench/ holds the tests that measure."""
 
-import pytest
+import os
+import signal
 
-from fused_resnet.bench.schema import Row
+import pytest
+import torch
+
+from fused_resnet.bench import passes, schema
+from fused_resnet.bench.kernels import Kernels
+from fused_resnet.bench.plot import COLOURS, MARKERS
+from fused_resnet.bench.schema import Row, read_results
 from fused_resnet.bench.table import columns, number
 from fused_resnet.cli import main
 
@@ -12,7 +19,7 @@ from fused_resnet.cli import main
     [
         (["kernel"], "argument SUITE: expected one of kernels, blocks, train, inference; got 'kernel'"),
         (["train", "--impl", "magic"], "argument --impl: expected one of eager, eager_nhwc, compile"),
-        (["train", "--impl", "cudnn"], "argument --impl: expected some of eager, eager_nhwc, "),
+        (["kernels", "--impl", "ours:triton"], "argument --impl: expected some of eager_nhwc, compile, cudnn, ours:passes_cuda, ours:passes_triton in"),
         (["train", "--case", "batch_stats"], "argument --case: expected the suite kernels; got train"),
         (["kernels", "--largest", "64"], "argument --largest: expected the suite train or inference or blocks; got kernels"),
         (["blocks", "--model", "resnet20"], "argument --model: expected some of resnet18, resnet34, "),
@@ -41,6 +48,43 @@ def test_without_a_commit_nothing_is_measured(command, monkeypatch, capsys, tmp_
     assert not (tmp_path / "out").exists()
 
 
+SMALL = ["bench", "kernels", "--device", "cpu", "--model", "resnet18", "--size", "16", "--case", "norm_act", "--impl", "eager_nhwc", "--repeats", "3"]
+
+
+def test_what_was_done_is_written_where_a_run_is_terminated(monkeypatch, tmp_path, capsys):
+    """As by a time limit from outside: the first case is in the file, the second one's measurement ends the run."""
+    done = Kernels.rows_of
+
+    def rows_of(self, make, norm):
+        if norm.h < 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done(self, make, norm)
+
+    monkeypatch.setattr(Kernels, "rows_of", rows_of)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert main([*SMALL, "--commit", "c0ffee", "--out", str(tmp_path)]) == 130
+    (path,) = tmp_path.rglob("*.json")
+    assert [row.case for row in read_results(path).rows] == ["copy", "matmul", "norm_act"]
+    assert "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_shape_that_does_not_fit_is_a_row_and_the_rest_goes_on(monkeypatch, tmp_path):
+    made = passes.norm_act
+
+    def norm_act(inputs):
+        if inputs.norm.h == 2:
+            raise torch.OutOfMemoryError("no room\nat all")
+        return made(inputs)
+
+    monkeypatch.setattr(passes, "INNER", (norm_act,))
+    assert main([*SMALL, "--commit", "c0ffee", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.rglob("*.json")
+    rows = [row for row in read_results(path).rows if row.case == "norm_act"]
+    assert {row.status for row in rows if row.shape[1] == 2} == {"oom: no room (operands and reference)"}
+    assert {row.status for row in rows if row.shape[1] != 2} == {"ok"} and len(rows) == 4
+
+
 def test_the_table_leaves_out_what_no_row_has():
     fine = Row("train", "resnet18", "ours", "float32", 8, [3, 64, 64], 12.345, 12.0, 13.0, images_per_s=648.0)
     lost = Row("train", "resnet18", "compile", "float32", 8, [3, 64, 64], status="oom: no room")
@@ -52,3 +96,8 @@ def test_the_table_leaves_out_what_no_row_has():
 @pytest.mark.parametrize("value, text", [(None, ""), (0.0, "0"), (0.01234, "0.0123"), (1.16, "1.160"), (12.345, "12.35"), (1234.5, "1,234")])
 def test_numbers_have_four_digits(value, text):
     assert number(value) == text
+
+
+def test_no_two_implementations_of_a_picture_look_alike():
+    styles = {(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i in range(len(schema.IMPLEMENTATIONS))}
+    assert len(styles) == len(schema.IMPLEMENTATIONS) and len(set(COLOURS)) == len(COLOURS)

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from fused_resnet.bench import schema
+from fused_resnet.backends import BACKENDS
+from fused_resnet.bench import kernels, schema, steps
 from fused_resnet.bench.schema import Meta, Results, Row, SchemaError, read_results, results_path, write_results
 
 META = Meta(
@@ -135,3 +136,17 @@ def test_nothing_wrong_can_be_written():
     with pytest.raises(SchemaError, match="^median_ms: expected null, since status is 'wrong: "):
         dataclasses.replace(ROW, status="wrong: error 0.5")
     assert set(schema.FIGURES) < {field.name for field in dataclasses.fields(Row)}
+
+
+def test_the_words_that_a_file_may_use():
+    """They are a contract: to take one away breaks files that were written."""
+    assert schema.SUITES == ("kernels", "blocks", "train", "inference")
+    assert set(schema.IMPLEMENTATIONS) == {
+        "eager", "eager_nhwc", "compile", "compile_max", "compile_graphs", "ours", "ours:passes", "ours:passes_cuda", "ours:passes_triton",
+        "ours:triton", "cudnn", "copy", "ours:cudnn", "apex", "inplace_abn",
+    }  # fmt: skip
+    assert schema.STATUSES == ("ok", "oom", "timeout", "wrong", "unsupported")
+    assert {*steps.IMPLEMENTATIONS, *kernels.IMPLEMENTATIONS} <= set(schema.IMPLEMENTATIONS)
+    # The choices that stand for others go by the names of what they stand for.
+    assert set(steps.OURS.values()) == set(BACKENDS) - {"eager", "emulated", "tuned_cuda", "tuned_triton"}
+    assert steps.IMPLEMENTATIONS["ours"].backend == "auto"

@@ -48,8 +48,11 @@ def check(found: list[dict], precision: str = "tf32"):
         assert c["spilled"] == 0, where
         assert c["shared"] <= SHARED[c["architecture"]], where
         assert not LOSES_NAN.search(c["ptx"]), where
-        # Of 16 bytes; of four where each element has an address of its own, and where TF32's operands change places on sm_90.
-        narrow = " 3x" in c["variant"] or ("wgrad" in c["variant"] and "float32" in c["variant"])
+        # Of 16 bytes; of four where an image's three channels are what is read, and where TF32's operands change places on sm_90.
+        kind = c["variant"].split()[0]
+        narrow = (kind == "fprop" and " 3x" in c["variant"].partition(",")[0].replace(" 3x3 ", " ")) or (
+            kind == "wgrad" and "float32" in c["variant"] and c["architecture"] == 90
+        )
         assert ("cp.async.ca" if narrow else "cp.async.cg.shared.global") in c["ptx"], where
         if precision == "tf32":
             assert c["matrix"] == (["HGMMA"] if c["architecture"] == 90 else ["HMMA"]), where
@@ -57,7 +60,7 @@ def check(found: list[dict], precision: str = "tf32"):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["fprop", "dgrad", "wgrad"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])  # float16's code is bfloat16's, but for the names of its instructions
 def test_what_the_heuristic_chooses_for_resnets_compiles(dtype, kind, tmp_path):
     wanted = [t for name in ("resnet18", "resnet50") for batch in (256, 32) for t in tasks(resnet(name, batch), dtype) if t.kind == kind]
     check(compiled(wanted, "tf32", tmp_path))
@@ -73,7 +76,7 @@ def all_tasks(dtype: str):
         yield Task("wgrad", conv, dtype, "act")
         yield Task("wgrad", conv, dtype, "norm")
         if max(conv.stride) == 1:
-            yield Task("dgrad", conv, dtype, "norm_add", compact=2)
+            yield Task("dgrad", conv, dtype, "norm_add", compact=2, compact_k=2 * conv.k)
 
 
 @pytest.mark.slow

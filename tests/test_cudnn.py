@@ -147,7 +147,7 @@ def test_each_task_has_its_graph_or_a_reason():
     assert of("wgrad", "norm") == ("scale_bias_relu_wgrad", "norm", False)
     assert "the framework's convolution" in of("wgrad", "act")
     assert of("dgrad", "norm_add") == ("dgrad", "norm_add", False)
-    assert of("dgrad", "norm_add_raw", compact=2) == ("dgrad", "norm_add_raw", True)
+    assert of("dgrad", "norm_add_raw", compact=2, compact_k=64) == ("dgrad", "norm_add_raw", True)
 
 
 # ---- the package and the library -------------------------------------------------------------------------------------
@@ -571,7 +571,7 @@ def test_the_floor_counts_every_operand_once():
         ("dgrad", "act"): 2 * y + w + x, ("dgrad", "norm"): 2 * y + w + 2 * x, ("dgrad", "norm_add_raw"): 2 * y + w + 3 * x + mask,
     }  # fmt: skip
     assert {(kind, source): made.floor_bytes(Task(kind, c, "float16", source)) for kind, source in expected} == expected
-    assert made.floor_bytes(Task("dgrad", c, "float16", "norm", dact=True, compact=2)) == 2 * y + w + 3 * x + x // 4
+    assert made.floor_bytes(Task("dgrad", c, "float16", "norm", dact=True, compact=2, compact_k=16)) == 2 * y + w + 3 * x + x // 4
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="tiny, by the interpreter")

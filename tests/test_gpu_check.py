@@ -1,5 +1,6 @@
 """bench/gpu_check.sh: its arguments, and that a part goes on where it stopped. A small script stands for the Python that it calls."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is no
 def gpu_check(*arguments, python="python3"):
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python)}
     command = ["bash", str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
 @pytest.fixture
@@ -46,8 +47,8 @@ def test_bash_accepts_it():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "PART: expected one of test sanitize kernels blocks train inference profile cudnn; got ''"),
-        (["tests", "out"], "PART: expected one of test sanitize kernels blocks train inference profile cudnn; got 'tests'"),
+        ([], "PART: expected one of test sanitize kernels blocks tune train inference profile cudnn; got ''"),
+        (["tests", "out"], "PART: expected one of test sanitize kernels blocks tune train inference profile cudnn; got 'tests'"),
         (["test sanitize", "out"], "PART: expected one of"),
         (["kernels"], "OUT: expected a folder"),
         (["kernels", "/dev/null/out", "c0ffee"], "OUT: /dev/null/out can't be made"),
@@ -71,7 +72,7 @@ def test_a_part_runs_its_steps_once(tmp_path, python):
     assert len(calls(python)) == len(steps)
     for call, step in zip(calls(python), steps, strict=True):
         dtype, batch, _ = step.split("-")
-        assert call.startswith(f"-m fused_resnet bench kernels --model resnet18 resnet50 --dtype {dtype} --batch {batch} --case ")
+        assert call.startswith(f"-m fused_resnet bench kernels --limit 300 --model resnet18 resnet50 --dtype {dtype} --batch {batch} --case ")
         assert call.endswith(f"--commit c0ffee --out {tmp_path / 'out' / 'results'} --plot")
     assert gpu_check("kernels", tmp_path / "out", "c0ffee", python=python).returncode == 0
     assert len(calls(python)) == len(steps)
@@ -109,16 +110,34 @@ def test_the_training_part_times_three_networks_at_three_batches_with_all_peers(
             timed |= {(words[words.index("--model") + 1], words[words.index("--batch") + 1], impl) for impl in implementations}
     peers = set(IMPLEMENTATIONS) - {"ours:cudnn"}  # which the part of its name times: its package may be missing
     assert timed == {(m, b, i) for m in ("resnet18", "resnet50", "resnet152") for b in ("64", "128", "256") for i in peers}
+    largest = [call.split() for call in calls(python) if "--largest" in call]
+    assert {words[words.index("--impl") + 1] for words in largest} == peers
 
 
-@pytest.mark.parametrize("part", ["kernels", "blocks", "train", "inference", "profile"])
+def test_the_tuning_part_goes_on_where_it_stopped_and_its_table_lies_in_the_folder(tmp_path, python):
+    python.write_text(python.read_text().replace('echo "$@" >> calls', 'echo "$FUSED_RESNET_CACHE: $@" >> calls'))
+    assert gpu_check("tune", tmp_path / "out", "c0ffee", python=python).returncode == 0
+    found = calls(python)
+    assert len(found) == 12 and all(call.startswith(f"{tmp_path / 'out' / 'cache'}: -m fused_resnet tune ") for call in found)
+    assert {call.split()[call.split().index("--batch") + 1] for call in found} == {"64", "256"}
+
+
+def test_no_step_may_take_eight_minutes():
+    """Each is cut off before; and what has a limit of its own ends by itself, with its results, before it is cut off."""
+    text = SCRIPT.read_text()
+    limit = int(re.search(r"^LIMIT=(\d+)", text, re.MULTILINE)[1])
+    assert limit + 10 < 8 * 60, "with the ten seconds that a process has to end"
+    assert all(int(seconds) < limit for seconds in re.findall(r"--limit (\d+)", text))
+
+
+@pytest.mark.parametrize("part", ["kernels", "blocks", "tune", "train", "inference", "profile"])
 def test_every_command_is_one_that_the_program_takes(part, tmp_path, python):
     gpu_check(part, tmp_path / "out", "c0ffee", python=python)
     parser = Parser()
     commands = parser.add_subparsers()
-    for command in (bench, profile):
+    for command in (bench, profile, tune):
         command.add_parser(commands)
-    expected = profile.profile if part == "profile" else bench.bench
+    expected = {"profile": profile.profile, "tune": tune.run}.get(part, bench.bench)
     for call in calls(python):
         assert call.startswith("-m fused_resnet ")
         assert parser.parse_args(call.split()[2:]).run is expected

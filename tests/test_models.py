@@ -98,8 +98,11 @@ def outcome(model: nn.Module, x: torch.Tensor, weight: torch.Tensor, backend: st
     return {name: torch.cat([v.double().flatten() for v in values]) for name, values in vectors.items()}
 
 
-@pytest.mark.parametrize("passes", LANGUAGES)
-@pytest.mark.parametrize("name", CROPPED)
+#: The convolutions in Triton take the interpreter long: each kind of block once.
+WITH_TRITON = [(name, "triton") for name in ("basic", "bottleneck", "grouped", "cifar B") if "triton" in RUNNABLE]
+
+
+@pytest.mark.parametrize("name, passes", [*((name, passes) for name in CROPPED for passes in LANGUAGES), *WITH_TRITON])
 def test_passes_agree_with_float64_in_a_whole_network(name, passes, operator_calls, device):
     """In float32: at most twice PyTorch's error, or what sums in float32 explain: on a CPU PyTorch's batch norm sums in float64."""
     model = CROPPED[name]().to(device)
@@ -189,7 +192,7 @@ def test_pad_shortcut_is_option_a():
     assert torch.equal(out[:, 2:6], x[:, :, ::2, ::2]) and not out[:, :2].any() and not out[:, 6:].any()
 
 
-@pytest.mark.parametrize("backend", RUNNABLE)
+@pytest.mark.parametrize("backend", ["eager", *LANGUAGES])
 def test_a_hook_sees_tensors_and_changes_nothing(backend, device):
     """On a stage, a block, or a module inside a block: the hook is called with tensors, and the result is the same."""
     model = models.resnet20(num_classes=4).to(device)

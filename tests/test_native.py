@@ -100,6 +100,26 @@ def test_the_table_of_kernels_is_one_command(library, monkeypatch, capsys):
     assert "the native library is not built" in capsys.readouterr().err
 
 
+def test_the_page_of_the_kernels_is_what_one_command_makes(library, monkeypatch, tmp_path, capsys):
+    """Of the compiler that the page names; of another, the same kernels, and what they move and compute."""
+    page = ROOT / "docs" / "kernels" / "cuda.md"
+    monkeypatch.setattr(native, "LIBRARY", library)
+    text = page.read_text(encoding="utf-8")
+    copy = tmp_path / "cuda.md"
+    begin, end = text.index(native_kernels.BEGIN), text.index(native_kernels.END)
+    copy.write_text(text[:begin] + native_kernels.BEGIN + "what was there before" + text[end:])
+    assert main(["kernels", "--language", "cuda", "--page", str(copy)]) == 0
+    made = copy.read_text(encoding="utf-8")
+    if native_kernels.compiler() in text:
+        assert made == text, "fused-resnet kernels --language cuda --page docs/kernels/cuda.md"
+    heads = [[line.split(" | ")[:5] for line in t.splitlines() if line.startswith("| `") and line.count("|") == 10] for t in (made, text)]
+    assert heads[0] == heads[1] and len(heads[0]) > 30
+    assert "and without 16-byte loads: 0 bytes spilled" in made
+    for arguments, words in (([str(ROOT / "README.md")], "argument --page: "), ([str(copy), "--language", "triton"], "argument --page: expected --language cuda")):
+        assert main(["kernels", "--language", "cuda", "--page", *arguments]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_depends_on_libtorch_and_on_neither_python_nor_a_shared_cudart(library):
     dynamic = output_of(tool("readelf"), "--dynamic", "--wide", library)
     needed = set(re.findall(r"\(NEEDED\).*\[([^\]]+)\]", dynamic))

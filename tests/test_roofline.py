@@ -16,6 +16,7 @@ from fused_resnet.roofline import (
     floor_seconds,
     resnet,
     saved_bytes,
+    saved_layers,
     total_bytes,
     total_flops,
     training_step,
@@ -77,6 +78,23 @@ def test_passes_is_onepass_with_what_the_convention_writes_and_one_pass_pools(re
 @pytest.mark.parametrize("name, megabytes", [("eager", 43.8), ("+tail", 34.5), ("+fold", 34.5), ("passes", 41.2)])
 def test_saved_for_backward(resnet50, name, megabytes):
     assert saved_bytes(resnet50, DESIGNS[name]) / BATCH / 1e6 == pytest.approx(megabytes, abs=0.05)
+
+
+def test_what_a_layer_saves(resnet50):
+    """By hand, bytes of an image: raw outputs, the activation behind them where it is kept, a block's output with its mask."""
+    narrow, wide = 2 * 64 * 56 * 56, 2 * 256 * 56 * 56
+    stem, pool, images = 2 * 64 * 112 * 112, 2 * 64 * 56 * 56, 2 * 3 * 224 * 224
+    expected = {
+        "eager": (images + 2 * stem, pool + 8 * pool // 2, 2 * narrow, 2 * wide, wide),
+        "passes": (images + stem, pool + pool // 2, 2 * narrow, 2 * wide + wide // 16, wide),
+        "+fold": (images + stem, pool, narrow, 2 * wide + wide // 16, wide),
+    }
+    for name, figures in expected.items():
+        saved = saved_layers(resnet50, DESIGNS[name])
+        layers = ("conv1", "maxpool", "layer1.0.conv2", "layer1.0.conv3", "layer1.0.downsample.0")
+        assert tuple(saved[layer] / BATCH for layer in layers) == figures
+        last = 2 * 2048 * 7 * 7
+        assert saved["layer4.2.conv3"] / BATCH == (2 * last if name == "eager" else last + last // 16)
 
 
 @pytest.mark.parametrize("name", DEPTHS)

@@ -172,9 +172,25 @@ def test_the_command_names_its_peaks(capsys):
 def test_the_command_takes_any_network_and_measures_ceilings(capsys):
     assert main(["roofline", "--model", "resnet20", "--batch", "8", "--size", "32", "--device", "measured", "--layers"]) == 0
     out = capsys.readouterr().out
-    assert {row[0] for line in out.splitlines() if len(row := cells(line)) > 5} >= {"eager", "passes", "fused", "layer1.0.conv1"}
+    rows = {row[0]: row for line in out.splitlines() if len(row := cells(line)) > 5}
+    assert set(rows) >= {"eager", "passes", "fused", "layer1.0.conv1"}
+    # FLOPs; bytes, intensity, floor and what is saved, of eager, passes and fused.
+    figures = [float(cell) for cell in rows["layer1.0.conv1"][1:]]
+    assert len(figures) == 1 + 3 * 4
+    assert figures[1] > figures[5] > figures[9] > 0 and figures[4] >= figures[8] > 0
     if not torch.cuda.is_available():
         assert "this CPU, not a GPU, measured: a large copy and a large matrix product" in out
+
+
+def test_the_command_finds_the_same_of_torchvisions_network(torchvision_models, capsys):
+    given = ["--batch", "64", "--tflops", "800", "--tbytes", "3.0"]
+    rows = []
+    for model in ("resnet50", "torchvision:resnet50"):
+        assert main(["roofline", "--model", model, *given]) == 0
+        rows.append({row[0]: row for line in capsys.readouterr().out.splitlines() if len(row := cells(line)) > 5})
+    for name, design in (("eager", "eager"), ("passes", "passes"), ("fused", "+fold")):
+        traced, counted = (float(row[2]) for row in (rows[1][name], rows[0][design]))
+        assert traced == pytest.approx(counted, rel=0.03)
 
 
 @pytest.mark.parametrize(

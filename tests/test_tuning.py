@@ -42,6 +42,7 @@ def test_a_configuration_that_no_kernel_can_run_is_refused(values, words):
         ({"kind": "forward"}, "kind: expected one of fprop, dgrad, wgrad; got 'forward'"),
         ({"source": "relu"}, "source: expected one of act, norm, norm_add, norm_add_raw; got 'relu'"),
         ({"dact": True}, "dact, compact: expected nothing to be added in fprop; got True, 0"),
+        ({"kind": "dgrad", "compact": 2}, "compact, compact_k: expected both or neither; got 2, 0"),
     ],
 )
 def test_a_task_that_there_is_none_of_is_refused(values, words):
@@ -67,7 +68,7 @@ def test_other_work_is_another_entry():
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path):
-    table = Table([entry(256), entry(64, None), entry(32, CUDNN), entry(256, kind="dgrad", source="norm_add_raw", dact=True, compact=2)])
+    table = Table([entry(256), entry(64, None), entry(32, CUDNN), entry(256, kind="dgrad", source="norm_add_raw", dact=True, compact=2, compact_k=64)])
     path = path_of("NVIDIA H100 80GB HBM3", tmp_path)
     assert path == tmp_path / "nvidia-h100-80gb-hbm3.json"
     write_table(path, META, table)
@@ -78,7 +79,7 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
 def broken(change) -> dict:
     """A table's content, changed."""
     conv = {"n": 1, "c": 8, "h": 4, "w": 4, "k": 8, "r": 1, "s": 1, "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
-    task = {"kind": "fprop", "conv": conv, "dtype": "float16", "source": "act", "dact": False, "compact": 0}
+    task = {"kind": "fprop", "conv": conv, "dtype": "float16", "source": "act", "dact": False, "compact": 0, "compact_k": 0}
     content = {"version": 1, **vars(META), "entries": [{"task": task, "configuration": None, "ms": 1.0, "passes_ms": 1.0}]}
     change(content)
     return content

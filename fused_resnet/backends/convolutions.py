@@ -42,19 +42,24 @@ class FusedConvolutions(Reference, ABC):
     def choose(self, task: Task, device: torch.device) -> Choice | None:
         """What does `task`; None where the framework and the passes do the work. Asked once for each task."""
 
+    @property
+    def fuses(self) -> bool:
+        """Whether any of the work so far was a kernel's."""
+        return any(choice is not None for choice in self._chosen.values())
+
     def forget(self) -> None:
         """Ask again for every task, since what is known has changed."""
         self._chosen.clear()
 
     def _choose(
-        self, kind: str, x: Tensor, weight: Tensor, geometry: ConvGeometry, source: str, dact: bool = False, compact: int = 0
+        self, kind: str, x: Tensor, weight: Tensor, geometry: ConvGeometry, source: str, dact: bool = False, *compact: int
     ) -> Choice | None:
         stride, padding, dilation, groups = geometry
         if groups > 1:
             return None
-        key = kind, x.shape, weight.shape, *stride, *padding, *dilation, x.dtype, source, dact, compact, x.device
+        key = kind, x.shape, weight.shape, *stride, *padding, *dilation, x.dtype, source, dact, *compact, x.device
         if key not in self._chosen:
-            task = Task(kind, problem_of(x, weight, geometry), str(x.dtype).removeprefix("torch."), source, dact, compact)
+            task = Task(kind, problem_of(x, weight, geometry), str(x.dtype).removeprefix("torch."), source, dact, *compact)
             self._chosen[key] = self.choose(task, x.device)
         return self._chosen[key]
 
@@ -159,7 +164,8 @@ class FusedConvolutions(Reference, ABC):
         kind = "act"
         if source.pending:
             kind = "norm_add_raw" if source.residual_mean is not None else "norm" if mask is None else "norm_add"
-        configuration = self._choose("dgrad", source.x, main.weight, main.geometry, kind, adds, stride)
+        projection = (stride, others[0].weight.shape[0]) if stride else ()
+        configuration = self._choose("dgrad", source.x, main.weight, main.geometry, kind, adds, *projection)
         if configuration == CUDNN:
             stride = 0  # it adds whole tensors
         if configuration is None:

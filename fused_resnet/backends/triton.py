@@ -1,10 +1,12 @@
 """The backend `triton`: every convolution that there is a Triton kernel for, tiled as was measured or else by rule of thumb."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
 from ..tuning import Configuration, Task, heuristics
+from ..tuning.gpu import power_of_two
 from ..tuning.table import Table, table_of
 from .convolutions import FusedConvolutions
 from .passes_triton import PassesTriton
@@ -24,6 +26,13 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else CAPABILITY
 
 
+def _interpreted(task: Task, rule: Configuration) -> Configuration:
+    """Long steps: the interpreter takes about as long for a step of any length."""
+    conv = task.conv
+    axis = {"fprop": conv.c, "dgrad": conv.k, "wgrad": conv.n * conv.p * conv.q}[task.kind]
+    return replace(rule, block_k=max(rule.block_k, power_of_two(axis, 256)))
+
+
 class Triton(FusedConvolutions, PassesTriton):
     """Convolutions and passes in Triton. For grouped convolutions, which have no kernel, the framework's."""
 
@@ -32,5 +41,7 @@ class Triton(FusedConvolutions, PassesTriton):
     def choose(self, task: Task, device: torch.device) -> Configuration | None:
         """The configuration that was measured for the task, though the passes may have been faster; else the rule of thumb."""
         entry = measured(device).entry(task)
-        tiled = entry is not None and isinstance(entry.configuration, Configuration)
-        return entry.configuration if tiled else heuristics.configuration(task, capability(device))
+        if entry and isinstance(entry.configuration, Configuration):
+            return entry.configuration
+        rule = heuristics.configuration(task, capability(device))
+        return _interpreted(task, rule) if device.type == "cpu" else rule

@@ -6,16 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends import BACKENDS
+from ..backends import BACKENDS, PASSES
+from ..problem import NormProblem
 from ..reference import Reference
 from . import passes
 from .machine import Ceilings
-from .passes import Case
+from .passes import Case, Inputs, Maker
 from .schema import Row
 from .steps import OURS
-from .timing import Times, attempt, measure
+from .timing import Times, attempt, measure, out_of_memory
 
-IMPLEMENTATIONS = ("eager_nhwc", "compile", "cudnn", *OURS)
+#: The backends that have passes of their own; the others run one's of these.
+LANGUAGES = {impl: name for impl, name in OURS.items() if name in PASSES}
+IMPLEMENTATIONS = ("eager_nhwc", "compile", "cudnn", *LANGUAGES)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,18 @@ class Kernels:
     repeats: int = 50  #: timed calls of each implementation
     limit_s: float = 60.0  #: for one implementation of one case
 
+    def rows_of(self, make: Maker, norm: NormProblem) -> list[Row]:
+        """The rows of a pass on a shape; where its operands or its reference do not fit into memory, that is what they say."""
+        try:
+            return self.rows(make(Inputs(norm, self.dtype, self.device)))
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            status = f"oom: {next(iter(str(error).splitlines()), 'no memory')} (operands and reference)"
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return [self._row(make.__name__, norm, impl, {"status": status}) for impl in self.implementations]
+
     def rows(self, case: Case) -> list[Row]:
         """Check and time a case. A row for each implementation that there is of it."""
         calls = peers(case, self.implementations)
@@ -41,8 +56,10 @@ class Kernels:
                 facts[impl] |= vars(outcome) | {"gbytes_per_s": rate / 1e9, "copy_fraction": rate / self.ceilings.bytes_per_s}
             else:
                 facts[impl]["status"] = outcome
-        name, norm = str(self.dtype).removeprefix("torch."), case.norm
-        return [Row("kernels", case.name, impl, name, norm.n, [norm.c, norm.h, norm.w], **facts[impl]) for impl in calls]
+        return [self._row(case.name, case.norm, impl, facts[impl]) for impl in calls]
+
+    def _row(self, name: str, norm: NormProblem, impl: str, facts: dict) -> Row:
+        return Row("kernels", name, impl, str(self.dtype).removeprefix("torch."), norm.n, [norm.c, norm.h, norm.w], **facts)
 
     def check(self, case: Case, calls: dict[str, Callable[[], tuple[Tensor, ...]]]) -> dict[str, dict]:
         """What is known of each implementation before it is timed: its error, and its status where it is not to be timed."""
@@ -62,8 +79,8 @@ class Kernels:
 
 def declines(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an implementation can't be had on a device, as far as that is known before it is tried; None where it can."""
-    if impl in OURS:
-        return BACKENDS[OURS[impl]].declines(device, dtype)
+    if impl in LANGUAGES:
+        return BACKENDS[LANGUAGES[impl]].declines(device, dtype)
     if impl == "cudnn" and device.type != "cuda":
         return f"cuDNN runs on CUDA GPUs, not on {device.type!r}"
     return None
@@ -71,7 +88,7 @@ def declines(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def peers(case: Case, implementations: tuple[str, ...]) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """The implementations that there are of a case."""
-    calls = {impl: lambda backend=BACKENDS[name]: case.ours(backend) for impl, name in OURS.items()}
+    calls = {impl: lambda backend=BACKENDS[name]: case.ours(backend) for impl, name in LANGUAGES.items()}
     if case.eager is not None:
         torch.compiler.reset()  # else the shapes of a pass share one list of compiled versions, which is short
         calls["eager_nhwc"] = case.eager

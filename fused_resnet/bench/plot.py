@@ -6,9 +6,10 @@ from pathlib import Path
 from ..files import replace_file
 from .schema import Results, Row
 
-#: Okabe and Ito's colours, which the colour-blind tell apart; each has a marker of its own as well.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
-MARKERS = "oDs^vPX*"
+#: Okabe and Ito's colours, which the colour-blind tell apart, but for the yellow, which is pale on white. There are more markers than
+#: colours, so that no two implementations of a picture have both in common.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+MARKERS = "oDs^vPX*<"
 #: What a row is drawn by, the first that it has: (field, words on the axis).
 FIGURES = (
     ("copy_fraction", "fraction of a device-to-device copy's bandwidth"),
@@ -37,10 +38,11 @@ def plot_results(results: Results, path: Path) -> None:
     axes = figure.subplots()
     for number, impl in enumerate(implementations):
         own = [row for row in rows if row.impl == impl]
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         values = [getattr(row, field) for row in own]
         axes.errorbar(
             values, [lines.index(_line(row)) for row in own], xerr=_spans(own, field), linestyle="none", markersize=7, alpha=0.9,
-            color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], label=impl,
+            color=colour, marker=marker, label=impl,
         )  # fmt: skip
     axes.set_yticks(range(len(lines)), lines)
     axes.invert_yaxis()

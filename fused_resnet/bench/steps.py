@@ -15,6 +15,7 @@ import fused_resnet
 
 from ..backends import BACKENDS
 from . import schema
+from .peers import NORMS, Norms, install
 from .trace import scalar
 
 #: This package's backends by the names that figures have; the reference is what all are compared with, and no peer.
@@ -28,6 +29,17 @@ class Implementation:
     backend: str  #: the backend in force
     nhwc: bool  #: whether images and weights are channels_last
     compile_mode: str | None = None  #: of torch.compile; None runs without it
+    norms: Norms | None = None  #: another maker's batch norms, in the place of PyTorch's
+
+    @property
+    def like(self) -> Norms | None:
+        """The norms of PyTorch's that compute the same; None where PyTorch's modules do as they are."""
+        return self.norms and self.norms.like
+
+    @property
+    def installed(self) -> bool:
+        """Whether what it needs beside PyTorch and this package is there."""
+        return self.norms is None or self.norms.installed
 
     @property
     def graphs(self) -> bool:
@@ -43,6 +55,7 @@ IMPLEMENTATIONS = {
     "compile_graphs": Implementation("off", True, "reduce-overhead"),
     "ours": Implementation("auto", True),
     **{impl: Implementation(name, True) for impl, name in OURS.items()},
+    **{impl: Implementation("off", True, norms=norms) for impl, norms in NORMS.items()},
 }
 #: For the gradients that are compared: float16 loses the small ones of an unscaled loss, and overflows at a scaler's first guess.
 LOSS_SCALE = 1024.0
@@ -63,15 +76,28 @@ class Step:
     training = True
 
     def __init__(
-        self, subject: Subject, impl: str, dtype: torch.dtype, batch: int, device: torch.device, state: dict | None = None
+        self,
+        subject: Subject,
+        impl: str | Implementation,
+        dtype: torch.dtype,
+        batch: int,
+        device: torch.device,
+        state: dict | None = None,
     ):
-        """`impl` is a key of `IMPLEMENTATIONS`; `state` is a state_dict to begin from. Inputs depend on the batch alone."""
-        self.how, self.dtype, self.count = IMPLEMENTATIONS[impl], dtype, 0
+        """`impl`: a key of `IMPLEMENTATIONS`, or one that has no name. `state`: of the subject's module, to begin from.
+
+        Inputs depend on the batch alone. Raises RuntimeError where a package is not installed.
+        """
+        self.how = IMPLEMENTATIONS[impl] if isinstance(impl, str) else impl
+        self.dtype, self.count = dtype, 0
         layout = torch.channels_last if self.how.nhwc else torch.contiguous_format
         self.module = subject.make()
         if state is not None:
             self.module.load_state_dict(state)
-        self.module.to(device=device, memory_format=layout).train(self.training)
+        self.module.to(device=device, memory_format=layout)
+        if self.how.norms is not None:
+            install(self.module, self.how.norms)
+        self.module.train(self.training)
         mode = self.how.compile_mode
         self.model = torch.compile(self.module, dynamic=False, mode=mode) if mode else self.module
         self.images = [t.contiguous(memory_format=layout) for t in inputs(batch, subject.shape, device)]

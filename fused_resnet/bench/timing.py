@@ -85,6 +85,19 @@ def deadline(seconds: float) -> Iterator[Callable[[], bool]]:
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - started)), interval)
 
 
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """In the block SIGTERM, with which a time limit from outside ends a process, raises KeyboardInterrupt. In the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def attempt(call: Callable[[], object], limit_s: float = 60.0) -> str | None:
     """Run `call`; None, or the status of a row: "oom: …", "timeout: …", or "unsupported: …" with the first line of what went wrong."""
     with deadline(limit_s) as over:

@@ -70,12 +70,24 @@ class Trace:
         """FLOPs of the forward, whole batch."""
         return sum(op.flops for op in self.ops if not op.backward)
 
+    def saved_layers(self, ops: Iterable[Op]) -> dict[str, int]:
+        """Bytes of activations that these operators keep from forward to backward, whole batch, by the layer that makes them.
+
+        What no layer makes, such as the images, counts to the first that reads it.
+        """
+        ops = list(ops)
+        forward = [op for op in ops if not op.backward]
+        read = {value for op in ops if op.backward for value in op.reads} - self.fixed
+        makers = {value: op.layer for op in reversed(forward) for value in op.reads}
+        makers |= {value: op.layer for op in forward for value in op.writes}
+        saved: dict[str, int] = {}
+        for value in read & makers.keys():
+            saved[makers[value]] = saved.get(makers[value], 0) + self.sizes[value]
+        return saved
+
     def saved_bytes(self, ops: Iterable[Op]) -> int:
         """Bytes of activations that these operators keep from forward to backward, whole batch."""
-        ops = list(ops)
-        made = {value for op in ops if not op.backward for value in (*op.reads, *op.writes)} - self.fixed
-        read = {value for op in ops if op.backward for value in op.reads}
-        return sum(self.sizes[value] for value in made & read)
+        return sum(self.saved_layers(ops).values())
 
     def kernels(self, ops: Iterable[Op]) -> list[Kernel]:
         """These operators as kernels, with SGD's step behind them."""

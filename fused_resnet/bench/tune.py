@@ -48,11 +48,13 @@ def tuned_class(device: torch.device, dtype: torch.dtype) -> type[FusedConvoluti
 def tasks_of(make: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Counter[Task]:
     """The tasks of a training step of a network on images of `shape`, [N, C, H, W], and how often each occurs.
 
-    The network runs once, on `LISTED_BATCH` images, as passes.
+    The network runs once, on `LISTED_BATCH` images, by the reference. Where a choice of one task makes another unnecessary, both are
+    listed. Raises RuntimeError where none of the backends runs that the choices are for.
     """
+    tuned_class(device, dtype)
     found: Counter[Task] = Counter()
 
-    class Listing(tuned_class(device, dtype)):
+    class Listing(FusedConvolutions):
         name = "listing"
 
         def _choose(self, *args):
@@ -62,8 +64,11 @@ def tasks_of(make: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch
         def choose(self, task, device):
             found[replace(task, conv=replace(task.conv, n=shape[0]))] += 1
 
+        def as_read(self, source, convs, kept):
+            return source  # which asks for nothing
+
         def keeps_act(self, source, convs):
-            return True
+            return False  # so that it is asked for prologues
 
     BACKENDS[Listing.name] = Listing()
     try:
@@ -74,11 +79,12 @@ def tasks_of(make: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch
             scalar(model(images), labels).backward()
     finally:
         del BACKENDS[Listing.name]
-    # Where the activation is not kept, wgrad makes it again.
-    remade = {
-        replace(task, kind="wgrad"): count for task, count in found.items() if (task.kind, task.source) == ("fprop", "norm")
-    }
-    return found + Counter(remade)
+    for task, count in list(found.items()):
+        if (task.kind, task.source) == ("fprop", "norm"):  # where the activation is not kept, wgrad makes it again
+            found[replace(task, kind="wgrad")] += count
+        if task.compact:  # where the framework does not make a projection's gradient
+            found[task.of_projection()] += count
+    return found
 
 
 def in_order(tasks: Iterable[Task]) -> list[Task]:
@@ -174,9 +180,9 @@ class Trial:
         c, task = self.task.conv, self.task
         outputs = [self._output(c, self.weight, self.geometry)]
         if task.compact:
-            projection = ConvProblem(c.n, c.c, c.h, c.w, c.k, 1, 1, (task.compact,) * 2)
+            projection = ConvProblem(c.n, c.c, c.h, c.w, task.compact_k, 1, 1, (task.compact,) * 2)
             geometry = ConvGeometry([task.compact] * 2, [0, 0], [1, 1], 1)
-            outputs.append(self._output(projection, self._weight(c.k, c.c, 1, 1), geometry))
+            outputs.append(self._output(projection, self._weight(task.compact_k, c.c, 1, 1), geometry))
         dact = self._tensor(c.n, c.c, c.h, c.w) if task.dact else None
         source, mask = self.source, None
         if source.residual is not None:

@@ -17,7 +17,7 @@ from ..bench.plot import plot_results
 from ..bench.schema import SUITES, Results, Row, results_path, write_results
 from ..bench.steps import IMPLEMENTATIONS
 from ..bench.table import console, results_table
-from ..problem import NormProblem
+from ..bench.timing import terminated_as_interrupted
 from ..roofline import DEPTHS, resnet
 from .arguments import UsageError, blaming, device, one_of, positive
 
@@ -30,8 +30,9 @@ DESCRIPTION = """Times a suite and writes bench/results/<gpu>/<suite>-<date>-<co
 
 Results are compared with a reference before anything is timed; what is wrong
 gets no figure. Peers take turns. What runs out of memory or time, or can't be
-had here, is a row that says so, and the rest goes on. On a CPU the cases are
-small and timed by the wall clock: they show that the program works.
+had here, is a row that says so, and the rest goes on. What was done is written
+also where the run is stopped, by Ctrl-C or SIGTERM. On a CPU the cases are small
+and timed by the wall clock: they show that the program works.
 
 Exit code 1 where a result is wrong, or where an implementation of this package
 did not run on a GPU."""
@@ -59,14 +60,16 @@ def add_parser(commands) -> None:
                         help="networks, or whose shapes (default: resnet18 resnet50)")  # fmt: skip
     parser.add_argument("--case", nargs="+", type=one_of(*passes.NAMES), metavar="PASS", help="of the suite kernels (default: all)")
     parser.add_argument("--impl", nargs="+", type=one_of(*ALL), metavar="IMPL",
-                        help=f"of {', '.join(ALL)} (default: all of the suite; on a CPU those without torch.compile)")  # fmt: skip
+                        help=f"of {', '.join(ALL)} (default: those of the suite that are installed; on a CPU neither "
+                             "compilers nor cuDNN)")  # fmt: skip
     parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", metavar="D", help="auto (default), cpu, cuda")
     parser.add_argument("--dtype", type=one_of(*DTYPES), metavar="D", help="fp32, fp16, bf16 (default: bf16, fp32 on a CPU)")
     parser.add_argument("--batch", nargs="+", type=positive, metavar="N", help="images in a batch (default: 256, few on a CPU)")
     parser.add_argument("--size", type=positive, metavar="PIXELS", help="of an image's side (default: 224, less on a CPU)")
     parser.add_argument("--repeats", type=positive, default=50, metavar="N", help="timed calls of each (default: 50)")
     parser.add_argument("--limit", type=positive, default=120, metavar="SECONDS",
-                        help="for building one implementation of a case, and for timing it (default: 120)")  # fmt: skip
+                        help="for building one implementation of a case, for timing it, for finding its largest batch "
+                             "(default: 120)")  # fmt: skip
     parser.add_argument("--largest", type=positive, default=0, metavar="N",
                         help="find the largest batch that fits, up to N images, and the throughput there")  # fmt: skip
     parser.add_argument("--plot", action="store_true", help="draw a picture beside the JSON")
@@ -97,8 +100,11 @@ def bench(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     ceilings = measure_ceilings(where, dtype, args.repeats)
     jobs = list(_jobs(args, where, dtype, ceilings, implementations))
-    rows = kernels.ceiling_rows(ceilings, dtype) if args.suite == "kernels" else []
-    rows += _run(jobs, not args.no_progress)
+    with terminated_as_interrupted():
+        rows, stopped = _run(jobs, not args.no_progress)
+    if not rows:  # stopped before the first case was done
+        raise KeyboardInterrupt
+    rows = (kernels.ceiling_rows(ceilings, dtype) if args.suite == "kernels" else []) + rows
 
     results = Results(collect_meta(where, args.commit), rows)
     path = results_path(args.out, results)
@@ -110,13 +116,22 @@ def bench(args: argparse.Namespace) -> int:
         with blaming("--plot", ValueError):
             plot_results(results, path.with_suffix(".png"))
         print(f"picture: {path.with_suffix('.png')}")
+    if stopped:
+        raise KeyboardInterrupt
     return int(any(_failed(row, on_gpu) for row in rows))
 
 
 def _implementations(args: argparse.Namespace, known: tuple[str, ...], on_gpu: bool) -> tuple[str, ...]:
     if others := [impl for impl in args.impl or () if impl not in known]:
         raise UsageError("--impl", f"expected some of {', '.join(known)} in the suite {args.suite}; got {others[0]!r}")
-    return tuple(args.impl or [impl for impl in known if on_gpu or not impl.startswith("compile")])
+    return tuple(args.impl or [impl for impl in known if _by_default(impl, on_gpu)])
+
+
+def _by_default(impl: str, on_gpu: bool) -> bool:
+    """Whether an implementation is timed though nobody named it."""
+    if impl in IMPLEMENTATIONS and not IMPLEMENTATIONS[impl].installed:
+        return False
+    return on_gpu or not impl.startswith(("compile", "cudnn"))
 
 
 def _failed(row: Row, on_gpu: bool) -> bool:
@@ -132,28 +147,27 @@ def _jobs(args, where: torch.device, dtype: torch.dtype, ceilings: Ceilings, imp
             shapes = [resnet(model, batch, args.size) for model in args.model]
             for make, norm in passes.plan(shapes, args.case or passes.NAMES):
                 words = f"{make.__name__} {norm.n}x{norm.c}x{norm.h}x{norm.w}"
-                yield words, partial(_pass_rows, suite, make, norm)
+                yield words, partial(suite.rows_of, make, norm)
         else:
             suite = networks.Networks(args.suite, *common, args.largest)
             for subject in networks.subjects(args.suite, args.model, args.size):
                 yield f"{subject.name}, batch {batch}", partial(suite.rows, subject, batch)
 
 
-def _pass_rows(suite: kernels.Kernels, make: passes.Maker, norm: NormProblem) -> list[Row]:
-    return suite.rows(make(passes.Inputs(norm, suite.dtype, suite.device)))
-
-
-def _run(jobs: list[Job], enabled: bool) -> list[Row]:
-    """The rows of all jobs, with a bar on a terminal and a line a job elsewhere."""
+def _run(jobs: list[Job], enabled: bool) -> tuple[list[Row], bool]:
+    """(the rows of all jobs, whether they were stopped before the last), with a bar on a terminal and a line a job elsewhere."""
     terminal = sys.stderr.isatty()
     columns = TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn()
     rows = []
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not (enabled and terminal)) as progress:
         task = progress.add_task("", total=len(jobs))
-        for words, measured in jobs:
-            progress.update(task, description=words)
-            if enabled and not terminal:
-                print(words, file=sys.stderr, flush=True)
-            rows += measured()
-            progress.advance(task)
-    return rows
+        try:
+            for words, measured in jobs:
+                progress.update(task, description=words)
+                if enabled and not terminal:
+                    print(words, file=sys.stderr, flush=True)
+                rows += measured()
+                progress.advance(task)
+        except KeyboardInterrupt:
+            return rows, True
+    return rows, False

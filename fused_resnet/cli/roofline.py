@@ -11,7 +11,7 @@ from ..bench.machine import measure_ceilings
 from ..bench.table import console
 from ..bench.trace import trace
 from ..devices import DEVICES
-from ..roofline import DEPTHS, DESIGNS, Kernel, floor_seconds, resnet, saved_bytes, total_bytes, total_flops, training_step
+from ..roofline import DEPTHS, DESIGNS, Kernel, floor_seconds, resnet, saved_layers, total_bytes, total_flops, training_step
 from .arguments import UsageError, blaming, one_of, positive, positive_number
 
 DESCRIPTION = """Counts FLOPs and bytes of every kernel of a training step, in several designs,
@@ -33,7 +33,7 @@ EXAMPLES = """example:
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MEASURED = "measured"
 #: For the table of layers: eager, passes, everything fused.
-SHOWN = {"eager": "eager", "passes": "passes", "+fold": "fused"}
+SHOWN = {"eager": "eager", "passes": "passes", "+fold": "fused", "fused": "fused"}
 
 
 def add_parser(commands) -> None:
@@ -51,7 +51,7 @@ def add_parser(commands) -> None:
                              "timed here and now (default: measured where there is a GPU, else h100)")  # fmt: skip
     parser.add_argument("--tflops", type=positive_number, metavar="RATE", help="in place of the device's, 10^12 FLOP/s")
     parser.add_argument("--tbytes", type=positive_number, metavar="RATE", help="in place of the device's, 10^12 bytes/s")
-    parser.add_argument("--layers", action="store_true", help="a row for each layer as well")
+    parser.add_argument("--layers", action="store_true", help="a row for each layer as well; saved: for backward, of an image")
     parser.set_defaults(run=roofline)
 
 
@@ -63,13 +63,13 @@ def roofline(args: argparse.Namespace) -> int:
         if args.model in DEPTHS:
             network = resnet(args.model, args.batch, args.size)
             kernels = {name: training_step(network, design, dtype.itemsize) for name, design in DESIGNS.items()}
-            saved = {name: saved_bytes(network, design, dtype.itemsize) for name, design in DESIGNS.items()}
+            saved = {name: saved_layers(network, design, dtype.itemsize) for name, design in DESIGNS.items()}
             forward = network.forward_flops
         else:
             step = _traced(make, args, dtype)
             ways = designs(step)
             kernels = {name: step.kernels(ops) for name, ops in ways.items()}
-            saved = {name: step.saved_bytes(ops) for name, ops in ways.items()}
+            saved = {name: step.saved_layers(ops) for name, ops in ways.items()}
             forward = step.forward_flops
     flops_per_s, bytes_per_s, words = _rates(args, dtype)
     images = f"{args.batch} images of {args.size} x {args.size}, {args.dtype}"
@@ -79,7 +79,7 @@ def roofline(args: argparse.Namespace) -> int:
     out.print(f"{words}: {flops_per_s / 1e12:,.1f} TFLOP/s, {bytes_per_s / 1e12:,.3f} TB/s, ridge {ridge:,.0f} FLOP/byte")
     out.print(_designs_table(kernels, saved, args.batch, flops_per_s, bytes_per_s))
     if args.layers:
-        out.print(_layers_table(kernels, args.batch, flops_per_s, bytes_per_s))
+        out.print(_layers_table(kernels, saved, args.batch, flops_per_s, bytes_per_s))
     return 0
 
 
@@ -127,6 +127,7 @@ def _flops(args: argparse.Namespace, forward: int) -> str:
 
 def _designs_table(kernels, saved, batch: int, flops_per_s: float, bytes_per_s: float) -> Table:
     table = Table(title="a training step, by design", title_justify="left")
+    kept = {name: sum(layers.values()) / batch / 1e6 for name, layers in saved.items()}
     table.add_column("design")
     for head in ("GFLOP/image", "MB/image", "FLOP/byte", "launches", "saved for backward,\nMB/image", "less than eager,\nMB/image",
                  "floor, ms", "floor, images/s", "memory-bound\npart of floor"):  # fmt: skip
@@ -136,29 +137,31 @@ def _designs_table(kernels, saved, batch: int, flops_per_s: float, bytes_per_s: 
         memory = sum(k.bytes / bytes_per_s for k in step if k.bytes / bytes_per_s >= k.flops / flops_per_s)
         table.add_row(
             name, f"{flops / batch / 1e9:,.1f}", f"{moved / batch / 1e6:,.1f}", f"{flops / moved:,.0f}", f"{len(step):,}",
-            f"{saved[name] / batch / 1e6:,.1f}", f"{max(0, saved['eager'] - saved[name]) / batch / 1e6:,.1f}",
+            f"{kept[name]:,.1f}", f"{max(0, kept['eager'] - kept[name]):,.1f}",
             f"{1e3 * floor:,.2f}", f"{batch / floor:,.0f}", f"{memory / floor:.0%}",
         )  # fmt: skip
     return table
 
 
-def _layers_table(kernels: dict[str, list[Kernel]], batch: int, flops_per_s: float, bytes_per_s: float) -> Table:
+def _layers_table(
+    kernels: dict[str, list[Kernel]], saved: dict[str, dict[str, int]], batch: int, flops_per_s: float, bytes_per_s: float
+) -> Table:
     """A row a layer, forward and backward together, in the order of eager's forward."""
-    shown = {name: head for name, head in SHOWN.items() if name in kernels} or {name: name for name in kernels}
+    shown = {name: head for name, head in SHOWN.items() if name in kernels}
     table = Table(title="by layer, forward and backward", title_justify="left")
     table.add_column("layer")
     table.add_column("GFLOP/image", justify="right")
     for head in shown.values():
-        for figure in ("MB/image", "FLOP/byte", "floor, ms"):
+        for figure in ("MB/image", "FLOP/byte", "floor, ms", "saved, MB"):
             table.add_column(f"{head}:\n{figure}", justify="right")
     for layer in dict.fromkeys(kernel.layer for kernel in kernels["eager"]):
         steps = {name: [k for k in kernels[name] if k.layer == layer] for name in shown}
         row = [layer, f"{total_flops(steps['eager']) / batch / 1e9:,.3f}"]
-        for step in steps.values():
-            moved = total_bytes(step)
+        for name, step in steps.items():
+            moved, kept = total_bytes(step), saved[name].get(layer)
             row += [
                 f"{moved / batch / 1e6:,.2f}", f"{total_flops(step) / moved:,.0f}" if moved else "",
-                f"{1e3 * floor_seconds(step, flops_per_s, bytes_per_s):,.3f}",
+                f"{1e3 * floor_seconds(step, flops_per_s, bytes_per_s):,.3f}", f"{kept / batch / 1e6:,.2f}" if kept else "",
             ]  # fmt: skip
         table.add_row(*row)
     return table

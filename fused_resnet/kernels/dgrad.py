@@ -156,7 +156,8 @@ def conv_dgrad_norm_backward_kernel(
                 dy = a.to(tl.float32) * (invstd if gamma is None else invstd * gamma)
             a = dy.to(a.dtype)
             if dy_ptr is not None:
-                if n == 0:
+                first_n = n == 0  # the other N tiles make the same
+                if first_n:
                     tl.store(dy_ptr + out_origin * K + at, a, mask=valid)
         weight_at = (k * weight_k + r * weight_r + s * weight_s)[:, None] + (channels * weight_c)[None, :]
         b = tl.load(weight_ptr + weight_at, mask=inside[:, None] & valid_channel, other=0.0)
@@ -227,8 +228,9 @@ def dgrad(
     For a materialised one they are None, and of source.x nothing but the shape is used.
 
     All tensors are channels_last. Bytes: dy (or dz and y), the weight, dx, and of the epilogue x, mask, residual, dact, compact; partial
-    sums of 4 bytes a channel and M tile. FLOPs: 2·N·P·Q·K·C·R·S. Raises ValueError for groups, for a split K axis, and for `apply_norm`
-    unless the convolution is 1x1 with stride 1 and no padding: others read each pixel of dy again and again.
+    sums of 4 bytes a channel and M tile. FLOPs: 2·N·P·Q·K·C·R·S. Raises ValueError for groups, for a split K axis, for `apply_norm`
+    unless the convolution is 1x1 with stride 1 and no padding (others read each pixel of dy again and again), and for sizes that 32 bits
+    can't count within a tile.
     """
     (n, c, h, w), (k, _, r, s) = source.x.shape, output.weight.shape
     (stride_h, stride_w), padding, dilation, groups = output.geometry
@@ -244,6 +246,13 @@ def dgrad(
     if write_dy and not apply_norm:
         raise ValueError("write_dy: expected False where apply_norm is, since dy is there")
     p, q = output.dz.shape[2:]
+    # A tile's pixels lie in a few images; those of a group with the fewest pixels in the most.
+    images = min(n, configuration.block_m // max(1, h // stride_h * (w // stride_w)) + 2)
+    spanned = 0 if pointwise else images * max(h * w * c, p * q * k)
+    if max(spanned, n * h * w + configuration.block_m, n * p * q) >= 2**31:
+        raise ValueError(
+            f"source: expected fewer than 2**31 elements in the images of a tile, and pixels; got {spanned} and {n * h * w}"
+        )
     groups_of_pixels = stride_h * stride_w
     rows = n * ceil_div(h, stride_h) * ceil_div(w, stride_w)  # of the largest group
     parts = groups_of_pixels * ceil_div(rows, configuration.block_m)

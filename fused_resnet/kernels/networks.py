@@ -28,14 +28,15 @@ def tasks(network: Network, dtype: str) -> Iterator[Task]:
         first, *inner = (layer.conv for layer in block.branch)
         # Overlapping windows would make a block's input again and again, so a pass does.
         yield from forward_and_dw(first, source if fprop.reads_each_value_once(first) else "act")
-        stride = 0
+        backward = Task("dgrad", first, dtype, source)
         if block.projection:
             projection = block.projection.conv
-            stride = projection.stride[0]
             yield from forward_and_dw(projection, "act")
-            # Its input's gradient stays on its own grid, where it is a plain product.
-            yield Task("dgrad", replace(projection, h=projection.p, w=projection.q, stride=(1, 1)), dtype, "act")
-        yield Task("dgrad", first, dtype, source, dact=not stride, compact=stride)
+            backward = replace(backward, compact=projection.stride[0], compact_k=projection.k)
+            yield backward.of_projection()
+        elif source != "act":  # the shortcut's gradient; of an activation that no operator made, autograd adds it
+            backward = replace(backward, dact=True)
+        yield backward
         for conv in inner:
             yield from forward_and_dw(conv, "norm")
             yield Task("dgrad", conv, dtype, "norm")

@@ -55,10 +55,7 @@ def conv_wgrad_norm_act_kernel(
     The GEMM's axes: M over (r, s, c), N over K, K over output pixels. It computes dwᵀ, so that the operand that is made on load is A.
     """
     n_tiles = tl.cdiv(K, BLOCK_N)
-    if FLAT_C:
-        m_tiles = tl.cdiv(R * S * FLAT_C, BLOCK_M)
-    else:
-        m_tiles = R * S * tl.cdiv(C, BLOCK_M)
+    m_tiles = tl.cdiv(R * S * FLAT_C, BLOCK_M) if FLAT_C else R * S * tl.cdiv(C, BLOCK_M)
     # The tiles of one split follow each other, so that its pixels are read from L2 but for the first time.
     m, n = tile(n_tiles)
     split = m // m_tiles
@@ -137,7 +134,8 @@ def wgrad(
 ) -> Tensor:
     """The gradient of `weight` [K, C, R, S], in its dtype and strides, from dy [N, K, P, Q] and the activation that `source` stands for.
 
-    A pending source is activated again on load; one with a residual raises ValueError, since its activation was written. So do groups.
+    A pending source is activated again on load; one with a residual raises ValueError, since its activation was written. So do groups,
+    and sizes that 32 bits can't count within a step.
     The sum over N·P·Q pixels is split into `configuration.splits` ranges, whose results a second kernel adds in a fixed order.
 
     Bytes: x as far as windows touch it, dy, dw, and with splits 8 bytes an element of the weight and split. FLOPs: 2·N·P·Q·K·C·R·S.
@@ -148,6 +146,12 @@ def wgrad(
         raise ValueError(f"geometry: expected groups = 1; got {geometry.groups}")
     (n, c, h, w), (k, _, r, s), (p, q) = source.x.shape, weight.shape, dy.shape[2:]
     rows = n * p * q
+    pointwise = r * s * geometry.stride[0] * geometry.stride[1] == 1 and not any(geometry.padding)
+    spanned = 0 if pointwise else min(n, configuration.block_k // (p * q) + 2) * h * w * c
+    if max(spanned, rows + configuration.block_k) >= 2**31:
+        raise ValueError(
+            f"source: expected fewer than 2**31 elements in the images of a step, and output pixels; got {spanned} and {rows}"
+        )
     rows_per_split = ceil_div(ceil_div(rows, configuration.splits), configuration.block_k) * configuration.block_k
     splits = ceil_div(rows, rows_per_split)  # none of them is empty
     dw = torch.empty_like(weight)  # of the weight's strides if those leave no gaps
@@ -155,9 +159,9 @@ def wgrad(
     flat = c if c < FEW_CHANNELS and r * s > 1 else 0
     problem = ConvProblem(n, c, h, w, k, r, s, tuple(geometry.stride), tuple(geometry.padding), tuple(geometry.dilation))
     out_k, out_c, out_r, out_s = dw.stride()
+    programs = splits * m_tiles(problem, configuration.block_m) * ceil_div(k, configuration.block_n)
     launch(
-        conv_wgrad_norm_act_kernel, splits * m_tiles(problem, configuration.block_m) * ceil_div(k, configuration.block_n), dy.device, configuration.warps,
-        configuration.stages,
+        conv_wgrad_norm_act_kernel, programs, dy.device, configuration.warps, configuration.stages,
         x_ptr=source.x, scale_ptr=source.scale, bias_ptr=source.bias, dy_ptr=dy, out_ptr=out, rows=rows,
         rows_per_split=rows_per_split, H=h, W=w, C=c, P=p, Q=q, K=k, out_split=dw.numel(), out_k=out_k, out_c=out_c,
         out_r=out_r, out_s=out_s, R=r, S=s, STRIDE_H=geometry.stride[0], STRIDE_W=geometry.stride[1],

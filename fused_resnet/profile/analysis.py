@@ -69,7 +69,7 @@ class Profile:
     launches: int
     flops_per_s: float  #: the ceilings, measured in the same run
     bytes_per_s: float
-    design: str  #: whose bytes and floors `parts` have: eager or passes
+    design: str  #: whose bytes and floors `parts` have: eager, passes or fused
     floors_ms: dict[str, float]  #: of the whole step, by design
     parts: list[Part]
     kernels: list[list]  #: [name, calls, ms], the longest first
@@ -95,26 +95,24 @@ class Profile:
 
 
 def analyse(
-    recording: Recording, make: Callable[[], nn.Module], shape: Sequence[int], dtype: torch.dtype, ceilings: Ceilings, backend: str
-) -> tuple[list[Part], dict[str, float], str]:
-    """(parts, floors of the whole step in ms by design, the design whose bytes the parts have). `shape` is [N, C, H, W].
+    recording: Recording, make: Callable[[], nn.Module], shape: Sequence[int], dtype: torch.dtype, ceilings: Ceilings, design: str
+) -> tuple[list[Part], dict[str, float]]:
+    """(parts, floors of the whole step in ms by design). `shape` is [N, C, H, W]; `design`: whose bytes and floors the parts get.
 
-    `backend`: "off" for PyTorch's own modules, "compiled" for a compiled model, else the operators of this package. Layers that are
-    counted and never seen, since another layer's kernel does their work, are left out; those that are seen and not counted have no FLOPs.
+    Layers that are counted and never seen, since another layer's kernel does their work, are left out; those that are seen and not
+    counted have no FLOPs.
     """
     step = trace(make, shape, dtype)
     ways = designs(step)
     rates = ceilings.flops_per_s, ceilings.bytes_per_s
     floors = {name: 1e3 * floor_seconds(step.kernels(ops), *rates) for name, ops in ways.items()}
-    # A compiled model is one pass for element-wise operators, as far as it gets.
-    design = "eager" if backend == "off" else "passes"
     compiled = any(work.layer == COMPILED for work in recording.works)
     counted = _counted(ways[design], step.kernels([])[0], rates, COMPILED if compiled else None)
     parts = []
     for (layer, phase), works in grouped(recording.works).items():
         flops, moved, floor = counted.get((layer, phase), (0, 0, 0.0))
         parts.append(Part(layer, phase, sum(w.us for w in works) / 1e3, len(works), flops, moved, 1e3 * floor))
-    return parts, floors, design
+    return parts, floors
 
 
 def _counted(

@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,16 @@ class Recording:
     device_only: bool  #: whether the works are all that the device did, so that the gaps between them are idle
 
 
+def nvtx_range(device: torch.device, name: str) -> AbstractContextManager:
+    """A range in which Nsight's tools see what is launched within; nothing on a CPU."""
+    return torch.cuda.nvtx.range(name) if device.type == "cuda" else nullcontext()
+
+
 class _Watch(TorchDispatchMode):
-    """Notes the layer of each node of the graph, by its number from the step's begin; and, asked to, times each operator."""
+    """Notes the layer of each node of the graph, by its number from the step's begin; and, asked to, times each operator.
+
+    Each operator runs in an NVTX range that is named after its layer and phase.
+    """
 
     def __init__(self, units: Units, device: torch.device, timed: bool):
         super().__init__()
@@ -64,16 +72,17 @@ class _Watch(TorchDispatchMode):
         self.phase, self.layer, self.spans = PHASES[0], OUTSIDE, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        start = self._now()
-        result = function(*args, **(kwargs or {}))
-        end = self._now()
-        if self.phase == PHASES[0]:
+        if self.phase == PHASES[0]:  # an operator's node is made before the operator gets here
             self.layer = self.units.of(function, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
             self.layers.setdefault(torch._C._autograd._get_sequence_nr() - 1 - self.first, self.layer)
         elif node := torch._C._current_autograd_node():
             self.layer = self.layers.get(node._sequence_nr() - self.first, self.layer)
+        layer = self.phase if self.phase == PHASES[2] else self.layer
+        with nvtx_range(self.device, f"{layer} {self.phase}"):
+            start = self._now()
+            result = function(*args, **(kwargs or {}))
+            end = self._now()
         if self.timed:
-            layer = self.phase if self.phase == PHASES[2] else self.layer
             self.spans.append((function._schema.name, layer, self.phase, start, end))
         return result
 

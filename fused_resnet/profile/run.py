@@ -7,6 +7,7 @@ import torch
 
 from .. import backends
 from ..backends import backend
+from ..backends.convolutions import FusedConvolutions
 from ..bench.machine import collect_meta, measure_ceilings
 from ..bench.steps import IMPLEMENTATIONS, Subject, TrainingStep
 from ..bench.timing import Stopwatch
@@ -38,11 +39,19 @@ def profile_step(
     memory = memory_timeline(step, device)
     with backend(how.backend):
         ours = isinstance(step.module, ResidualNetwork)
-        chosen = "compiled" if how.compile_mode else backends.resolve(device, dtype) if ours else "off"
-    parts, floors, design = analyse(recording, subject.make, (batch, *subject.shape), dtype, ceilings, chosen)
+        design = _design("off" if how.compile_mode or not ours else backends.resolve(device, dtype), how.compile_mode is not None)
+    parts, floors = analyse(recording, subject.make, (batch, *subject.shape), dtype, ceilings, design)
     return Profile(
         meta, subject.name, impl, str(dtype).removeprefix("torch."), batch, list(subject.shape), recording.how, step_ms,
         sum(work.us for work in recording.works) / 1e3, gaps(recording.works) if recording.device_only else None,
         len(recording.works), ceilings.flops_per_s, ceilings.bytes_per_s, design, floors, parts, by_kernel(recording.works),
         [list(point) for point in memory], device.type == "cuda",
     )  # fmt: skip
+
+
+def _design(name: str, compiled: bool) -> str:
+    """The design whose bytes and floors the layers of a step have that ran with the backend `name`, or compiled."""
+    if isinstance(implementation := backends.BACKENDS.get(name), FusedConvolutions) and implementation.fuses:
+        return "fused"
+    # A compiled model is one pass for element-wise operators, as far as it gets.
+    return "passes" if compiled or name != "off" else "eager"

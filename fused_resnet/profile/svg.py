@@ -30,7 +30,7 @@ class Scale:
 
 def told(value: float) -> str:
     """A tick's number."""
-    return f"{value:,.0f}" if value >= 1 or value == 0 else f"{value:g}"
+    return f"{value:,.0f}" if value >= 1 or value == 0 else f"{value:.12f}".rstrip("0")
 
 
 class Drawing:

@@ -16,7 +16,7 @@ TILES = {
     (9, 2, True): Configuration(128, 128, 32, warps=8, stages=4),
     (9, 4, False): Configuration(64, 128, 32, warps=4, stages=3),
     (9, 4, True): Configuration(64, 128, 32, warps=4, stages=3),
-    (8, 2, False): Configuration(64, 128, 32, warps=4, stages=3),
+    (8, 2, False): Configuration(64, 128, 32, warps=8, stages=3),  # with four, one that is not split spills
     (8, 2, True): Configuration(64, 128, 32, warps=4, stages=3),
     (8, 4, False): Configuration(64, 64, 32, warps=4, stages=3),
     (8, 4, True): Configuration(64, 64, 32, warps=4, stages=3),

@@ -1,0 +1,166 @@
+"""The gradient of a convolution's weight in Triton: every kind of shape, the activation made on load, splits, any strides.
+
+On a CPU by Triton's interpreter, with small tiles, but several in each direction. dw is at most twice as far from float64's as
+PyTorch's own of the same activation in the same dtype.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from chains import DEVICE
+from test_dgrad import STRIDED, planted
+from test_fprop import (
+    DTYPES,
+    PROBLEMS,
+    SMALL,
+    activation,
+    geometry_of,
+    network_problems,
+    nhwc,
+    relative_error,
+    source_of,
+    weight_of,
+)
+from test_operators import floor
+from test_passes import poisoned
+
+from fused_resnet.kernels import wgrad as module
+from fused_resnet.kernels.wgrad import wgrad
+from fused_resnet.problem import ConvProblem
+from fused_resnet.reference import ConvOutput, Source, convolution_backward
+from fused_resnet.tuning import Configuration
+from fused_resnet.tuning.heuristic_wgrad import configuration, m_tiles
+
+pytestmark = pytest.mark.usefixtures(poisoned.__name__)
+
+SOURCES = ("materialised", "norm")
+ALL = PROBLEMS | STRIDED
+SPLIT = replace(SMALL, splits=3)
+
+
+def expected(source: Source, dy, weight, geometry, dtype) -> torch.Tensor:
+    """PyTorch's dw in `dtype`, of the activation as rounded."""
+    act, _ = activation(source)
+    output = ConvOutput(None, None, None, None, None, None, weight.to(dtype), None, True, geometry, True)
+    return convolution_backward(act.to(dtype), dy.to(dtype), output, False, True)[1]
+
+
+def check(run, problem: ConvProblem, kind: str, dtype: torch.dtype, tiles: Configuration = SMALL):
+    source, weight, geometry = source_of(kind, problem, dtype), weight_of(problem, dtype), geometry_of(problem)
+    dy = nhwc(problem.n, problem.k, problem.p, problem.q, dtype=dtype, offset=0.2)
+    dw = run(source, dy, weight, geometry, tiles, False)
+    assert dw.shape == weight.shape and dw.stride() == weight.stride() and dw.dtype == dtype
+    truth = expected(source, dy, weight, geometry, torch.float64)
+    error, eager = (relative_error(found, truth) for found in (dw, expected(source, dy, weight, geometry, dtype)))
+    assert error <= max(2 * eager, floor(dtype, dw.numel())), f"error {error:.2e}, eager's {eager:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("name", ALL)
+def test_agrees_with_the_reference(name, kind, dtype):
+    check(wgrad, ALL[name], kind, dtype)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 7, 100])
+@pytest.mark.parametrize("name", ["1x1", "3x3 stride 2", "stem"])
+def test_splits_over_pixels(name, splits):
+    """More splits than there are steps: none of them is empty."""
+    check(wgrad, ALL[name], "norm", torch.float16, replace(SMALL, splits=splits))
+
+
+@pytest.mark.parametrize("tiles", [(32, 16, 32), (16, 64, 16), (64, 32, 64)], ids=str)
+@pytest.mark.parametrize("name", ["1x1", "3x3 stride 2", "stem"])
+def test_agrees_with_any_tiles(name, tiles):
+    check(wgrad, ALL[name], "norm", torch.float32, Configuration(*tiles, warps=4, stages=2, splits=2))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("name", ["1x1", "3x3", "stem"])
+def test_any_strides_of_the_weight(name, splits):
+    problem = ALL[name]
+    source, weight, geometry = source_of("materialised", problem, torch.float32), weight_of(problem, torch.float32), geometry_of(problem)
+    dy = nhwc(problem.n, problem.k, problem.p, problem.q, dtype=torch.float32)
+    gapped = torch.empty(*weight.shape, 2, device=DEVICE)[..., 1].copy_(weight)
+    tiles = replace(SMALL, splits=splits)
+    first = wgrad(source, dy, weight, geometry, tiles, False)
+    for other in (weight.contiguous(), gapped, weight.transpose(2, 3).contiguous().transpose(2, 3)):
+        dw = wgrad(source, dy, other, geometry, tiles, False)
+        assert torch.equal(dw, first) and dw.stride() == other.stride()
+
+
+def test_the_same_bits_each_time():
+    problem = ALL["3x3"]
+    source, weight = source_of("norm", problem, torch.float16), weight_of(problem, torch.float16)
+    dy = nhwc(problem.n, problem.k, problem.p, problem.q, dtype=torch.float16)
+    first, second = (wgrad(source, dy, weight, geometry_of(problem), SPLIT, False) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+#: What is wrong, in the kernel's own words, and what is written instead; and a case that must see it. No fault reads outside a tensor.
+FAULTS = {
+    "padding passes through the prologue": ("tl.where(valid, act, 0.0).to(a.dtype)", "act.to(a.dtype)", "3x3", "norm", SMALL),
+    "no ReLU": ("act = relu(tl.fma(a.to(tl.float32), scale, bias))", "act = tl.fma(a.to(tl.float32), scale, bias)", "1x1", "norm", SMALL),
+    "taps are transposed": ("r * out_r + s * out_s", "s * out_r + r * out_s", "3x3", "materialised", SMALL),
+    "the last split is lost": ("for split in range(splits):", "for split in range(splits - 1):", "1x1", "norm", SPLIT),
+    "the last of few channels is lost": ("inside = element < R * S * FLAT_C", "inside = element < R * S * FLAT_C - 1", "stem", "materialised",
+                                         SMALL),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a fault may read what is not there")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault, tmp_path):
+    right, wrong, name, kind, tiles = FAULTS[fault]
+    faulty = planted(module, right, wrong, tmp_path)
+    with pytest.raises(AssertionError):
+        check(faulty.wgrad, ALL[name], kind, torch.float16, tiles)
+
+
+@pytest.mark.parametrize(
+    "problem, kind, names",
+    [
+        (replace(PROBLEMS["3x3"], groups=2), "norm", "geometry: expected groups = 1"),
+        (PROBLEMS["1x1"], "residual", "source: expected no residual"),
+        (ConvProblem(2, 2**28, 2, 2, 1, 2, 2), "meta", "source: expected fewer than"),
+    ],
+)
+def test_what_it_can_not_do_is_named(problem, kind, names):
+    if kind == "meta":
+        source = Source(torch.empty(problem.n, problem.c, problem.h, problem.w, device="meta", memory_format=torch.channels_last))
+        weight, dy = (torch.empty(shape, device="meta") for shape in ((1, problem.c, 2, 2), (problem.n, 1, 1, 1)))
+    else:
+        source, weight = source_of(kind, problem, torch.float32), weight_of(problem, torch.float32)
+        dy = nhwc(problem.n, problem.k, problem.p, problem.q, dtype=torch.float32)
+    with pytest.raises(ValueError, match=names):
+        wgrad(source, dy, weight, geometry_of(problem), SMALL, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [1, 3])
+def test_offsets_past_two_to_the_31(window):
+    """Of a tensor of 2³¹ + elements only the last image has a gradient: dw is that of this image."""
+    n = 2**31 // (64 * 112 * 112) + 2
+    problem = ConvProblem(n, 64, 112, 112, 64, window, window, padding=(window // 2,) * 2)
+    x = torch.randn(n, 64, 112, 112, device=DEVICE, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    dy = torch.zeros_like(x)
+    dy[-1].normal_()
+    weight, tiles = weight_of(problem, torch.float16), configuration(problem, 2, torch.cuda.get_device_capability(), False)
+    whole, tail = (wgrad(Source(a), b, weight, geometry_of(problem), tiles, False) for a, b in ((x, dy), (x[-1:], dy[-1:])))
+    torch.testing.assert_close(whole, tail, rtol=1e-3, atol=1e-3 * tail.abs().max().item())
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0)], ids=str)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_the_heuristic_splits_as_far_as_it_pays(itemsize, capability):
+    for problem in dict.fromkeys(network_problems((32, 256, 1024))):
+        for prologue in (False, True):
+            tiles = configuration(problem, itemsize, capability, prologue)
+            rows = problem.n * problem.p * problem.q
+            assert tiles.splits <= max(1, rows // tiles.block_k)
+            workspace = 8 * problem.weight_elements * tiles.splits
+            read = itemsize * (problem.n * problem.h * problem.w * problem.c + rows * problem.k)
+            assert tiles.splits == 1 or workspace <= read / 8, (problem, tiles)
+            # One wave: as many programs as run side by side, where there is work for them.
+            assert m_tiles(problem, tiles.block_m) * -(-problem.k // tiles.block_n) * tiles.splits <= 132 * 4 or tiles.splits == 1
