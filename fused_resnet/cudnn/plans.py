@@ -168,10 +168,11 @@ class Plans:
             return None
         cudnn = library.frontend()
         try:
-            graph = cudnn.pygraph(handle=library.handle(self.device))
-            graph.deserialize(library.handle(self.device), list(path.read_bytes()))
-            return Plan(graph, graph.get_workspace_size(), self.device)
-        except (RuntimeError, TypeError, ValueError, OSError):
+            with torch.cuda.device(self.device):
+                graph = cudnn.pygraph(handle=library.handle(self.device))
+                graph.deserialize(list(path.read_bytes()))
+                return Plan(graph, graph.get_workspace_size(), self.device)
+        except (cudnn.cudnnGraphNotSupportedError, RuntimeError, TypeError, ValueError, OSError):
             path.unlink(missing_ok=True)  # of another version, or cut off
             return None
 
