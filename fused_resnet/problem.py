@@ -58,6 +58,11 @@ class ConvProblem:
             )
 
     @property
+    def pointwise(self) -> bool:
+        """Whether output pixels are input pixels, so that each is read once: 1x1, stride 1, no padding."""
+        return self.r * self.s == 1 and self.stride == (1, 1) and self.padding == (0, 0)
+
+    @property
     def p(self) -> int:
         """Height of the output."""
         return output_size(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0])

@@ -8,7 +8,7 @@ floor. Partial sums, split-K workspaces, finalising launches, and the casts of w
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .problem import ConvProblem, NormProblem
 
@@ -117,10 +117,21 @@ def _block(name: str, batch: int, c: int, h: int, shapes: list[tuple[int, int, i
     return Block(tuple(branch), projection)
 
 
+#: Each N tile of dgrad makes its prologue's operand again, from L2. By arithmetic, up to 512 channels (four or eight N tiles) that costs
+#: less than a pass that writes it; with 2,048, of 512 at the other side, L2 would take longer than the products.
+MOST_CHANNELS = 512
+
+
+def pays_to_apply_norm(problem: ConvProblem) -> bool:
+    """Whether dgrad makes dy of dz and y on load: where each pixel is read by one tap, and by few N tiles."""
+    return problem.pointwise and problem.c <= MOST_CHANNELS
+
+
 # How a norm's backward sums, the stem's pool and the tail's pool may be done.
 APART = "apart"  # kernels of their own; what can be recomputed from d and the raw output is not written
 PASS = "pass"  # one pass of their own, which writes dz, since the gradient convention hands it over
 FUSED = "fused"  # in a convolution's epilogue; for the pools in one pass, with nothing written that can be recomputed
+POINTWISE = "pointwise"  # in the prologue of a 1x1 convolution, which writes it for other readers; a pass before any other
 
 
 @dataclass(frozen=True)
@@ -131,20 +142,20 @@ class Design:
     statistics: bool = False  #: statistics in fprop's epilogue
     prologue: bool = False  #: inner norms and ReLUs in the prologue of fprop and wgrad; inner activations are never written
     reduce: str = APART  #: gradient addition, ReLU mask and the sums s1, s2; `FUSED` is in dgrad's epilogue
-    apply: bool = False  #: batch norm's backward in the prologues of dgrad and wgrad
+    apply: str = APART  #: batch norm's backward; `FUSED` is in the prologues of dgrad and wgrad
     stem: str = APART  #: norm, ReLU and max pool
     tail: str = APART  #: last norm, residual, ReLU and average pool
-    boundary: bool = False  #: a block's last norm, residual and ReLU in the prologue of the next block's first convolution
+    boundary: str = APART  #: a block's last norm, residual and ReLU; `FUSED` is in the prologue of the next block's first convolution
 
 
 _STATS = {"statistics": True}
 _PRO = _STATS | {"prologue": True}
 _RED = _PRO | {"reduce": FUSED}
-_APP = _RED | {"apply": True}
+_APP = _RED | {"apply": FUSED}
 _STEM = _APP | {"stem": FUSED}
 _TAIL = _STEM | {"tail": FUSED}
 
-#: The rows of the table, from PyTorch's eager mode to everything fused. `passes` is this package's backend of that name.
+#: The rows of the table, from PyTorch's eager mode to everything fused. `passes` and `triton` are this package's backends of these names.
 DESIGNS = {
     "eager": Design(separate=True),
     "passes": Design(reduce=PASS, stem=PASS, tail=PASS),
@@ -155,7 +166,8 @@ DESIGNS = {
     "+app": Design(**_APP),
     "+stemf": Design(**_STEM),
     "+tail": Design(**_TAIL),
-    "+fold": Design(**_TAIL, boundary=True),
+    "+fold": Design(**_TAIL, boundary=FUSED),
+    "triton": Design(**_RED, apply=POINTWISE, stem=PASS, tail=PASS, boundary=POINTWISE),
 }
 
 
@@ -307,7 +319,8 @@ def _stem_backward(network: Network, design: Design, sizes: _Sizes) -> Iterator[
         yield sizes.wgrad(stem, gradients + y)
         return
     if design.stem == PASS:
-        yield Kernel("maxpool", "gradient add", 0, 3 * pool)
+        if design.reduce != FUSED or not network.blocks[0].projection:  # autograd adds what no operator does
+            yield Kernel("maxpool", "gradient add", 0, 3 * pool)
         yield Kernel(stem.name, "backward reduce", 0, pool + index + 2 * y)
     else:
         gradients = pool if design.reduce == FUSED else 2 * pool
@@ -317,12 +330,17 @@ def _stem_backward(network: Network, design: Design, sizes: _Sizes) -> Iterator[
     yield sizes.wgrad(stem, y)
 
 
+def _folds(block: Block, design: Design) -> bool:
+    """Whether a block's first convolution makes the activation before it."""
+    return design.boundary == FUSED or (design.boundary == POINTWISE and block.branch[0].conv.pointwise)
+
+
 def _block_forward(network: Network, i: int, design: Design, sizes: _Sizes) -> Iterator[Kernel]:
     block, is_last = network.blocks[i], i == len(network.blocks) - 1
     first, last = block.branch[0], block.branch[-1]
     for layer in block.layers:
         kernel = sizes.fprop(layer)
-        if layer is first and design.boundary and i > 0:
+        if layer is first and i > 0 and _folds(block, design):
             # Reads the branch's output and the residual, writes the activation and its mask.
             before = network.blocks[i - 1].branch[-1]
             moved = 3 * sizes.x(first) + sizes.mask(before) + sizes.w(first) + sizes.y(first)
@@ -335,7 +353,7 @@ def _block_forward(network: Network, i: int, design: Design, sizes: _Sizes) -> I
     if is_last and design.tail != APART:
         yield Kernel(last.name, "apply and pool", 0, 2 * sizes.y(last) + sizes.mask(last))
         return
-    if is_last or not design.boundary:
+    if is_last or not _folds(network.blocks[i + 1], design):
         yield Kernel(last.name, "apply", 0, 3 * sizes.y(last) + sizes.mask(last))
     if is_last:
         yield Kernel("avgpool", "forward", 0, sizes.y(last))
@@ -354,7 +372,7 @@ def _block_backward(network: Network, i: int, design: Design, sizes: _Sizes) -> 
         yield Kernel(last.name, "backward reduce", 0, y + mask + projected + written)
     elif design.reduce != FUSED:
         yield Kernel(last.name, "backward reduce", 0, 2 * y + mask + y + projected + y)
-    if not design.apply:
+    if design.apply == APART:
         yield Kernel(last.name, "backward apply", 0, dz + 2 * y + 2 * projected)
 
     for inner, layer in reversed(list(zip(block.branch, block.branch[1:], strict=False))):
@@ -362,7 +380,7 @@ def _block_backward(network: Network, i: int, design: Design, sizes: _Sizes) -> 
         yield from _conv_backward(layer, dz if layer is last else sizes.y(layer), sizes.x(layer) + raw_input, design, sizes)
         if design.reduce != FUSED:
             yield Kernel(inner.name, "backward reduce", 0, (3 if design.reduce == PASS else 2) * sizes.y(inner))
-        if not design.apply:
+        if design.apply == APART:
             yield Kernel(inner.name, "backward apply", 0, 3 * sizes.y(inner))
 
     shortcut = dz
@@ -382,9 +400,17 @@ def _block_backward(network: Network, i: int, design: Design, sizes: _Sizes) -> 
 
 
 def _conv_backward(layer: Layer, dz: int, epilogue: int, design: Design, sizes: _Sizes) -> Iterator[Kernel]:
-    source = dz + sizes.y(layer) if design.apply else sizes.y(layer)  # dz and y, or the dy that a pass made of them
-    yield sizes.dgrad(layer, source, epilogue)
-    yield sizes.wgrad(layer, source)
+    y = sizes.y(layer)
+    for_dgrad = for_wgrad = dz + y if design.apply == FUSED else y  # dz and y, or the dy that was made of them
+    if design.apply == POINTWISE:
+        # A projection's gradient is made on its own grid.
+        grid = replace(layer.conv, h=layer.conv.p, w=layer.conv.q, stride=(1, 1)) if layer.conv.r * layer.conv.s == 1 else layer.conv
+        if pays_to_apply_norm(grid):
+            for_dgrad = dz + 2 * y
+        else:
+            yield Kernel(layer.name, "backward apply", 0, dz + 2 * y)
+    yield sizes.dgrad(layer, for_dgrad, epilogue)
+    yield sizes.wgrad(layer, for_wgrad)
 
 
 def saved_layers(network: Network, design: Design, itemsize: int = 2) -> dict[str, int]:

@@ -18,7 +18,6 @@ from test_passes import agree, poisoned
 
 from fused_resnet.kernels import dgrad as module
 from fused_resnet.kernels.dgrad import dgrad
-from fused_resnet.kernels.fprop import reads_each_value_once
 from fused_resnet.problem import ConvProblem
 from fused_resnet.reference import ConvOutput, Source, convolution_backward, pack_mask, passes_gradient, unpack_mask
 from fused_resnet.tuning import Configuration
@@ -92,7 +91,7 @@ class Case:
 
 def check(run, case: Case, tiles: Configuration = SMALL):
     """Every result of a convolution's backward, against the reference."""
-    in_prologue = reads_each_value_once(case.problem)
+    in_prologue = case.problem.pointwise
     expected_dy = REFERENCE._dy(case.output)
     output = case.output if in_prologue else case.output._replace(dz=expected_dy)
     dx, s1, s2, residual_s2, dy = run(

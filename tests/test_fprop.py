@@ -118,7 +118,7 @@ def check_moments(y, moments):
 def check_all(convolve, problem, kind, dtype, tiles=SMALL):
     """Every result of a convolution, against the reference."""
     source, weight, geometry = source_of(kind, problem, dtype), weight_of(problem, dtype), geometry_of(problem)
-    writes = source.pending and module.reads_each_value_once(problem)
+    writes = source.pending and problem.pointwise
     y, act, mask, moments = convolve(source, weight, geometry, writes, writes and source.residual is not None, tiles, False)
     assert y.shape == (problem.n, problem.k, problem.p, problem.q) and y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last)

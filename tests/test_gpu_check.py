@@ -3,9 +3,11 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from chains import DEVICE
 from test_cudnn import script
 
 from fused_resnet.bench import passes
@@ -88,16 +90,17 @@ def test_a_step_that_failed_is_shown_and_the_others_run(tmp_path, python):
     (tmp_path / "fail").write_text("resnet18")
     done = gpu_check("blocks", tmp_path / "out", "c0ffee", python=python)
     assert done.returncode == 1
-    assert "blocks-resnet18: failed with exit status 7" in done.stdout
+    assert "blocks-resnet18-plain: failed with exit status 7" in done.stdout
     assert "no resnet18 today" in done.stdout
-    assert (tmp_path / "out" / "blocks-resnet50.done").exists()
+    assert (tmp_path / "out" / "blocks-resnet50-plain.done").exists()
     again = gpu_check("blocks", tmp_path / "out", "c0ffee", python=python)
     assert again.returncode == 1, "a failure is not forgotten"
-    assert len(calls(python)) == 2
+    assert len(calls(python)) == 4
     (tmp_path / "fail").unlink()
-    (tmp_path / "out" / "blocks-resnet18.failed").unlink()
+    for mark in (tmp_path / "out").glob("blocks-resnet18-*.failed"):
+        mark.unlink()
     assert gpu_check("blocks", tmp_path / "out", "c0ffee", python=python).returncode == 0
-    assert len(calls(python)) == 3
+    assert len(calls(python)) == 6
 
 
 def test_the_training_part_times_three_networks_at_three_batches_with_all_peers(tmp_path, python):
@@ -183,9 +186,18 @@ def test_a_missing_sanitizer_is_a_failure(tmp_path, python):
     done = gpu_check("sanitize", tmp_path / "out", "c0ffee", python=python)
     assert done.returncode == 1
     assert sorted(p.name for p in (tmp_path / "out").glob("*.failed")) == [
-        f"sanitize-{tool}.failed" for tool in ("initcheck", "memcheck", "racecheck", "synccheck")
+        f"sanitize-{step}.failed"
+        for step in ("initcheck", "memcheck", "operators-memcheck", "operators-racecheck", "operators-synccheck", "racecheck", "synccheck")
     ]
     assert "compute-sanitizer" in (tmp_path / "out" / "sanitize-memcheck.log").read_text()
+
+
+def test_the_sanitized_operator_tests_are_there():
+    """An expression that chooses nothing would pass unseen. Here `emulated` stands for the GPU's library."""
+    expression = re.search(r'-k "(passes_cuda[^"]*)"', SCRIPT.read_text())[1].replace("passes_cuda", "emulated" if DEVICE.type == "cpu" else "passes_cuda")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_operators.py", "-k", expression]
+    done = subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True, check=False)
+    assert len(re.findall(r"test_error_is_at_most_twice_eagers\[.*float16.*training", done.stdout)) > 5, done.stdout
 
 
 def test_every_program_that_it_calls_is_there():

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import gzip
+import itertools
 import json
+import re
 
 import browser
 import pytest
@@ -18,7 +20,7 @@ from fused_resnet.bench.steps import Implementation, Subject, TrainingStep
 from fused_resnet.bench.timing import Times
 from fused_resnet.cli import main
 from fused_resnet.models import resnet18
-from fused_resnet.profile import analysis, record, report
+from fused_resnet.profile import analysis, picture, record, report
 from fused_resnet.profile.analysis import Part, Profile, ProfileError, analyse, read_profile, write_profile
 from fused_resnet.profile.record import Work
 from fused_resnet.profile.run import _design
@@ -384,3 +386,35 @@ def test_torchvisions_network_by_its_name(torchvision_models, tmp_path):
     found = read_profile(tmp_path / "profile.json")
     assert (found.impl, found.design) == ("eager_nhwc", "eager")
     assert {part.layer for part in found.parts} == UNITS | {"maxpool", "avgpool", "fc", "loss", "optimizer"}
+
+
+#: Machado, Oliveira & Fernandes 2009: what is left of linear RGB without one kind of cones.
+BLINDNESS = {
+    "none": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+#: Linear RGB to XYZ over the white point.
+XYZ = [[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0178, 0.1094, 0.8728]]
+
+
+def lab(colour: str, sight: str) -> torch.Tensor:
+    """CIELAB of "#rrggbb", as it is seen."""
+    rgb = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    x, y, z = (torch.tensor(XYZ) @ (torch.tensor(BLINDNESS[sight]) @ linear).clamp(0, 1)).clamp_min(1e-6) ** (1 / 3)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("sight", BLINDNESS)
+def test_the_phases_colours_differ_whoever_looks_at_them(sight):
+    """Of the page, light and dark, and of the pictures: from each other and from the ground. An eye can just tell 2.3 apart."""
+    palettes = [dict(re.findall(r"--(\w+): (#\w{6})", rule)) for rule in report.STYLE.split("@media")[:2]]
+    palettes = [[p[name] for name in (*record.PHASES, "ground")] for p in palettes] + [[*picture.COLOURS.values(), "#ffffff"]]
+    for palette in palettes:
+        seen = [lab(colour, sight) for colour in palette]
+        distances = [(a - b).norm().item() for a, b in itertools.combinations(seen, 2)]
+        assert min(distances) > 15, (palette, distances)
+    grey = [lab(colour, sight) for colour in ("#777777", "#787878")]
+    assert (grey[0] - grey[1]).norm() < 2.3

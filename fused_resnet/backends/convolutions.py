@@ -13,8 +13,8 @@ from torch import Tensor
 from .. import cudnn
 from ..cudnn.work import as_cudnn_reads, problem_of
 from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Pending, Reference, Source, convolution_backward
+from ..roofline import pays_to_apply_norm
 from ..tuning import CUDNN, Choice, Task
-from ..tuning.heuristic_dgrad import pays_to_apply_norm
 
 
 def allow_tf32() -> bool:

@@ -17,11 +17,6 @@ from .launch import launch, packed_mask
 from .tiling import ceil_div
 
 
-def reads_each_value_once(problem: ConvProblem) -> bool:
-    """Whether output pixels are input pixels, so that the prologue may write what it reads."""
-    return problem.r * problem.s == 1 and problem.stride == (1, 1) and problem.padding == (0, 0)
-
-
 @triton.jit
 def conv_fprop_norm_act_stats_kernel(
     x_ptr,  # [N, H, W, C]
@@ -207,7 +202,7 @@ def fprop(
         raise ValueError(f"geometry: expected groups = 1; got {groups}")
     if configuration.splits != 1:
         raise ValueError(f"configuration: expected splits = 1, since statistics are of whole sums; got {configuration.splits}")
-    if write_act and not (source.pending and reads_each_value_once(problem)):
+    if write_act and not (source.pending and problem.pointwise):
         raise ValueError(
             f"write_act: expected False, unless a pending source enters a 1x1 convolution with stride 1 and no padding; got {problem}"
         )
@@ -215,7 +210,7 @@ def fprop(
         raise ValueError("save_mask: expected False where write_act is")
     p, q = problem.p, problem.q
     rows, parts = n * p * q, ceil_div(n * p * q, configuration.block_m)
-    spanned = 0 if reads_each_value_once(problem) else min(n, configuration.block_m // (p * q) + 2) * h * w * c
+    spanned = 0 if problem.pointwise else min(n, configuration.block_m // (p * q) + 2) * h * w * c
     if max(spanned, rows + configuration.block_m) >= 2**31:
         raise ValueError(
             f"source: expected fewer than 2**31 elements in the images of a tile, and output pixels; got {spanned} and {rows}"

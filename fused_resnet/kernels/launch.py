@@ -51,12 +51,16 @@ def launch(kernel: Any, programs: int, device: torch.device, warps: int, stages:
         kernel[(programs,)](**arguments, num_warps=warps, num_stages=stages)
 
 
-@lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU. On a CPU as many as make the programs few, which the interpreter runs one after another, but not one."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return RECORDED_MULTIPROCESSORS if device.type == "meta" else 1
+        return _multiprocessors(device)
+    return 1 if _recorded is None else RECORDED_MULTIPROCESSORS
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def matrix_shape(x: Tensor) -> tuple[int, int]:

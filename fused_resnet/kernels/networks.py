@@ -8,9 +8,8 @@ from torch import Tensor
 
 from ..problem import ConvProblem
 from ..reference import ConvGeometry, ConvOutput, Source
-from ..roofline import Network
+from ..roofline import Network, pays_to_apply_norm
 from ..tuning import Configuration, Task
-from ..tuning.heuristic_dgrad import pays_to_apply_norm
 from . import dgrad, fprop, wgrad
 from .launch import Launch, packed_mask, recording
 
@@ -27,7 +26,7 @@ def tasks(network: Network, dtype: str) -> Iterator[Task]:
     for block in network.blocks:
         first, *inner = (layer.conv for layer in block.branch)
         # Overlapping windows would make a block's input again and again, so a pass does.
-        yield from forward_and_dw(first, source if fprop.reads_each_value_once(first) else "act")
+        yield from forward_and_dw(first, source if first.pointwise else "act")
         backward = Task("dgrad", first, dtype, source)
         if block.projection:
             projection = block.projection.conv
@@ -48,7 +47,7 @@ def record(task: Task, configuration: Configuration, allow_tf32: bool = True) ->
     conv, dtype = task.conv, getattr(torch, task.dtype)
     geometry = ConvGeometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
     weight, source = _nhwc(dtype, conv.k, conv.c, conv.r, conv.s), _source(task, dtype)
-    pointwise, residual = fprop.reads_each_value_once(conv), task.source.startswith("norm_add")
+    pointwise, residual = conv.pointwise, task.source.startswith("norm_add")
     with recording() as launches:
         if task.kind == "fprop":
             writes = residual and pointwise

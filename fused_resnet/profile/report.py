@@ -18,7 +18,7 @@ STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --ink: #1c1e21; --faint: #5b6168; --grid: #d9dde2; --card: #f3f5f7;
   --forward: #0072b2; --backward: #d55e00; --optimizer: #009e73; --roof: #1c1e21; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14171a; --ink: #e8eaed; --faint: #a4abb3; --grid: #343a40; --card: #1f2428;
-  --forward: #56b4e9; --backward: #e69f00; --optimizer: #33c49a; --roof: #e8eaed; } }
+  --forward: #56b4e9; --backward: #e69f00; --optimizer: #009e73; --roof: #e8eaed; } }
 * { box-sizing: border-box; }
 body { background: var(--ground); color: var(--ink); font: 15px/1.45 system-ui, "DejaVu Sans", sans-serif; max-width: 1120px;
   margin: 0 auto; padding: 24px; }

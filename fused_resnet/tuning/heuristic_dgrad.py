@@ -6,6 +6,7 @@ The reasons are arithmetic and what the compiler says (docs/kernels/dgrad.md). T
 from dataclasses import replace
 
 from ..problem import ConvProblem
+from ..roofline import pays_to_apply_norm
 from .configuration import Configuration
 from .gpu import MULTIPROCESSORS, architecture, ceil_div, power_of_two
 
@@ -22,16 +23,7 @@ TILES = {
     (8, 4, False): Configuration(64, 64, 32, warps=4, stages=3),
     (8, 4, True): Configuration(64, 64, 16, warps=4, stages=3),
 }
-#: Each N tile makes the prologue's operand again, from L2. By arithmetic, up to 512 channels (four or eight N tiles) that costs less than
-#: a pass that writes it; with 2,048, of 512 at the other side, L2 would take longer than the products.
-MOST_CHANNELS = 512
 LEAST = 64  #: channels of a tile that is cut down for want of programs
-
-
-def pays_to_apply_norm(problem: ConvProblem) -> bool:
-    """Whether dgrad makes dy of dz and y on load: where each pixel is read by one tap, and by few N tiles."""
-    pointwise = problem.r * problem.s == 1 and problem.stride == (1, 1) and problem.padding == (0, 0)
-    return pointwise and problem.c <= MOST_CHANNELS
 
 
 def configuration(problem: ConvProblem, itemsize: int, capability: tuple[int, int]) -> Configuration:

@@ -1,0 +1,156 @@
+"""The bytes that a network's operators move in a training step, counted from what they launch.
+
+The step runs as it would on a GPU, by the code of a backend, but for two things: a kernel is written down where it would be launched
+(`kernels.launch.recording`), and so are the framework's convolutions and other large operators. So it needs neither a GPU nor the
+memory, and takes seconds. Numbers are not computed.
+
+A tensor that a kernel is given counts once, as in `roofline`: of the input of a strided 1x1 convolution what its windows cover. What kernels
+hand to one another, partial sums and split-K results, is counted apart.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..backends import BACKENDS, backend
+from ..kernels.launch import Launch, recording
+from ..problem import ConvProblem
+from ..reference import Reference, nhwc
+from ..roofline import optimizer_step
+from ..tuning import heuristics
+
+ATEN = torch.ops.aten
+CONVOLUTIONS = {ATEN.conv2d, ATEN.convolution, ATEN.convolution_backward}
+PRODUCTS = {ATEN.mm, ATEN.addmm}
+#: Casts, and what makes memory.
+NOT_COUNTED = {ATEN._to_copy, ATEN.empty, ATEN.empty_like, ATEN.new_empty}
+CAPABILITY = (9, 0)  #: what the rules of thumb are asked for
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A launch: of a kernel of ours, or of the framework."""
+
+    name: str
+    bytes: int
+    workspace: int = 0  #: bytes of partial results, which are not in `bytes`
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _covered(x: Tensor, kernel: tuple[int, int], stride: Iterable[int], padding: Iterable[int], dilation: Iterable[int]) -> int:
+    """Bytes of x that lie under some window."""
+    problem = ConvProblem(*x.shape, 1, *kernel, tuple(stride), tuple(padding), tuple(dilation))
+    return problem.touched_input_bytes(x.element_size())
+
+
+def _of_launch(launch: Launch) -> Moved:
+    a = launch.arguments
+    tensors = {name: value for name, value in a.items() if isinstance(value, Tensor)}
+    distinct = {(t.data_ptr(), t.shape): (name, t) for name, t in tensors.items()}.values()
+    # Activations, masks and weights have four axes, vectors one; partial results have rows of their own.
+    workspace = sum(_bytes(t) for _, t in distinct if t.dim() in (2, 3) or t.dtype == torch.int64)
+    moved = sum(_bytes(t) for _, t in distinct) - workspace
+    if "STRIDE_H" in a and "x_ptr" in tensors and "dz_ptr" not in tensors:
+        geometry = [(a[f"{name}_H"], a[f"{name}_W"]) for name in ("STRIDE", "PADDING", "DILATION")]
+        moved += _covered(a["x_ptr"], (a["R"], a["S"]), *geometry) - _bytes(a["x_ptr"])
+    return Moved(launch.kernel.__name__, moved, workspace)
+
+
+class _Framework(TorchDispatchMode):
+    """Writes down the framework's convolutions, products, and what it does to whole activations. Convolutions are not computed."""
+
+    def __init__(self, batch: int):
+        super().__init__()
+        self.batch, self.moved = batch, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        packet = func.overloadpacket
+        if packet in CONVOLUTIONS:
+            shapes = func(*tree_map_only(Tensor, lambda t: t.to("meta"), args))
+            result = tree_map_only(Tensor, lambda t: torch.empty_like(t, device=args[0].device), shapes)
+            self.moved += _of_convolution(packet, args, result)
+            return result
+        result = func(*args, **(kwargs or {}))
+        if func.namespace != "aten" or func.is_view or packet in NOT_COUNTED:
+            return result
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        written = [t for t in tree_leaves(result) if isinstance(t, Tensor) and not any(t is r for r in read)]
+        if packet in PRODUCTS or any(t.dim() == 4 and t.shape[0] == self.batch for t in (*read, *written)):
+            self.moved.append(Moved(str(packet), sum(map(_bytes, (*read, *written)))))
+        return result
+
+
+def _of_convolution(packet, args: tuple, result) -> list[Moved]:
+    """fprop; or dgrad and wgrad, which the framework runs apart."""
+    backward = packet is ATEN.convolution_backward
+    dy, x, weight = args[:3] if backward else (result, *args[:2])
+    geometry = args[4:7] if backward else args[3:6]
+    geometry += ((1, 1), (0, 0), (1, 1))[len(geometry) :]  # the dispatcher leaves out what is as by default
+    covered = _covered(x, weight.shape[2:], *geometry)
+    if not backward:
+        return [Moved(str(packet), covered + _bytes(weight) + _bytes(dy))]
+    dx, dw, _ = result
+    moved = [] if dx is None else [Moved(f"{packet}, dgrad", _bytes(dy) + _bytes(weight) + _bytes(dx))]
+    return moved if dw is None else [*moved, Moved(f"{packet}, wgrad", _bytes(dy) + covered + _bytes(dw))]
+
+
+def counted(name: str) -> Reference:
+    """A backend that does what `name` does on a GPU, where kernels are recorded. For a CPU's tensors of any dtype."""
+
+    class Counted(type(BACKENDS[name])):
+        framework: _Framework
+
+        def declines(self, device, dtype):
+            return None
+
+        def choose(self, task, device):
+            return heuristics.configuration(task, CAPABILITY)
+
+        def convolve(self, *args):
+            with self.framework:
+                return super().convolve(*args)
+
+        def convolve_backward(self, *args):
+            with self.framework:
+                return super().convolve_backward(*args)
+
+    return Counted()
+
+
+def training_step(make: Callable[[], nn.Module], shape: tuple[int, int, int, int], dtype: torch.dtype, name: str) -> list[Moved]:
+    """What a training step of a network moves on images of `shape` [N, C, H, W] under autocast to `dtype`, by the backend `name`.
+
+    `name`: triton or passes_triton. SGD with momentum is counted by the rules of `roofline`. The casts of weights are not counted.
+    """
+    framework, implementation = _Framework(shape[0]), counted(name)
+    implementation.framework = framework
+    BACKENDS["counted"] = implementation
+    try:
+        with torch.device("cpu"):
+            model = make().train().to(memory_format=torch.channels_last)
+            images = nhwc(torch.empty(shape))
+        labels = torch.zeros(shape[0], dtype=torch.long)
+        with recording() as launches, framework, backend("counted"), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            torch.nn.functional.cross_entropy(model(images).float(), labels).backward()
+    finally:
+        del BACKENDS["counted"]
+    optimizer = optimizer_step(sum(p.numel() for p in model.parameters()), dtype.itemsize)
+    return [*map(_of_launch, launches), *framework.moved, Moved(optimizer.work, optimizer.bytes)]
+
+
+def by_name(moved: Iterable[Moved]) -> dict[str, tuple[int, int, int]]:
+    """(launches, bytes, bytes of workspaces) of each kernel, the largest first."""
+    launches, sums, workspaces = Counter(), Counter(), Counter()
+    for m in moved:
+        launches[m.name] += 1
+        sums[m.name] += m.bytes
+        workspaces[m.name] += m.workspace
+    return {name: (launches[name], bytes_, workspaces[name]) for name, bytes_ in sums.most_common()}

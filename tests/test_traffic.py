@@ -1,0 +1,59 @@
+"""The bytes and launches of a whole training step, counted from what the operators launch, against the designs that were counted by hand."""
+
+import pytest
+import torch
+
+from fused_resnet import models, roofline
+from fused_resnet.bench import traffic
+
+BATCH = 256
+#: MB an image of ResNet-50 at 224², 2 bytes, batch 256, by an independent script: one pass each; and everything fused but the stem's pool.
+INDEPENDENT = {"passes_triton": 332.44, "triton": 234.99}
+DESIGN = {"passes_triton": "passes", "triton": "triton"}
+
+
+@pytest.fixture(scope="module", params=DESIGN)
+def step(request):
+    """(backend, launches of ResNet-50)"""
+    shape = (BATCH, 3, 224, 224)
+    return request.param, traffic.training_step(lambda: models.resnet50(), shape, torch.bfloat16, request.param)
+
+
+def test_executed_bytes_are_those_of_the_design(step):
+    name, moved = step
+    total = sum(m.bytes for m in moved) / BATCH / 1e6
+    kernels = roofline.training_step(roofline.resnet("resnet50", BATCH), roofline.DESIGNS[DESIGN[name]])
+    assert total == pytest.approx(roofline.total_bytes(kernels) / BATCH / 1e6, rel=0.01)
+    assert total == pytest.approx(INDEPENDENT[name], rel=0.03)
+
+
+def test_partial_results_are_few_and_apart(step):
+    """Some 6 MB an image, by the design."""
+    name, moved = step
+    workspace = sum(m.workspace for m in moved) / BATCH / 1e6
+    assert 0 < workspace < {"passes_triton": 0.5, "triton": 9}[name]
+    rows = traffic.by_name(moved)
+    assert rows["merge_moments_kernel"][1] < 0.01 * BATCH * 1e6 < rows["merge_moments_kernel"][2] or name == "passes_triton"
+
+
+def test_launches_are_fewer_than_eagers(step):
+    """Eager's 508 are of whole tensors, without its vectors, as ours are; of ours also what merges partial results."""
+    name, moved = step
+    eager = len(roofline.training_step(roofline.resnet("resnet50", BATCH), roofline.DESIGNS["eager"]))
+    finalise = sum(m.bytes < m.workspace for m in moved if "conv" not in m.name)
+    most = len(roofline.training_step(roofline.resnet("resnet50", BATCH), roofline.DESIGNS[DESIGN[name]]))
+    assert len(moved) - finalise <= most + 4 < eager  # passes: dy of each projection is a pass of its own
+    assert len(moved) < eager
+    convolutions = sum(row[0] for kernel, row in traffic.by_name(moved).items() if "conv" in kernel)
+    assert convolutions == 53 + 52 + 53
+
+
+def test_a_kernel_that_moves_more_is_seen(step, monkeypatch):
+    """The planted fault: dgrad's prologue is given up, so that a pass makes dy."""
+    name, moved = step
+    if name != "triton":
+        return
+    monkeypatch.setattr("fused_resnet.backends.convolutions.pays_to_apply_norm", lambda problem: False)
+    worse = traffic.training_step(lambda: models.resnet50(), (8, 3, 224, 224), torch.bfloat16, name)
+    fine = roofline.total_bytes(roofline.training_step(roofline.resnet("resnet50", 8), roofline.DESIGNS["triton"]))
+    assert sum(m.bytes for m in worse) > 1.02 * fine
