@@ -11,6 +11,8 @@
 #       train     time training steps of ResNet-18, -50 and -152 at three batch sizes against both, and find the largest batch
 #       inference time ResNet-50 in evaluation mode against both
 #       profile   one training step of ResNet-50 by layer, ours, eager and compiled
+#       cudnn     which of cuDNN's fused graphs the GPU takes; the operator tests by the backend cudnn; its graphs on ResNet-50's shapes
+#                 against triton, passes and eager; tune, and the whole network with cudnn forced and with the tuner's mix
 # OUT     a folder for logs, marks and results; it is made
 # COMMIT  of this repository; needed where there is no .git
 #
@@ -21,7 +23,7 @@
 set -uo pipefail
 
 LIMIT=460  # seconds of a call
-PARTS="test sanitize kernels blocks tune train inference profile"
+PARTS="test sanitize kernels blocks tune train inference profile cudnn"
 # The passes, in groups that fit into a call: Inductor compiles its peer of each on every shape.
 whole="norm_act_forward norm_add_forward norm_backward norm_add_backward"
 forward="batch_stats norm_act norm_add_act norm_add_act_raw norm_act_max_pool norm_add_act_avg_pool"
@@ -182,6 +184,23 @@ case $part in
         --out "$out/profile/$impl"
     done
     step compared "$python" -m fused_resnet profile --compare "$out/profile/eager_nhwc" "$out/profile/ours" --out "$out/profile/compared"
+    ;;
+  cudnn)
+    # Needs nvidia-cudnn-frontend beside PyTorch; its wheel may be carried here: pip install --no-deps WHEEL. The files of the step
+    # probe belong into bench/cudnn_graphs, of which `python bench/cudnn_graphs.py table` makes the tables of docs/backends.md.
+    step probe "$python" bench/cudnn_graphs.py probe "$out/cudnn_graphs" --commit "$commit"
+    step graphs "$python" -m pytest tests/test_cudnn.py -q -o addopts= -rs
+    step operators "$python" -m pytest tests/test_operators.py -q -o addopts= -rs -k cudnn
+    step backends "$python" -m pytest tests/test_backends.py -q -o addopts= -rs
+    for batch in 64 256 400; do
+      step "shapes-$batch" "$python" bench/cudnn_graphs.py shapes "$out/results" --batch "$batch" --commit "$commit" --limit 20 --repeats 20
+    done
+    for batch in 64 256 400; do
+      step "tune-$batch" "$python" -m fused_resnet tune --model resnet50 --dtype fp16 --batch "$batch" --limit 400 --task-limit 60 \
+        --candidates 4 --no-progress --commit "$commit"
+      bench "fp16-resnet50-$batch" train --model resnet50 --dtype fp16 --batch "$batch" \
+        --impl eager_nhwc compile ours:passes_cuda ours:triton ours:cudnn ours
+    done
     ;;
 esac
 

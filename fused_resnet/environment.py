@@ -2,7 +2,7 @@
 
 | variable | meaning |
 |---|---|
-| `FUSED_RESNET_BACKEND` | the backend to use: auto (the default), off, eager, passes, passes_cuda, passes_triton |
+| `FUSED_RESNET_BACKEND` | the backend to use: auto (the default), off, eager, passes, triton, cudnn, tuned, … (`backends.choices()`) |
 | `FUSED_RESNET_CACHE` | folder for downloads and tuned tables; default `$XDG_CACHE_HOME/fused_resnet`, else `~/.cache/fused_resnet` |
 | `FUSED_RESNET_DATA` | folder that is searched first for data sets |
 

@@ -345,6 +345,13 @@ class Reference:
 
     # ---- operators: what a network is made of ------------------------------------------------------------------------
 
+    def as_read(self, source: Source, convs: Sequence["Conv | ConvOutput"], kept: bool) -> Source:
+        """`source` with the coefficients that a node of these convolutions reads, forward and backward.
+
+        They are as given but where a backend's kernels round them. `kept` tells whether the activation is written.
+        """
+        return source
+
     def keeps_act(self, source: Source, convs: Sequence[Conv]) -> bool:
         """Whether an activation between two convolutions, which nobody else reads, is written and kept for backward.
 
@@ -372,6 +379,10 @@ class Reference:
         if norm.training:
             return Pending(y, *self.batch_stats(y, norm.gamma, norm.beta, norm.eps))
         return Pending(y, *self.running_stats(norm, y.dtype))
+
+    def conv_norm_add_act(self, x: Tensor, conv: Conv, residual: Tensor | None) -> Tensor | None:
+        """relu(norm(conv(x)) + residual) by running statistics, without a gradient, where a backend has one kernel for it; else None."""
+        return None
 
     def convolve_backward(
         self,

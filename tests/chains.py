@@ -138,7 +138,9 @@ class Ours:
         if a["read_again"] or a["residual"] is not None:
             out, a["made"] = ops.norm_add_act_conv(a["x"], a["residual"], self._conv(i))
             return self._tell(i, out)
-        return self._tell(i, ops.norm_act_conv(a["x"], self._conv(i)))
+        conv = self._conv(i)
+        self.used_masks[a["mask"]] = ops.relu_mask(a["x"], conv=conv)  # the convolution may round the coefficients
+        return self._tell(i, ops.norm_act_conv(a["x"], conv))
 
     def conv_pair(self, a: Any, i: int, j: int) -> tuple[Pending, Pending]:
         convs = self._conv(i), self._conv(j)
@@ -155,7 +157,8 @@ class Ours:
 
     def act(self, x: Pending, residual: Any = None, read_again: bool = False) -> dict:
         """A promise of relu(norm(x) + residual); whoever reads it makes it."""
-        return {"x": x, "residual": self._see(x, residual), "read_again": read_again}
+        residual = self._see(x, residual)
+        return {"x": x, "residual": residual, "read_again": read_again, "mask": len(self.used_masks) - 1}
 
     def tensor(self, a: dict) -> Tensor:
         return a["made"] if "made" in a else ops.norm_add_act(a["x"], a["residual"])

@@ -263,7 +263,7 @@ def test_info_as_json(tmp_path):
     assert {"triton", "torchvision", "python", "platform", "cuda", "cudnn", "driver"} <= set(found["versions"])
     assert found["cache"] == str(tmp_path)
     assert found["native_library"]["loaded"] == (found["native_library"]["reason"] is None)
-    assert set(found["backends"]) == {"eager", *backends.PASSES}
+    assert set(found["backends"]) == {"eager", *backends.PASSES, *backends.TUNED, "triton", "cudnn"}
     assert found["backends"]["eager"] == {"float32": None, "float16": None, "bfloat16": None}
     assert len(found["gpus"]) == torch.cuda.device_count()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from chains import DEVICE
+from test_cudnn import script
 
 from fused_resnet.bench import passes
 from fused_resnet.bench.steps import IMPLEMENTATIONS
@@ -48,8 +49,8 @@ def test_bash_accepts_it():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "PART: expected one of test sanitize kernels blocks tune train inference profile; got ''"),
-        (["tests", "out"], "PART: expected one of test sanitize kernels blocks tune train inference profile; got 'tests'"),
+        ([], "PART: expected one of test sanitize kernels blocks tune train inference profile cudnn; got ''"),
+        (["tests", "out"], "PART: expected one of test sanitize kernels blocks tune train inference profile cudnn; got 'tests'"),
         (["test sanitize", "out"], "PART: expected one of"),
         (["kernels"], "OUT: expected a folder"),
         (["kernels", "/dev/null/out", "c0ffee"], "OUT: /dev/null/out can't be made"),
@@ -110,7 +111,7 @@ def test_the_training_part_times_three_networks_at_three_batches_with_all_peers(
         if "bf16" in words and "--largest" not in words:
             implementations = words[words.index("--impl") + 1 : words.index("--device")]
             timed |= {(words[words.index("--model") + 1], words[words.index("--batch") + 1], impl) for impl in implementations}
-    peers = set(IMPLEMENTATIONS)
+    peers = set(IMPLEMENTATIONS) - {"ours:cudnn"}  # which the part of its name times: its package may be missing
     assert timed == {(m, b, i) for m in ("resnet18", "resnet50", "resnet152") for b in ("64", "128", "256") for i in peers}
     largest = [call.split() for call in calls(python) if "--largest" in call]
     assert {words[words.index("--impl") + 1] for words in largest} == peers
@@ -143,6 +144,31 @@ def test_every_command_is_one_that_the_program_takes(part, tmp_path, python):
     for call in calls(python):
         assert call.startswith("-m fused_resnet ")
         assert parser.parse_args(call.split()[2:]).run is expected
+
+
+def test_the_cudnn_part_probes_tests_times_and_tunes(tmp_path, python):
+    assert gpu_check("cudnn", tmp_path / "out", "c0ffee", python=python).returncode == 0
+    made = Parser()
+    commands = made.add_subparsers()
+    for command in (bench, tune):
+        command.add_parser(commands)
+    kinds = []
+    for call in calls(python):
+        words = call.split()
+        if words[0] == "bench/cudnn_graphs.py":
+            arguments = script().parser().parse_args(words[1:])
+            kinds.append((words[1], getattr(arguments, "batch", None)))
+        elif words[:2] == ["-m", "fused_resnet"]:
+            arguments = made.parse_args(words[2:])
+            kinds.append((words[2], arguments.batch))
+            assert arguments.dtype == "fp16" and (words[2] == "tune" or {"ours:cudnn", "ours"} <= set(arguments.impl))
+        else:
+            kinds.append((words[2], None))
+    expected = [("probe", None), *((f"tests/test_{name}.py", None) for name in ("cudnn", "operators", "backends"))]
+    expected += [("shapes", [batch]) for batch in (64, 256, 400)]
+    for batch in (64, 256, 400):
+        expected += [("tune", [batch]), ("train", [batch])]
+    assert [(kind if kind != "bench" else "train", batch) for kind, batch in kinds] == expected
 
 
 def test_the_test_part_goes_on_without_a_native_library(tmp_path, python):

@@ -52,7 +52,7 @@ def test_kernels_compile_without_a_spill_and_keep_nan(dtype):
     compiled = json.loads(run("-c", COMPILE, dtype))
     assert {c["architecture"] for c in compiled} == {80, 90}
     assert {c["kernel"] for c in compiled} == {
-        "batch_stats_partial_kernel", "merge_moments_kernel", "norm_add_act_kernel", "norm_backward_reduce_kernel",
+        "batch_stats_partial_kernel", "merge_moments_kernel", "moments_of_sums_kernel", "norm_add_act_kernel", "norm_backward_reduce_kernel",
         "sums_finalise_kernel", "norm_backward_apply_kernel", "norm_act_max_pool_kernel", "norm_act_max_pool_backward_kernel",
         "norm_add_act_avg_pool_kernel",
     }  # fmt: skip

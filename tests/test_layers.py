@@ -12,7 +12,7 @@ ORDER = [
     ["_version", "devices", "environment", "files", "problem", "reference", "native", "binary"],
     ["roofline", "native_kernels"],
     ["tuning"],
-    ["kernels"],
+    ["kernels", "cudnn"],
     ["backends"],
     ["ops"],
     ["nn"],

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fused_resnet.problem import ConvProblem
-from fused_resnet.tuning import Configuration, Entry, Table, Task
+from fused_resnet.tuning import CUDNN, Configuration, Entry, Table, Task
 from fused_resnet.tuning.table import Meta, TableError, path_of, read_table, write_table
 
 CONV = ConvProblem(256, 64, 56, 56, 256, 1, 1)
@@ -68,7 +68,7 @@ def test_other_work_is_another_entry():
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path):
-    table = Table([entry(256), entry(64, None), entry(256, kind="dgrad", source="norm_add_raw", dact=True, compact=2, compact_k=64)])
+    table = Table([entry(256), entry(64, None), entry(32, CUDNN), entry(256, kind="dgrad", source="norm_add_raw", dact=True, compact=2, compact_k=64)])
     path = path_of("NVIDIA H100 80GB HBM3", tmp_path)
     assert path == tmp_path / "nvidia-h100-80gb-hbm3.json"
     write_table(path, META, table)
@@ -88,7 +88,7 @@ def broken(change) -> dict:
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda t: t.update(version=2), "version: expected at most 1; got 2: a newer fused_resnet wrote this file"),
+        (lambda t: t.update(version=3), "version: expected at most 2; got 3: a newer fused_resnet wrote this file"),
         (lambda t: t.pop("version"), "expected a table, an object with a version"),
         (lambda t: t.update(entries={}), "entries: expected a list"),
         (lambda t: t.pop("device"), "missing or unknown: device"),
@@ -96,6 +96,7 @@ def broken(change) -> dict:
         (lambda t: t["entries"][0].pop("ms"), "entries[0]: missing or unknown: ms"),
         (lambda t: t["entries"][0]["task"].update(kind="both"), "entries[0].task: kind: expected one of fprop, dgrad, wgrad; got 'both'"),
         (lambda t: t["entries"][0]["task"]["conv"].update(n=0), "entries[0].task.conv: n: expected a whole number of at least 1; got 0"),
+        (lambda t: t["entries"][0].update(configuration="cublas"), "entries[0].configuration: expected an object; got 'cublas'"),
         (lambda t: t["entries"][0].update(configuration={"block_m": 64}), "entries[0].configuration: missing or unknown: block_k, block_n"),
     ],
 )

@@ -2,7 +2,8 @@
 
 `auto`, the default, takes PyTorch's own modules ("off") on a CPU and for float64; on a GPU `tuned`, else `passes`, else "off".
 `passes` is the CUDA C++ kernels where the native library can be loaded, else the Triton kernels; `tuned` is those with the convolutions
-that were measured to be faster as Triton kernels. Any other name forces that backend: where it can't run, an error says why.
+that were measured to be faster as Triton kernels or as cuDNN's graphs. Any other name forces that backend: where it can't run, an
+error says why.
 """
 
 from collections.abc import Iterator
@@ -15,13 +16,16 @@ from .. import environment
 from ..reference import Reference
 from ..tuning.table import table_of
 from .convolutions import FusedConvolutions
+from .cudnn import Cudnn
 from .passes_cuda import PassesCuda
 from .passes_triton import PassesTriton
 from .triton import Triton
 from .tuned import TunedCuda, TunedTriton
 
 #: The backends by name.
-BACKENDS: dict[str, Reference] = {b.name: b for b in (Reference(), PassesCuda(), PassesTriton(), Triton(), TunedCuda(), TunedTriton())}
+BACKENDS: dict[str, Reference] = {
+    b.name: b for b in (Reference(), PassesCuda(), PassesTriton(), Triton(), Cudnn(), TunedCuda(), TunedTriton())
+}
 #: What the choices "passes" and "tuned" stand for: the first of these that can run.
 PASSES = (PassesCuda.name, PassesTriton.name)
 TUNED = (TunedCuda.name, TunedTriton.name)

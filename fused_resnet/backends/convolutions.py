@@ -1,4 +1,4 @@
-"""The convolutions as Triton kernels: norm, ReLU and residual in the prologue, statistics in the epilogue, and backward likewise.
+"""The convolutions as Triton kernels, or cuDNN's graphs: norm and ReLU before, statistics behind, and backward likewise.
 
 `FusedConvolutions` puts the kernels together; which of them runs, with which tiles, a subclass chooses for each piece of work.
 What it does not choose runs as in `Reference`: the framework's convolution and the passes of the class that it is mixed into.
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..problem import ConvProblem
-from ..reference import Conv, ConvGeometry, ConvOutput, Pending, Reference, Source, convolution_backward
+from .. import cudnn
+from ..cudnn.work import as_cudnn_reads, problem_of
+from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Pending, Reference, Source, convolution_backward
 from ..roofline import pays_to_apply_norm
-from ..tuning import Configuration, Task
+from ..tuning import CUDNN, Choice, Task
 
 
 def allow_tf32() -> bool:
@@ -31,22 +32,15 @@ def is_projection(output: ConvOutput) -> bool:
     return is_pointwise(output.weight, output.geometry, strided=True) and len(set(output.geometry.stride)) == 1
 
 
-def problem_of(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> ConvProblem:
-    """The convolution in numbers."""
-    (n, c, h, w), (k, _, r, s) = x.shape, weight.shape
-    stride, padding, dilation, groups = geometry
-    return ConvProblem(n, c, h, w, k, r, s, tuple(stride), tuple(padding), tuple(dilation), groups)
-
-
 class FusedConvolutions(Reference, ABC):
     """Mixed into a class that has the passes."""
 
     def __init__(self) -> None:
-        self._chosen: dict[tuple, Configuration | None] = {}
+        self._chosen: dict[tuple, Choice | None] = {}
 
     @abstractmethod
-    def choose(self, task: Task, device: torch.device) -> Configuration | None:
-        """How the kernel for `task` is tiled; None where the framework and the passes do the work. Asked once for each task."""
+    def choose(self, task: Task, device: torch.device) -> Choice | None:
+        """What does `task`; None where the framework and the passes do the work. Asked once for each task."""
 
     @property
     def fuses(self) -> bool:
@@ -59,7 +53,7 @@ class FusedConvolutions(Reference, ABC):
 
     def _choose(
         self, kind: str, x: Tensor, weight: Tensor, geometry: ConvGeometry, source: str, dact: bool = False, *compact: int
-    ) -> Configuration | None:
+    ) -> Choice | None:
         stride, padding, dilation, groups = geometry
         if groups > 1:
             return None
@@ -71,7 +65,7 @@ class FusedConvolutions(Reference, ABC):
 
     # ---- forward: each as in `Reference`, where the docstrings are ---------------------------------------------------
 
-    def _prologue(self, source: Source, convs: Sequence[Conv]) -> Configuration | None:
+    def _prologue(self, source: Source, convs: Sequence[Conv]) -> Choice | None:
         """The choice for the first convolution where its prologue makes the activation; None where a pass does."""
         first = convs[0]
         if source.residual is None:
@@ -82,14 +76,27 @@ class FusedConvolutions(Reference, ABC):
             return None
         return self._choose("fprop", source.x, first.weight, first.geometry, kind)
 
+    def as_read(self, source: Source, convs: Sequence[Conv | ConvOutput], kept: bool) -> Source:
+        """As in `Reference`. cuDNN's prologue rounds scale and bias.
+
+        The same rounding is then that of every kernel of the node, of whichever backend, forward and backward, so that all see one
+        mask: a product of two rounded numbers is exact in float32. What a pass writes is of unrounded ones.
+        """
+        if kept or not source.pending or self._choose("fprop", source.x, convs[0].weight, convs[0].geometry, "norm") != CUDNN:
+            return source
+        return as_cudnn_reads(source)
+
     def keeps_act(self, source, convs):
         return self._prologue(source, convs) is None
 
     def convolve(self, source, convs, write_act):
+        source = self.as_read(source, convs, kept=write_act or source.residual is not None)
         act, mask, pendings = source.x, None, []
         if source.pending:
             pointwise = is_pointwise(convs[0].weight, convs[0].geometry)
             configuration = self._prologue(source, convs) if pointwise or not write_act else None
+            if configuration == CUDNN and write_act:  # which it can't
+                configuration = None
             if configuration is not None:
                 pending, act, mask = self._fprop(source, convs[0], configuration, write_act)
                 pendings.append(pending)
@@ -107,11 +114,14 @@ class FusedConvolutions(Reference, ABC):
         return pendings, act, mask
 
     def _fprop(
-        self, source: Source, conv: Conv, configuration: Configuration, write_act: bool
+        self, source: Source, conv: Conv, configuration: Choice, write_act: bool
     ) -> tuple[Pending, Tensor | None, Tensor | None]:
+        norm, save_mask = conv.norm, source.residual is not None
+        if configuration == CUDNN:
+            y, *sums = cudnn.fprop(source, conv.weight, conv.geometry)
+            return Pending(y, *self._moments_of_sums(y, *sums, norm)), None, None
         from ..kernels.fprop import fprop
 
-        norm, save_mask = conv.norm, source.residual is not None
         y, act, mask, moments = fprop(
             source, conv.weight, conv.geometry, write_act, save_mask, configuration, allow_tf32()
         )
@@ -119,9 +129,18 @@ class FusedConvolutions(Reference, ABC):
             return Pending(y, *self.merge_moments(*moments, norm.gamma, norm.beta, norm.eps)), act, mask
         return Pending(y, *self.running_stats(norm, y.dtype)), act, mask
 
+    def _moments_of_sums(self, y: Tensor, total: Tensor, squares: Tensor, norm: Norm) -> tuple[Tensor, ...]:
+        """(mean, invstd, var, scale, bias) of y, of which Σ y and Σ y² are known."""
+        if not norm.training:
+            return self.running_stats(norm, y.dtype)
+        from ..kernels.square_sums import moments_of_sums
+
+        return moments_of_sums(y, total, squares, norm.gamma, norm.beta, norm.eps)
+
     # ---- backward ----------------------------------------------------------------------------------------------------
 
     def convolve_backward(self, source, act, mask, outputs, dact, need_dx):
+        source = self.as_read(source, outputs, kept=act is not None)
         used = [output for output in outputs if output.dz is not None]
         gradients, dys = (None,) * 4, [None] * len(used)
         if need_dx:
@@ -147,6 +166,8 @@ class FusedConvolutions(Reference, ABC):
             kind = "norm_add_raw" if source.residual_mean is not None else "norm" if mask is None else "norm_add"
         projection = (stride, others[0].weight.shape[0]) if stride else ()
         configuration = self._choose("dgrad", source.x, main.weight, main.geometry, kind, adds, *projection)
+        if configuration == CUDNN:
+            stride = 0  # it adds whole tensors
         if configuration is None:
             dys = [self._dy(output) for output in outputs]
             dxs = [convolution_backward(source.x, dy, output, True, False)[0] for dy, output in zip(dys, outputs, strict=True)]
@@ -160,6 +181,9 @@ class FusedConvolutions(Reference, ABC):
                 dx = convolution_backward(source.x, dy, other, True, False)[0]
                 dact = dx if dact is None else dact + dx
             dys.append(dy)
+        if configuration == CUDNN:
+            dy = self._dy(main)
+            return cudnn.dgrad(source, mask, dy, main.weight, main.geometry, dact), [dy, *dys]
         from ..kernels.dgrad import dgrad
 
         # Overlapping windows would apply the norm's backward to a pixel again and again, and wgrad wants dy written anyway.
@@ -176,7 +200,7 @@ class FusedConvolutions(Reference, ABC):
         stride = output.geometry.stride[0]
         read = x[:, :, ::stride, ::stride]  # for its shape: nothing is read
         plain = output._replace(geometry=ConvGeometry([1, 1], [0, 0], [1, 1], 1))
-        configuration = self._choose("dgrad", read, plain.weight, plain.geometry, "act")
+        configuration = self._choose("dgrad", read, plain.weight, plain.geometry, "act")  # never cuDNN: nothing is fused to it
         if configuration is None:
             dy = self._dy(output)
             return convolution_backward(read, dy, plain, True, False)[0], dy
@@ -196,7 +220,9 @@ class FusedConvolutions(Reference, ABC):
         configuration = self._choose(
             "wgrad", source.x, output.weight, output.geometry, "norm" if act is None else "act"
         )
-        if configuration is None:
+        if configuration == CUDNN and self._choose("fprop", source.x, output.weight, output.geometry, "norm") == CUDNN:
+            return cudnn.wgrad(source, dy, output.weight, output.geometry)
+        if configuration in (None, CUDNN):  # cuDNN would round coefficients that this node's forward did not
             if act is None:
                 act, _ = self.norm_add_act(source.x, source.scale, source.bias, None, None, None, relu=True, save_mask=False)
             return convolution_backward(act, dy, output, False, True)[1]

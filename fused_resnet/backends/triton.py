@@ -41,7 +41,7 @@ class Triton(FusedConvolutions, PassesTriton):
     def choose(self, task: Task, device: torch.device) -> Configuration | None:
         """The configuration that was measured for the task, though the passes may have been faster; else the rule of thumb."""
         entry = measured(device).entry(task)
-        if entry and entry.configuration:
+        if entry and isinstance(entry.configuration, Configuration):
             return entry.configuration
         rule = heuristics.configuration(task, capability(device))
         return _interpreted(task, rule) if device.type == "cpu" else rule

@@ -1,5 +1,7 @@
-"""The backends `tuned_cuda` and `tuned_triton`: for each convolution what was measured to be faster, a Triton kernel or the passes."""
+"""The backends `tuned_cuda` and `tuned_triton`: for each convolution what was measured to be fastest: Triton, cuDNN or the passes."""
 
+from ..tuning import CUDNN
+from . import cudnn
 from .convolutions import FusedConvolutions
 from .passes_cuda import PassesCuda
 from .passes_triton import PassesTriton
@@ -11,7 +13,10 @@ class Tuned(FusedConvolutions):
 
     def choose(self, task, device):
         entry = measured(device).entry(task)
-        return entry.configuration if entry else None
+        choice = entry.configuration if entry else None
+        if choice == CUDNN and cudnn.refusal(task, device):  # measured with another cuDNN than is here
+            return None
+        return choice
 
 
 class TunedCuda(Tuned, PassesCuda):

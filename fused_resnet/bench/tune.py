@@ -4,7 +4,8 @@ Every candidate runs as it would in the network, by the backend's own code: what
 its results, with the passes that one candidate needs and another does not. So the candidates of a task are
 
 - `passes`: the framework's convolution, with a pass before or behind it;
-- the Triton kernel with each of a few configurations (`tuning.heuristics.candidates`).
+- the Triton kernel with each of a few configurations (`tuning.heuristics.candidates`);
+- `cudnn`: a fused graph of cuDNN, where there is one and cuDNN takes it.
 
 All must agree with `passes` before any is timed. What a task's neighbours were found to be is used while it is timed, so
 activations that exist come before those that are still to be made.
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 
 from ..backends import BACKENDS, TUNED, backend
 from ..backends.convolutions import FusedConvolutions
+from ..backends.cudnn import machine_refusal, refusal
 from ..backends.triton import capability
 from ..problem import ConvProblem
 from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Reference, Source, nhwc
-from ..tuning import Configuration, Entry, Table, Task, heuristics
+from ..tuning import CUDNN, Choice, Entry, Table, Task, heuristics
 from . import passes
 from .timing import Times, attempt, measure
 from .trace import scalar
@@ -61,6 +63,9 @@ def tasks_of(make: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch
 
         def choose(self, task, device):
             found[replace(task, conv=replace(task.conv, n=shape[0]))] += 1
+
+        def as_read(self, source, convs, kept):
+            return source  # which asks for nothing
 
         def keeps_act(self, source, convs):
             return False  # so that it is asked for prologues
@@ -131,7 +136,7 @@ class Trial:
             return source._replace(residual=residual)
         return Source(*source[:5], residual, *self._statistics(residual))
 
-    def call(self, choice: Configuration | None) -> Callable[[], tuple[Tensor | None, ...]]:
+    def call(self, choice: Choice | None) -> Callable[[], tuple[Tensor | None, ...]]:
         """The task's work, done with that choice."""
         task, table = self.task, self._table
 
@@ -144,6 +149,15 @@ class Trial:
 
         candidate = Candidate()
         return lambda: self._run(candidate)
+
+    def cudnn_refusal(self) -> str | None:
+        """Why cuDNN is no candidate; None where it is."""
+        task = self.task
+        if (task.kind, task.source) == ("wgrad", "norm"):
+            fprop = self._table.entry(replace(task, kind="fprop"))
+            if fprop is None or fprop.configuration != CUDNN:
+                return "its fprop is not cuDNN's, which alone rounds the coefficients so"
+        return refusal(task, self.device)
 
     def _fprop(self) -> Work:
         conv = Conv(self.weight, Norm(*self._vectors(self.task.conv.k), None, None, True, EPS), self.geometry)
@@ -186,7 +200,12 @@ class Trial:
         output = self._output(self.task.conv, self.weight, self.geometry)
         act = self.source.x if self.task.source == "act" else None
         dy = self._tensor(*output.y.shape)
-        return lambda candidate: (candidate._weight_gradient(self.source, act, dy, output),)
+
+        def run(candidate):
+            source = candidate.as_read(self.source, [output], kept=act is not None)
+            return (candidate._weight_gradient(source, act, dy, output),)
+
+        return run
 
 
 @dataclass(frozen=True)
@@ -214,9 +233,14 @@ def tune(task: Task, table: Table, device: torch.device, most: int, repeats: int
     """Check and time the first `most` candidates of a task against the passes; the best goes into `table`."""
     trial = Trial(task, table, device)
     configurations = heuristics.candidates(task, capability(device))[:most]
-    choices: dict[str, Configuration | None] = {"passes": None} | {str(c): c for c in configurations}
+    choices: dict[str, Choice | None] = {"passes": None} | {str(c): c for c in configurations}
     expected: list[Tensor | None] = []
     calls, failed = {}, {}
+    if reason := trial.cudnn_refusal():
+        if not machine_refusal(device):  # which is one sentence for all tasks
+            failed[CUDNN] = f"unsupported: {reason}"
+    else:
+        choices[CUDNN] = CUDNN
     ends = time.monotonic() + limit_s
     for name, choice in choices.items():
         call, results = trial.call(choice), []

@@ -1,4 +1,4 @@
-"""`fused-resnet tune`: measures which convolutions of a network are faster as Triton kernels, and keeps what it found."""
+"""`fused-resnet tune`: measures which convolutions of a network are faster as Triton kernels or cuDNN's graphs, and keeps what it found."""
 
 import argparse
 import importlib.metadata
@@ -13,17 +13,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as TextTable
 
 from .. import backends, models
+from ..backends.cudnn import machine_refusal
 from ..bench.machine import current_commit
 from ..bench.schema import DATE_FORMAT
 from ..bench.table import console, number
 from ..bench.tune import Outcome, in_order, tasks_of, tune
+from ..cudnn.probe import faults
 from ..tuning import Entry, Table, Task
 from ..tuning.table import Meta, TableError, path_of, read_table, write_table
 from ..tuning.task import KINDS
 from .arguments import Unavailable, blaming, device, one_of, positive
 
 DESCRIPTION = """Times every convolution of a network's training step, forward and backward, as
-the passes do it and as a Triton kernel with several tilings, each checked
+the passes do it, as a Triton kernel with several tilings and as cuDNN's graph, each checked
 first, and writes the fastest of each to a table in the user's cache, which the
 backend `tuned`, and so `auto`, reads from then on. It goes on where it stopped:
 what the table has is not measured again, unless --again.
@@ -87,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         date = datetime.now(timezone.utc).strftime(DATE_FORMAT)
         write_table(path, Meta(name, torch.__version__, importlib.metadata.version("triton"), commit, date), table)
 
+    print(cudnn_answers(dtype, where), file=sys.stderr)
     outcomes = _tune(todo, table, where, args, keep)
     backends.forget_choices()
     _print(tasks, table, outcomes, on_gpu)
@@ -94,6 +97,15 @@ def run(args: argparse.Namespace) -> int:
     print(f"{path}: {len(outcomes)} tasks measured" + (f", {left} left: run it again to go on" if left else ""))
     wrong = any(status.startswith("wrong") for outcome in outcomes.values() for status in outcome.failed.values())
     return int(wrong or any(outcome.entry is None for outcome in outcomes.values()))
+
+
+def cudnn_answers(dtype: torch.dtype, where: torch.device) -> str:
+    """What cuDNN's fused graphs are good for here, in a dtype: asked and tried before anything is timed, never assumed."""
+    if reason := machine_refusal(where):
+        return f"cuDNN's graphs are no candidates: {reason}"
+    found = faults(str(dtype).removeprefix("torch."), where)
+    refused = [f"\n  {graph}: {reason}" for graph, reason in found.items() if reason]
+    return f"cuDNN's graphs: {len(found) - len(refused)} of {len(found)} may be candidates" + "".join(refused)
 
 
 def _tune(todo: list[Task], table: Table, where: torch.device, args: argparse.Namespace, keep) -> dict[Task, Outcome]:

@@ -14,6 +14,7 @@ kernels:
 | `elements` | ReLU, its mask and the packing of it: device functions that the kernels share |
 | `tiling` | how much of the matrix a program takes: pure functions of the shape and the number of multiprocessors |
 | `batch_stats` | mean and variance, and the affine map of the norm |
+| `square_sums` | the same from Σ y and Σ y², which cuDNN's graphs hand out |
 | `norm_add_act` | norm + residual + ReLU |
 | `norm_backward` | the backward reduction (dz, s1, s2), and batch norm's backward |
 | `fprop` | convolution with norm + residual + ReLU on load and the statistics of its output |

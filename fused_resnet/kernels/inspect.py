@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from .. import binary, roofline
 from ..tuning import heuristics
-from . import avg_pool, batch_stats, max_pool, networks, norm_add_act, norm_backward
+from . import avg_pool, batch_stats, max_pool, networks, norm_add_act, norm_backward, square_sums
 from .launch import INTERPRETED, Launch, packed_mask, recording
 
 #: Architectures that the table has: Ampere's A100, Hopper.
@@ -73,6 +73,7 @@ def record(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> list[Launch]
         for parameters in ((gamma, beta), (None, None)):
             batch_stats.batch_stats(x, *parameters, 1e-5)
             batch_stats.merge_moments(counts, moments, moments, *parameters, 1e-5)
+            square_sums.moments_of_sums(x, s1, s2, *parameters, 1e-5)
             norm_backward.norm_backward_apply(x, x, mean, invstd, parameters[0], s1, s2)
         for relu in (True, False):
             norm_add_act.norm_add_act(x, scale, bias, None, None, None, relu, False)

@@ -11,9 +11,10 @@ The backend is resolved once per call, before the operator is entered, and hande
 import torch
 from torch import Tensor
 
-from ..backends import resolve
+from ..backends import BACKENDS, resolve
 from ..reference import Conv, ConvGeometry, Norm, Pending, Source, unpack_mask
 from . import norm as _norm  # noqa: F401  (registers the operators)
+from .checks import check_conv
 from .convolve import OPERATORS
 from .library import overload
 
@@ -22,6 +23,7 @@ __all__ = [
     "ConvGeometry",
     "Norm",
     "Pending",
+    "conv_norm_add_act",
     "conv_stats",
     "conv_stats_pair",
     "norm_act_conv",
@@ -105,11 +107,27 @@ def norm_add_act_avg_pool(x: Pending, residual: Pending | Tensor | None = None) 
     return overload("norm_add_act_avg_pool")(*source(x, residual), _backend(x.y))[0]
 
 
-def relu_mask(x: Pending, residual: Pending | Tensor | None = None) -> Tensor:
-    """The mask that backward applies to the gradient of relu(norm(x) + residual): bool [N, C, H, W]. For tests."""
+def conv_norm_add_act(x: Tensor, conv: Conv, residual: Tensor | None = None) -> Tensor | None:
+    """relu(norm(conv(x)) + residual) by running statistics, where the backend has one kernel for it; else None.
+
+    For inference alone: no gradient flows, and a compiler does not see it. x and residual are channels_last.
+    """
+    shape = check_conv(x, conv)
+    fits = residual is None or (tuple(residual.shape) == tuple(shape) and residual.dtype == x.dtype and residual.device == x.device)
+    return BACKENDS[_backend(x)].conv_norm_add_act(x, conv, residual) if fits and not conv.norm.training else None
+
+
+def relu_mask(x: Pending, residual: Pending | Tensor | None = None, conv: Conv | None = None) -> Tensor:
+    """The mask that backward applies to the gradient of relu(norm(x) + residual): bool [N, C, H, W]. For tests.
+
+    `conv` is the convolution where `norm_act_conv` reads the activation, whose kernels may round the norm's coefficients.
+    """
     given = source(x, residual)
     with torch.no_grad():
         backend = _backend(given.x)
+        if conv is not None:
+            implementation = BACKENDS[backend]
+            given = implementation.as_read(given, [conv], implementation.keeps_act(given, [conv]))
         if residual is None:
             ones = torch.ones_like(given.x)
             return overload("norm_add_act_backward")(ones, *given, ones.new_empty(0, dtype=torch.uint8), True, backend)[0] > 0

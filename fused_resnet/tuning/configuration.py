@@ -1,6 +1,10 @@
 """The shape of one program of an implicit-GEMM kernel."""
 
 from dataclasses import asdict, dataclass
+from typing import Literal
+
+#: A task is done by a graph of cuDNN, which has no tiles of ours to choose.
+CUDNN = "cudnn"
 
 
 @dataclass(frozen=True)
@@ -25,3 +29,7 @@ class Configuration:
     def __str__(self) -> str:
         split = f", {self.splits} splits" if self.splits > 1 else ""
         return f"{self.block_m}x{self.block_n}x{self.block_k}, {self.warps} warps, {self.stages} stages{split}"
+
+
+#: What a task may be done by, beside the passes and the framework's convolution: a Triton kernel with these tiles, or cuDNN.
+Choice = Configuration | Literal["cudnn"]

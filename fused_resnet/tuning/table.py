@@ -1,6 +1,8 @@
 """Measured choices: a JSON file for each GPU, shipped with the package or made by `fused-resnet tune` in the user's cache.
 
     {"version": 1, "device": "NVIDIA H100 80GB HBM3", …, "entries": [{"task": …, "configuration": …, "ms": …, "passes_ms": …}]}
+
+A configuration is an object of tiles, "cudnn" (since version 2), or null where the passes are faster.
 """
 
 import json
@@ -15,10 +17,10 @@ from typing import Any
 from .. import environment
 from ..files import replace_file
 from ..problem import ConvProblem
-from .configuration import Configuration
+from .configuration import CUDNN, Choice, Configuration
 from .task import Task
 
-VERSION = 1
+VERSION = 2
 SHIPPED = Path(__file__).parent / "tables"
 #: A choice serves batches up to this many times smaller or larger than the one that was measured.
 REACH = 2.0
@@ -33,7 +35,7 @@ class Entry:
     """What was measured of a task. `configuration` is None where the passes and the framework's convolution are faster."""
 
     task: Task
-    configuration: Configuration | None
+    configuration: Choice | None
     ms: float  #: of the choice
     passes_ms: float
 
@@ -122,7 +124,7 @@ def task_of(values: Any, place: str) -> Task:
 def _entry(values: Any, place: str) -> Entry:
     values = dict(_object(values, place))
     values["task"] = task_of(values.get("task"), f"{place}.task")
-    if values.get("configuration") is not None:
+    if values.get("configuration") not in (None, CUDNN):
         values["configuration"] = _made(Configuration, values["configuration"], f"{place}.configuration")
     return _made(Entry, values, place)
 

@@ -1,0 +1,54 @@
+"""The backend `cudnn`: cuDNN's fused graphs wherever cuDNN takes them. See docs/backends.md."""
+
+import torch
+
+from .. import cudnn
+from ..cudnn import work
+from ..tuning import CUDNN, Task
+from .convolutions import FusedConvolutions
+from .passes_triton import PassesTriton
+
+
+def machine_refusal(device: torch.device) -> str | None:
+    """Why cuDNN's graphs do nothing at all on a device; None where it may be asked for each."""
+    return cudnn.declines() if device.type == "cuda" else f"cuDNN runs on CUDA GPUs, not on {device.type!r}"
+
+
+def refusal(task: Task, device: torch.device) -> str | None:
+    """Why cuDNN does not do a task on a device; None where it does. What cuDNN is asked for is built, and tried, once."""
+    return machine_refusal(device) or cudnn.refusal(task, device)
+
+
+class Cudnn(FusedConvolutions, PassesTriton):
+    """Convolutions, norms that are applied and batch norm's backward by cuDNN; what it refuses, as passes in Triton."""
+
+    name = "cudnn"
+
+    def _declines_here(self, device, dtype):
+        return machine_refusal(device) or super()._declines_here(device, dtype) or self._declines_dtype(device, dtype)
+
+    def _declines_dtype(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Which graphs take a dtype on a GPU is never assumed: each is tried on a small problem."""
+        from ..cudnn.probe import faults
+
+        name = str(dtype).removeprefix("torch.")
+        found = faults(name, device)
+        if all(found.values()):
+            return f"cuDNN takes no graph of {name} on this GPU: " + "; ".join(f"{graph}: {why}" for graph, why in found.items())
+        return None
+
+    def choose(self, task, device):
+        return None if refusal(task, device) else CUDNN
+
+    def norm_add_act(self, x, scale, bias, residual, residual_scale, residual_bias, relu, save_mask):
+        # Only where the mask is saved: cuDNN may round x·scale before it adds, and a mask that is made again would not know.
+        made = work.norm_add_act(x, scale, bias, residual, residual_scale, residual_bias) if save_mask else None
+        return made or super().norm_add_act(x, scale, bias, residual, residual_scale, residual_bias, relu=relu, save_mask=save_mask)
+
+    def conv_norm_add_act(self, x, conv, residual):
+        scale, bias = self.running_stats(conv.norm, x.dtype)[3:]
+        return work.conv_norm_add_act(x, conv.weight, conv.geometry, scale, bias, residual)
+
+    def norm_backward_apply(self, dz, y, mean, invstd, gamma, s1, s2):
+        made = work.norm_backward_apply(dz, y, mean, invstd, gamma, s1, s2)
+        return super().norm_backward_apply(dz, y, mean, invstd, gamma, s1, s2) if made is None else made

@@ -1,0 +1,13 @@
+"""cuDNN's runtime-fused graphs, through `nvidia-cudnn-frontend` (pip install 'fused_resnet[cudnn]'). See docs/backends.md.
+
+- `library`: whether the package and the library are there, and a handle for each thread and device
+- `graphs`: what there is a graph for, and one builder for each
+- `plans`: plans are built once, kept in the process and in the user's cache; refusals are remembered with their reasons
+- `work`: what a convolution's task asks of a graph, and how it is called
+- `probe`: which graphs cuDNN accepts here, and whether they are right
+"""
+
+from .library import declines
+from .work import dgrad, fprop, refusal, wgrad
+
+__all__ = ["declines", "dgrad", "fprop", "refusal", "wgrad"]
