@@ -4,5 +4,6 @@ from .activation import Activation
 from .block import Block
 from .chain import Stage
 from .network import ResidualNetwork
+from .preact import PreActivation
 
-__all__ = ["Activation", "Block", "ResidualNetwork", "Stage"]
+__all__ = ["Activation", "Block", "PreActivation", "ResidualNetwork", "Stage"]

@@ -100,15 +100,17 @@ def is_global_avg_pool(module: nn.Module | None) -> bool:
     return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)) and not observed(module)
 
 
-def conv_and_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Conv:
-    """The two modules as an operator takes them, the weight in `dtype`."""
+def norm_of(norm: nn.Module) -> Norm:
+    """A norm as an operator takes it."""
     training = uses_batch(norm)
     running = (None, None) if training else (norm.running_mean, norm.running_var)
-    return Conv(
-        conv.weight.to(dtype),
-        Norm(norm.weight, norm.bias, *running, training, norm.eps),
-        ConvGeometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups),
-    )
+    return Norm(norm.weight, norm.bias, *running, training, norm.eps)
+
+
+def conv_and_norm(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype) -> Conv:
+    """The two modules as an operator takes them, the weight in `dtype`."""
+    geometry = ConvGeometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+    return Conv(conv.weight.to(dtype), norm_of(norm), geometry)
 
 
 def uses_batch(norm: nn.Module) -> bool:
@@ -147,15 +149,15 @@ def why_not(requirements: Iterable[Requirement], names: Mapping[nn.Module, str])
             name = names.get(module, "a module")
             if module is not None and any(observed(m) for m in module.modules()):
                 return f"{name} has a hook, or is compiled by itself"
-            return f"{name} is {type(module).__name__}, not {_WANTED[fits]}"
+            return f"{name} is {type(module).__name__}, {_WANTED[fits]}"
     return None
 
 
 _WANTED = {
-    is_conv: "an nn.Conv2d without bias, padded with zeros",
-    is_norm: "an nn.BatchNorm2d",
-    is_norm_act: "a BatchNormAct2d with an nn.ReLU",
-    is_relu: "an nn.ReLU",
-    is_unobserved: "free of hooks",
-    is_nothing: "absent: it stands where the operators have norm, addition and ReLU in one",
+    is_unobserved: "not free of hooks",
+    is_conv: "not an nn.Conv2d without bias, padded with zeros",
+    is_norm: "not an nn.BatchNorm2d",
+    is_norm_act: "not a BatchNormAct2d with an nn.ReLU",
+    is_relu: "not an nn.ReLU",
+    is_nothing: "for which the operators have no step",
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..backends import resolve
 from ..reference import Conv, ConvGeometry, Norm, Pending, Source, unpack_mask
 from . import norm as _norm  # noqa: F401  (registers the operators)
+from . import norm_act as _norm_act  # noqa: F401
 from .convolve import OPERATORS
 from .library import overload
 
@@ -24,6 +25,7 @@ __all__ = [
     "Pending",
     "conv_stats",
     "conv_stats_pair",
+    "norm_act",
     "norm_act_conv",
     "norm_act_max_pool",
     "norm_add_act",
@@ -93,6 +95,12 @@ def norm_add_act_conv_pair(
 def norm_add_act(x: Pending, residual: Pending | Tensor | None = None, relu: bool = True) -> Tensor:
     """relu(norm(x) + residual) as a tensor, for whoever asks for one. Without `relu`, norm(x) + residual."""
     return overload("norm_add_act")(*source(x, residual), relu, _backend(x.y))[0]
+
+
+def norm_act(x: Tensor, norm: Norm) -> tuple[Tensor, Pending]:
+    """act = relu(norm(x)) of a tensor x, with ordinary gradients -> (act, the statistics of x; their y is x itself)."""
+    act, *vectors = overload("norm_act")(x, *norm[:6], _backend(x))
+    return act, Pending(x, *vectors)
 
 
 def norm_act_max_pool(x: Pending, kernel_size: int = 3, stride: int = 2, padding: int = 1) -> Tensor:
