@@ -127,8 +127,9 @@ def batch_statistics(norm: nn.BatchNorm2d, out: Pending) -> tuple[BatchStatistic
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast has convolutions of x run in; None where it is off, or leaves x as it is."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
     return None
 
 

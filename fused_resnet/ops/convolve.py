@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Pending, Source, accumulate_dtype
 from .checks import check_conv, check_source
-from .library import channels_last, define, empty_nhwc, nothing, overload
+from .library import channels_last, define, empty_nhwc, nothing, call
 
 PENDING = ("mean", "invstd", "scale", "bias")
 RESIDUAL = ("residual", "residual_mean", "residual_invstd", "residual_scale", "residual_bias")
@@ -202,7 +202,7 @@ class Operator:
         if dact is None and all(output is None for output in outputs[:: 14]):
             return (None,) * len(needs)
         mask = nothing(act, torch.uint8) if mask is None else mask
-        results = overload(f"{self.name}_backward")(*source[: self.source_arity], act, mask, *outputs, dact, need_dx, ctx.backend)
+        results = call(f"{self.name}_backward")(*source[: self.source_arity], act, mask, *outputs, dact, need_dx, ctx.backend)
         (dx, s1, s2, residual_s2), dws = results[:4], results[4:]
         dx, s1, s2 = (dx, s1, s2) if need_dx else (None, None, None)
         result = [dx]

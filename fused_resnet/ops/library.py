@@ -8,6 +8,7 @@ from torch import Tensor
 
 NAMESPACE = "fused_resnet"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_DIRECT: dict[str, Callable[..., Any]] = {}
 
 
 def define(
@@ -26,8 +27,75 @@ def define(
     LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", backward or _refuse(name), setup_context=setup_context, lib=LIBRARY
+    node = _node(name, backward or _refuse(name))
+    LIBRARY.impl(name, _differentiable(node, _below_autograd(name), setup_context), "Autograd")
+    _DIRECT[name] = _differentiable(node, implementation, setup_context)
+
+
+def _node(name: str, backward: Callable[..., Any]) -> type[torch.autograd.Function]:
+    """The operator in autograd's graph. Its forward is handed what runs, and what saves for backward, with the arguments."""
+
+    def forward(ctx: Any, run: Callable[..., Any], setup_context: Callable[..., None] | None, *args: Any) -> Any:
+        output = run(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
+
+    def gradients(ctx: Any, *grads: Any) -> tuple:
+        return None, None, *backward(ctx, *grads)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    return type(f"{name}_node", (torch.autograd.Function,), members)
+
+
+def _below_autograd(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(name)(*args)
+
+    return run
+
+
+def _differentiable(
+    node: type[torch.autograd.Function], run: Callable[..., Any], setup_context: Callable[..., None] | None
+) -> Callable[..., Any]:
+    """`run` with a node of autograd where something wants a gradient.
+
+    `torch.library.register_autograd` does the same, and looks for default arguments at each call: 0.1 ms for our thirty, which have none.
+    """
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return node.apply(run, setup_context, *args)
+        return run(*args)
+
+    return call
+
+
+def call(name: str) -> Callable[..., Any]:
+    """The operator of that name, to be called.
+
+    Where nobody watches the dispatcher, its implementation is called without it: three trips of thirty arguments between Python and C++
+    cost more than all else that an operator does on the host.
+    """
+    direct = _DIRECT[name]
+
+    def run(*args: Any) -> Any:
+        return direct(*args) if _undispatched(args[0]) else overload(name)(*args)
+
+    return run
+
+
+def _undispatched(x: Tensor) -> bool:
+    """Whether an operator on x reaches its implementation and nothing else: no compiler, mode, profiler, subclass or fake is there."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not x.is_meta
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._autograd._profiler_enabled()
+        and torch._C._get_tracing_state() is None
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..reference import Norm, accumulate_dtype
 from .checks import check_activation, check_vector
-from .library import channels_last, define, empty_nhwc, overload
+from .library import channels_last, define, empty_nhwc, call
 
 
 def _check(x: Tensor, norm: Norm) -> None:
@@ -55,7 +55,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _formula(ctx: Any, dact: Tensor | None, *_: Any) -> tuple:
     if dact is None:
         return (None,) * 8
-    results = overload("norm_act_backward")(channels_last(dact), *ctx.saved_tensors, ctx.training, ctx.backend)
+    results = call("norm_act_backward")(channels_last(dact), *ctx.saved_tensors, ctx.training, ctx.backend)
     dx, s1, s2 = results
     dgamma, dbeta = (
         g.to(dtype) if needed and dtype is not None else None
