@@ -50,11 +50,13 @@ def report(model: nn.Module) -> Report:
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     rows, spoken_for = [], set()
     for name, module in model.named_modules():
-        reason = _why_not(module)
-        if reason is None or name in spoken_for:
+        reason = None if module in spoken_for else _why_not(module)
+        if reason is None:
             continue
-        if not isinstance(module, _NETWORKS):
-            spoken_for.update(f"{name}.{inner}" if name else inner for inner, _ in module.named_modules() if inner)
+        if isinstance(module, Block | PreActivation) or knows(module):
+            spoken_for.update(module.modules())
+        elif is_sequence(module):
+            spoken_for.update(m for m in module.modules() if is_sequence(m))
         implementation = "off" if reason else _implementation(module)
         if implementation == "off" and not reason:
             reason = "the backend in force leaves tensors of this device and dtype to PyTorch"
@@ -77,6 +79,8 @@ def _why_not(module: nn.Module) -> str | None:
         return "fuse(model) was not called on it"
     children = list(module.children())
     if any(isinstance(m, nn.Conv2d) for m in children) and any(is_norm_layer(m) for m in children):
+        if isinstance(module, torch.fx.GraphModule):
+            return "torch.fx has traced it, and runs its convolutions one by one: call fuse before"
         return f"{type(module).__name__} is no block that is known"
     return None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Pending, Source, accumulate_dtype
 from .checks import check_conv, check_source
-from .library import channels_last, define, empty_nhwc, nothing, call
+from .library import call, channels_last, define, empty_nhwc, nothing
 
 PENDING = ("mean", "invstd", "scale", "bias")
 RESIDUAL = ("residual", "residual_mean", "residual_invstd", "residual_scale", "residual_bias")

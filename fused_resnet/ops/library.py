@@ -27,25 +27,9 @@ def define(
     LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    node = _node(name, backward or _refuse(name))
-    LIBRARY.impl(name, _differentiable(node, _below_autograd(name), setup_context), "Autograd")
-    _DIRECT[name] = _differentiable(node, implementation, setup_context)
-
-
-def _node(name: str, backward: Callable[..., Any]) -> type[torch.autograd.Function]:
-    """The operator in autograd's graph. Its forward is handed what runs, and what saves for backward, with the arguments."""
-
-    def forward(ctx: Any, run: Callable[..., Any], setup_context: Callable[..., None] | None, *args: Any) -> Any:
-        output = run(*args)
-        if setup_context is not None:
-            setup_context(ctx, args, output)
-        return output
-
-    def gradients(ctx: Any, *grads: Any) -> tuple:
-        return None, None, *backward(ctx, *grads)
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
-    return type(f"{name}_node", (torch.autograd.Function,), members)
+    backward = backward or _refuse(name)
+    LIBRARY.impl(name, _differentiable(name, _below_autograd(name), setup_context, backward), "Autograd")
+    _DIRECT[name] = _differentiable(name, implementation, setup_context, backward)
 
 
 def _below_autograd(name: str) -> Callable[..., Any]:
@@ -57,19 +41,28 @@ def _below_autograd(name: str) -> Callable[..., Any]:
 
 
 def _differentiable(
-    node: type[torch.autograd.Function], run: Callable[..., Any], setup_context: Callable[..., None] | None
+    name: str, run: Callable[..., Any], setup_context: Callable[..., None] | None, backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """`run` with a node of autograd where something wants a gradient.
+    """`run` as a node of autograd where something wants a gradient.
 
     `torch.library.register_autograd` does the same, and looks for default arguments at each call: 0.1 ms for our thirty, which have none.
     """
 
-    def call(*args: Any) -> Any:
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = run(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    node = type(f"{name}_node", (torch.autograd.Function,), members)
+
+    def differentiable(*args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return node.apply(run, setup_context, *args)
+            return node.apply(*args)
         return run(*args)
 
-    return call
+    return differentiable
 
 
 def call(name: str) -> Callable[..., Any]:

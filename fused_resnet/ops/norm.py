@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..reference import Source, accumulate_dtype
 from .checks import check_pool, check_source
-from .library import channels_last, define, empty_nhwc, nothing, call
+from .library import call, channels_last, define, empty_nhwc, nothing
 
 SOURCE = "Tensor x, Tensor mean, Tensor invstd, Tensor scale, Tensor bias"
 RESIDUAL = (

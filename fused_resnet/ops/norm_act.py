@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..reference import Norm, accumulate_dtype
 from .checks import check_activation, check_vector
-from .library import channels_last, define, empty_nhwc, call
+from .library import call, channels_last, define, empty_nhwc
 
 
 def _check(x: Tensor, norm: Norm) -> None:
