@@ -11,7 +11,7 @@ import fused_resnet
 def shake(model: nn.Module) -> nn.Module:
     """Norms that do something: a gamma of zero, as some networks begin with, would make gradients of rounding noise."""
     for module in model.modules():
-        if hasattr(module, "running_var") and isinstance(module.weight, torch.Tensor):
+        if getattr(module, "running_var", None) is not None and module.weight is not None:
             with torch.no_grad():
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(0, 0.2)
@@ -31,10 +31,10 @@ def run(model: nn.Module, x: torch.Tensor, backend: str, call: str | None = None
     """One step: outputs, gradients of x and parameters, buffers. `call` names another method than forward."""
     torch.manual_seed(1)
     x = x.clone().requires_grad_()
-    with fused_resnet.backend(backend):
+    with fused_resnet.backend(backend):  # backward as well: activation checkpointing runs forward again in it
         outputs = tensors((model if call is None else getattr(model, call))(x))
-    torch.manual_seed(2)
-    sum((t * torch.randn_like(t)).sum() for t in outputs).backward()
+        torch.manual_seed(2)
+        sum((t * torch.randn(t.shape).to(t)).sum() for t in outputs).backward()  # drawn in float32: the same for all dtypes
     found = {f"output {i}": t.detach() for i, t in enumerate(outputs)} | {"dx": x.grad}
     found |= {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
     return found | dict(model.named_buffers())

@@ -100,10 +100,12 @@ def test_detection_backbone(trainable, cropped, images):
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet101"])
 def test_segmentation(name, cropped, images):
     """Dilated backbone and head, with the auxiliary output."""
-    plain = getattr(cropped.segmentation, name)(weights=None, weights_backbone=None, num_classes=3, aux_loss=True)
-    fused = fused_copy(shake(plain).double())
+    plain = shake(getattr(cropped.segmentation, name)(weights=None, weights_backbone=None, num_classes=3, aux_loss=True)).double()
+    for module in plain.modules():
+        if isinstance(module, nn.Dropout):  # draws in the order of memory, which differs
+            module.p = 0.0
+    fused = fused_copy(plain)
     assert {"backbone", "backbone.layer4.0", "classifier"} <= set(fused_rows(fused))
-    plain.double()
     assert_same_step(plain, fused, images)
 
 
@@ -112,8 +114,6 @@ def test_layer_getter_gives_what_is_asked_for_in_order(cropped, images):
 
     plain = IntermediateLayerGetter(cropped.resnet18().double(), {"maxpool": "p", "layer2": "q"})
     fused = fused_copy(plain)
-    a, b = run(plain, images, "off"), run(fused, images, "eager")
-    assert a.keys() == b.keys()
     with fused_resnet.backend("eager"):
         assert list(fused(images)) == ["p", "q"]
     assert_same_step(plain, fused, images)

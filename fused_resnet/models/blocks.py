@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..nn import Block, PreActivation
-from ..nn.modules import Requirement, is_norm, is_relu
+from ..nn.modules import Requirement, is_local_norm, is_norm, is_relu
 
 
 def conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -157,7 +157,7 @@ class PreActBlock(PreActivation):
         return None, self.downsample
 
     def norm_requirements(self) -> list[Requirement]:
-        return [(is_norm, self.bn1), (is_norm, self.bn2), (is_relu, self.relu)]
+        return [(is_local_norm, self.bn1), (is_norm, self.bn2), (is_relu, self.relu)]
 
     def forward_modules(self, x: Tensor) -> Tensor:
         act = self.relu(self.bn1(x))

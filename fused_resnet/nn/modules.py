@@ -48,10 +48,15 @@ def is_conv(module: nn.Module | None) -> bool:
 
 def is_norm(module: nn.Module | None) -> bool:
     """A norm that the operators can run: nn.BatchNorm2d itself, or torchvision's frozen one."""
-    return (type(module) is nn.BatchNorm2d or is_frozen(module)) and not observed(module)
+    return (type(module) is nn.BatchNorm2d or is_frozen_norm(module)) and not observed(module)
 
 
-def is_frozen(module: nn.Module | None) -> bool:
+def is_local_norm(module: nn.Module | None) -> bool:
+    """A norm of a tensor that exists, whose statistics no other process shares."""
+    return is_norm(module) and not isinstance(module, nn.SyncBatchNorm)
+
+
+def is_frozen_norm(module: nn.Module | None) -> bool:
     """torchvision's FrozenBatchNorm2d: buffers alone, and the running statistics also in training."""
     return _is(module, "torchvision.ops.misc", "FrozenBatchNorm2d")
 
@@ -115,12 +120,12 @@ def conv_and_norm(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype) -> Conv:
 
 def uses_batch(norm: nn.Module) -> bool:
     """Whether the batch's own statistics normalise."""
-    return (norm.training and not is_frozen(norm)) or norm.running_mean is None
+    return (norm.training and not is_frozen_norm(norm)) or norm.running_mean is None
 
 
 def batch_statistics(norm: nn.BatchNorm2d, out: Pending) -> tuple[BatchStatistics, ...]:
     """What `out` tells `norm`'s running statistics: nothing outside training."""
-    if not norm.training or is_frozen(norm) or not norm.track_running_stats:
+    if not norm.training or is_frozen_norm(norm) or not norm.track_running_stats:
         return ()
     return (BatchStatistics(norm, *moments(out)),)
 
@@ -158,6 +163,7 @@ _WANTED = {
     is_unobserved: "not free of hooks",
     is_conv: "not an nn.Conv2d without bias, padded with zeros",
     is_norm: "not an nn.BatchNorm2d",
+    is_local_norm: "not an nn.BatchNorm2d of one process",
     is_norm_act: "not a BatchNormAct2d with an nn.ReLU",
     is_relu: "not an nn.ReLU",
     is_nothing: "for which the operators have no step",
