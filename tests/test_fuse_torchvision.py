@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from swapped import assert_same_step, fused_copy, fused_rows, run, shake, tensors, why_not
+from swapped import assert_same_step, fused_copy, fused_rows, run, shake, why_not
 from torch import nn
 
 import fused_resnet
@@ -114,18 +114,22 @@ def test_layer_getter_gives_what_is_asked_for_in_order(cropped, images):
 
     plain = IntermediateLayerGetter(cropped.resnet18().double(), {"maxpool": "p", "layer2": "q"})
     fused = fused_copy(plain)
+    assert_same_step(plain, fused, images)
     with fused_resnet.backend("eager"):
         assert list(fused(images)) == ["p", "q"]
-    assert_same_step(plain, fused, images)
 
 
-def test_float32_in_tritons_interpreter(cropped, device):
-    """The kernels themselves, on a fused torchvision network of tiny width."""
-    plain = shake(cropped.resnet50(num_classes=4, width_per_group=8).to(device))
+def test_float32_in_tritons_interpreter(torchvision_models, device):
+    """The kernels themselves, on torchvision's blocks behind a stem: tiny, with every operator of a network."""
+    block = torchvision_models.resnet.BasicBlock
+    projection = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    stem = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)]
+    plain = shake(nn.Sequential(*stem, block(8, 8), block(8, 16, 2, projection), *head)).to(device)
     fused, truth = fused_copy(plain), copy.deepcopy(plain).double()
-    x = torch.randn(4, 3, 24, 24, device=device)
+    x = torch.randn(4, 3, 10, 12, device=device)
     expected, eager, ours = run(truth, x.double(), "off"), run(plain, x, "off"), run(fused, x, "passes_triton")
-    for name in ("output 0", "layer4.0.bn3.running_var", "bn1.running_mean"):
-        error, eagers = ((found[name] - expected[name]).norm() / expected[name].norm() for found in (ours, eager))
-        assert error <= max(2 * eagers, 2e-5), (name, error, eagers)
-    assert tensors(ours["gradient of conv1.weight"])[0].isfinite().all()
+    for name, value in expected.items():
+        if value.dtype == torch.float64:
+            error, eagers = ((found[name] - value).norm() / value.norm().clamp_min(1e-6) for found in (ours, eager))
+            assert error <= max(2 * eagers, 2e-5), (name, error, eagers)
