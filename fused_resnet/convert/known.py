@@ -30,13 +30,17 @@ class _Transparent:
         return self.original.forward(self, x)
 
 
+def _pairs(block: nn.Module, first: str, second: str) -> list[tuple[nn.Module, nn.Module]]:
+    """A block's modules first1, second1, first2, …: two pairs of them in a basic block, three in a bottleneck."""
+    modules = block._modules
+    return [(modules[f"{first}{i}"], modules[f"{second}{i}"]) for i in (1, 2, 3) if f"{second}{i}" in modules]
+
+
 class TorchvisionBlock(_Leaf, Block):
     """torchvision's BasicBlock or Bottleneck."""
 
     def branch(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [
-            (getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in range(1, 4 if "conv3" in self._modules else 3)
-        ]
+        return _pairs(self, "conv", "bn")
 
 
 class TimmBlock(TorchvisionBlock):
@@ -54,9 +58,7 @@ class TimmPreActBlock(_Leaf, PreActivation):
     """timm's PreActBasic or PreActBottleneck, whose norms hold their ReLU."""
 
     def layers(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [
-            (getattr(self, f"norm{i}"), getattr(self, f"conv{i}")) for i in range(1, 4 if "conv3" in self._modules else 3)
-        ]
+        return _pairs(self, "norm", "conv")
 
     def shortcut_modules(self) -> tuple[nn.Module | None, nn.Module | None]:
         if self.downsample is None:
