@@ -86,6 +86,22 @@ def test_a_hook_is_called_and_its_block_alone_falls_back_while_it_is_there(path,
     assert fused_rows(fused) == everything
 
 
+def test_a_stem_that_was_watched_when_fuse_was_called_is_fused_later():
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).double()
+    handle = stem[0].register_forward_hook(lambda *_: None)
+    fused_resnet.fuse(stem)
+    assert why_not(stem) == {"": "a member has a hook"}
+    handle.remove()
+    assert fused_rows(stem) == [""]
+
+
+def test_a_sequence_that_can_not_be_fused_says_why(images):
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    fused = fused_copy(plain)
+    assert "no nn.Conv2d without bias" in why_not(fused)[""]
+    assert_same_step(plain, fused, images)
+
+
 def test_backward_hooks_and_pre_hooks_too(resnet, images):
     for register in ("register_full_backward_hook", "register_forward_pre_hook", "register_full_backward_pre_hook"):
         fused, calls = fused_copy(resnet), []

@@ -8,9 +8,9 @@ from torch import nn
 from ..backends import resolve
 from ..nn import Block, PreActivation, ResidualNetwork
 from ..nn.chain import conv_norm_act_length, flatten, is_sequence
-from ..nn.modules import observed
+from ..nn.modules import compute_dtype, observed
 from .known import LayerGetter, TimmResNet, TorchvisionResNet, is_norm_layer, knowledge_of
-from .sequences import holds_layer
+from .sequences import holds_layer, may_hold_layer
 from .swap import Fused
 
 _NETWORKS = (ResidualNetwork, TorchvisionResNet, TimmResNet, LayerGetter)
@@ -72,9 +72,12 @@ def _why_not(module: nn.Module) -> str | None:
     if isinstance(module, _NETWORKS):
         return _stem_reason(module)
     if is_sequence(module):
-        if not holds_layer(module) or any(isinstance(m, Block | PreActivation) or knows(m) for m in module):
+        if not may_hold_layer(module):
             return None
-        return "" if fused else "fuse(model) was not called on it"
+        if holds_layer(module):
+            return "" if fused else "fuse(model) was not called on it"
+        watched = any(observed(m) for m in flatten(module))
+        return "a member has a hook" if watched else "no nn.Conv2d without bias, nn.BatchNorm2d and nn.ReLU follow each other"
     if knows(module):
         return "fuse(model) was not called on it"
     children = list(module.children())
@@ -105,8 +108,7 @@ def _implementation(module: nn.Module) -> str:
     weight = next(module.parameters(), None)
     if weight is None:
         return "off"
-    autocast = torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64
-    return resolve(weight.device, torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype)
+    return resolve(weight.device, compute_dtype(weight))
 
 
 def _original(module: nn.Module) -> type[nn.Module]:
