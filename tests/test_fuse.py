@@ -213,6 +213,14 @@ def test_double_backward_is_an_error_and_never_a_wrong_number(resnet, images):
         dx.square().sum().backward()
 
 
+def test_what_is_exported_has_no_operator_of_ours(resnet, images):
+    fused = fused_copy(resnet.eval())
+    with fused_resnet.backend("eager"):
+        program = torch.export.export(fused, (images,))
+    assert not any("fused_resnet" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(images), resnet(images))
+
+
 def test_compiles_whole(resnet, images):
     """One graph, and the same numbers; the compiler's own kernels are not at stake."""
     expected, fused = fused_copy(resnet), fused_copy(resnet)

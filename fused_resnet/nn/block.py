@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..backends import resolve
 from .activation import Activation
 from .modules import (
     Requirement,
@@ -18,6 +17,7 @@ from .modules import (
     is_nothing,
     is_relu,
     is_unobserved,
+    runs_modules,
     why_not,
 )
 
@@ -42,7 +42,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The block's output [N, K, P, Q] for an activation x [N, C, H, W]."""
         dtype = compute_dtype(x)
-        if resolve(x.device, dtype) == "off":
+        if runs_modules(x, dtype):
             return self.forward_modules(x)
         return self.advance(enter(x, dtype)).finish()
 

@@ -112,10 +112,14 @@ def norm_of(norm: nn.Module) -> Norm:
     return Norm(norm.weight, norm.bias, *running, training, norm.eps)
 
 
+def geometry(conv: nn.Conv2d) -> ConvGeometry:
+    """How a convolution moves over its input."""
+    return ConvGeometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+
+
 def conv_and_norm(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype) -> Conv:
     """The two modules as an operator takes them, the weight in `dtype`."""
-    geometry = ConvGeometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
-    return Conv(conv.weight.to(dtype), norm_of(norm), geometry)
+    return Conv(conv.weight.to(dtype), norm_of(norm), geometry(conv))
 
 
 def uses_batch(norm: nn.Module) -> bool:
@@ -143,9 +147,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return autocast_dtype(x) or x.dtype
 
 
+def runs_modules(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own modules run on x, in `dtype`: by choice, or since what is exported has to run without this package."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or resolve(x.device, dtype) == "off"
+
+
 def runs_fused(x: Tensor) -> bool:
-    """Whether the operators take x; else PyTorch's own modules do."""
-    return isinstance(x, Tensor) and x.is_floating_point() and resolve(x.device, compute_dtype(x)) != "off"
+    """Whether the operators take x, which may be anything that a module is called with; else PyTorch's own modules do."""
+    return isinstance(x, Tensor) and x.is_floating_point() and not runs_modules(x, compute_dtype(x))
 
 
 def why_not(requirements: Iterable[Requirement], names: Mapping[nn.Module, str]) -> str | None:

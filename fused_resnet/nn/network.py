@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ..backends import resolve
 from .block import enter
 from .chain import run
-from .modules import compute_dtype
+from .modules import compute_dtype, runs_modules
 
 
 class ResidualNetwork(nn.Module):
@@ -31,7 +30,7 @@ class ResidualNetwork(nn.Module):
         """Class scores [N, num_classes] of images x [N, C, H, W], in any layout; converted once, here, where it matters."""
         self._check_input(x)
         dtype = compute_dtype(x)
-        if resolve(x.device, dtype) == "off":
+        if runs_modules(x, dtype):
             return self._forward_modules(x)
         stem = [self.conv1, self.bn1, self.relu, *([] if self.maxpool is None else [self.maxpool])]
         return self.fc(torch.flatten(run([*stem, *self.stages(), self.avgpool], enter(x, dtype)).finish(), 1))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import Conv, ConvGeometry, Norm
+from ..ops import Conv, Norm
 from .activation import update_running_statistics
 from .block import enter
 from .modules import (
@@ -14,6 +14,7 @@ from .modules import (
     batch_statistics,
     compute_dtype,
     conv_and_norm,
+    geometry,
     is_conv,
     norm_of,
     runs_fused,
@@ -74,8 +75,7 @@ class PreActivation(nn.Module):
             out, residual = ops.conv_stats_pair(act, first, _conv(projection, None, x))
         else:
             out = ops.conv_stats(act, first)
-            residual = torch.conv2d(pool(act), projection.weight.to(x.dtype), None, *_conv(projection, None, x).geometry)
-            residual = enter(residual).x
+            residual = enter(torch.conv2d(pool(act), projection.weight.to(x.dtype), None, *geometry(projection))).x
         for (norm, conv), after in zip(rest, following[1:], strict=True):
             statistics += batch_statistics(norm, out)
             out = ops.norm_act_conv(out, _conv(conv, after, x))
@@ -87,7 +87,5 @@ def _conv(conv: nn.Conv2d, norm: nn.Module | None, x: Tensor) -> Conv:
     """A convolution with the norm behind it. Where there is none, one that changes nothing: scale 1, bias 0, exactly."""
     if norm is not None:
         return conv_and_norm(conv, norm, x.dtype)
-    mean, var = conv.weight.new_zeros(conv.out_channels), conv.weight.new_ones(conv.out_channels)
-    identity = Norm(None, None, mean.detach(), var.detach(), False, 0.0)
-    return Conv(conv.weight.to(x.dtype), identity, ConvGeometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups))
-
+    zeros, ones = conv.weight.new_zeros(conv.out_channels), conv.weight.new_ones(conv.out_channels)
+    return Conv(conv.weight.to(x.dtype), Norm(None, None, zeros, ones, False, 0.0), geometry(conv))
