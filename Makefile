@@ -60,10 +60,10 @@ $(VENV)/installed.stamp: $(NATIVE) $(CONSTRAINTS)
 	@$(VENV)/bin/python -c "from fused_resnet import native; print('native library:', native.load() or 'built')"
 	touch $@
 
-# torchvision has no build that goes with every PyTorch; the tests need no more than its Python code.
+# torchvision has no build that goes with every PyTorch; the tests need no more than its Python code. timm asks for torchvision.
 $(VENV)/tests.stamp: $(VENV)/installed.stamp
 	$(PIP) --no-build-isolation -e ".[test]"
-	$(PIP) --no-deps torchvision
+	$(PIP) --no-deps torchvision timm
 	touch $@
 
 build/native.stamp: $(NATIVE)

@@ -1,15 +1,33 @@
 """Fused ResNet training for PyTorch: conv + batch norm + ReLU + residual in one pass, as autograd operators.
 
     import fused_resnet
+    model = fused_resnet.fuse(model)                   # torchvision's or timm's ResNet, in place; or, from the start:
     model = fused_resnet.models.resnet50().cuda()      # torchvision's resnet50, argument for argument and key for key
     with fused_resnet.backend("passes"):               # optional: force an implementation
         loss = criterion(model(images), labels)
 
-Public: `models`, `functional`, `ops`, `nn`, `backend`, `__version__`. The rest may change.
+Public: `fuse`, `unfuse`, `report`, the modules `ConvBNAct2d`, `BasicBlock`, `Bottleneck`, `PreActBlock`, and `models`, `functional`,
+`ops`, `nn`, `backend`, `__version__`. The rest may change.
 """
 
 from . import functional, models, nn, ops
 from ._version import __version__
 from .backends import backend
+from .convert import fuse, report, unfuse
+from .models import BasicBlock, Bottleneck, ConvBNAct2d, PreActBlock
 
-__all__ = ["__version__", "backend", "functional", "models", "nn", "ops"]
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBNAct2d",
+    "PreActBlock",
+    "__version__",
+    "backend",
+    "functional",
+    "fuse",
+    "models",
+    "nn",
+    "ops",
+    "report",
+    "unfuse",
+]

@@ -17,6 +17,7 @@ ORDER = [
     ["ops"],
     ["nn"],
     ["functional", "models"],
+    ["convert"],
     [""],
     ["data"],
     ["train"],

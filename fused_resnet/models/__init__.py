@@ -5,7 +5,7 @@ Each builder makes an untrained network unless `weights` says otherwise; on a GP
 
 from torch import nn
 
-from .blocks import BasicBlock, Bottleneck, PlainBlock
+from .blocks import BasicBlock, Bottleneck, ConvBNAct2d, PlainBlock, PreActBlock
 from .cifar import (
     CifarResNet,
     plain20,
@@ -44,7 +44,10 @@ _BUILDERS = {
     )
 }  # fmt: skip
 
-__all__ = ["BasicBlock", "Bottleneck", "CifarResNet", "PlainBlock", "ResNet", "get_model", "list_models", *_BUILDERS]
+__all__ = [
+    "BasicBlock", "Bottleneck", "CifarResNet", "ConvBNAct2d", "PlainBlock", "PreActBlock", "ResNet", "get_model", "list_models",
+    *_BUILDERS,
+]  # fmt: skip
 
 
 def list_models() -> list[str]:

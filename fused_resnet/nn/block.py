@@ -6,9 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..backends import resolve
 from .activation import Activation
-from .modules import batch_statistics, compute_dtype, conv_and_norm, is_conv, is_norm, is_relu, observed
+from .modules import (
+    Requirement,
+    batch_statistics,
+    compute_dtype,
+    conv_and_norm,
+    is_conv,
+    is_norm,
+    is_nothing,
+    is_relu,
+    is_unobserved,
+    runs_modules,
+    why_not,
+)
 
 
 class Block(nn.Module):
@@ -31,7 +42,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The block's output [N, K, P, Q] for an activation x [N, C, H, W]."""
         dtype = compute_dtype(x)
-        if resolve(x.device, dtype) == "off":
+        if runs_modules(x, dtype):
             return self.forward_modules(x)
         return self.advance(enter(x, dtype)).finish()
 
@@ -46,18 +57,34 @@ class Block(nn.Module):
             out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
 
+    def relus(self) -> list[nn.Module]:
+        """The modules that stand for ReLU."""
+        return [self.relu]
+
+    def projection(self) -> tuple[nn.Module | None, nn.Module, nn.Module] | None:
+        """(a pool or None, convolution, norm) of a shortcut that is made of these; None for any other."""
+        shortcut = self.downsample
+        if not self.shortcut or not isinstance(shortcut, nn.Sequential) or not 2 <= len(shortcut) <= 3:
+            return None
+        *pools, conv, norm = shortcut
+        if not pools:
+            return None, conv, norm
+        return (None if is_nothing(pools[0]) else pools[0], conv, norm) if is_conv(conv) and is_norm(norm) else None
+
+    def requirements(self) -> list[Requirement]:
+        """What must be true of the modules of this block so that the operators can stand for them."""
+        projection = self.projection()
+        pairs = self.branch() + ([] if projection is None else [projection[1:]])
+        needed = [(fits, module) for pair in pairs for fits, module in zip((is_conv, is_norm), pair, strict=True)]
+        return needed + [(is_relu, module) for module in self.relus()] + [(is_unobserved, self.downsample)]
+
     def fusible(self) -> bool:
         """Whether the operators can stand for the modules of this block, and none of them is watched."""
-        convs_and_norms = self.branch() + ([tuple(self.downsample)] if self._projects() else [])
-        return (
-            all(is_conv(conv) and is_norm(norm) for conv, norm in convs_and_norms)
-            and is_relu(self.relu)
-            and not (self.downsample is not None and observed(self.downsample))
-        )
+        return all(fits(module) for fits, module in self.requirements())
 
-    def _projects(self) -> bool:
-        """Whether the shortcut is a convolution and a norm."""
-        return isinstance(self.downsample, nn.Sequential) and len(self.downsample) == 2
+    def why_not(self) -> str | None:
+        """Why this block runs PyTorch's own modules, in words; None where it need not."""
+        return why_not(self.requirements(), {module: name for name, module in self.named_modules()})
 
     def advance(self, a: Activation) -> Activation:
         """From the activation before this block to the one behind it, which stays pending."""
@@ -76,49 +103,29 @@ class Block(nn.Module):
         if exists:  # under autocast, PyTorch's modules may have made it in float32
             a = enter(a.x, compute_dtype(a.x))
         dtype = a.x.dtype if exists else a.x.y.dtype
-        conv, norm = conv_and_norm(*first, dtype), first[1]
-        if self.shortcut and self._projects():
-            projection = conv_and_norm(*self.downsample, dtype)
+        conv, norm, projection = conv_and_norm(*first, dtype), first[1], self.projection()
+        if projection is not None and projection[0] is None:
+            _, conv2, norm2 = projection
+            shortcut = conv_and_norm(conv2, norm2, dtype)
             if exists:
-                out, residual = ops.conv_stats_pair(a.x, conv, projection)
+                out, residual = ops.conv_stats_pair(a.x, conv, shortcut)
             else:
-                out, residual, _ = ops.norm_add_act_conv_pair(a.x, a.residual, conv, projection)
-            return out, residual, batch_statistics(norm, out) + batch_statistics(self.downsample[1], residual)
+                out, residual, _ = ops.norm_add_act_conv_pair(a.x, a.residual, conv, shortcut)
+            return out, residual, batch_statistics(norm, out) + batch_statistics(norm2, residual)
         if exists:
             out, act = ops.conv_stats(a.x, conv), a.x
         elif self.shortcut or a.residual is not None:
             out, act = ops.norm_add_act_conv(a.x, a.residual, conv)
         else:  # nobody but this convolution reads the activation
             out, act = ops.norm_act_conv(a.x, conv), None
-        residual = None
-        if self.shortcut:
-            residual = act if self.downsample is None else enter(self.downsample(act), dtype).x
-        return out, residual, batch_statistics(norm, out)
-
-
-class Stage(nn.Sequential):
-    """Blocks in a row. Between them activations stay pending; its own output is a tensor."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The output of the last block for an activation x."""
-        dtype = compute_dtype(x)
-        if resolve(x.device, dtype) == "off":
-            return super().forward(x)
-        a = enter(x, dtype)
-        for block in self:
-            a = advance(block, a)
-        return a.finish()
-
-
-def advance(module: nn.Module, a: Activation) -> Activation:
-    """Run `module` on `a` without making the activations between blocks; where a hook wants to see a tensor, it gets one."""
-    if observed(module) or not isinstance(module, Block | Stage):
-        return enter(module(a.finish()))
-    if isinstance(module, Block):
-        return module.advance(a)
-    for block in module:
-        a = advance(block, a)
-    return a
+        statistics = batch_statistics(norm, out)
+        if not self.shortcut or self.downsample is None:
+            return out, act if self.shortcut else None, statistics
+        if projection is None:
+            return out, enter(self.downsample(act), dtype).x, statistics
+        pool, conv2, norm2 = projection
+        residual = ops.conv_stats(enter(pool(act), dtype).x, conv_and_norm(conv2, norm2, dtype))
+        return out, residual, statistics + batch_statistics(norm2, residual)
 
 
 def enter(x: Tensor, dtype: torch.dtype | None = None) -> Activation:

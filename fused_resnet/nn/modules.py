@@ -1,11 +1,17 @@
 """Which of PyTorch's modules the operators can stand for, and their parameters as the operators take them."""
 
+from collections.abc import Callable, Iterable, Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from ..backends import resolve
 from ..ops import Conv, ConvGeometry, Norm, Pending
 from .activation import BatchStatistics, moments
+
+#: What a block asks of a module of its own: one of the predicates below, and the module.
+Requirement = tuple[Callable[[nn.Module | None], bool], nn.Module | None]
 
 _GLOBAL_HOOKS = (
     nn_module._global_forward_hooks,
@@ -24,6 +30,11 @@ def observed(module: nn.Module) -> bool:
     )
 
 
+def is_unobserved(module: nn.Module | None) -> bool:
+    """A module that nobody watches, or none."""
+    return module is None or not observed(module)
+
+
 def is_conv(module: nn.Module | None) -> bool:
     """A convolution that the operators can run: nn.Conv2d itself, without bias, padded with zeros by numbers."""
     return (
@@ -36,13 +47,44 @@ def is_conv(module: nn.Module | None) -> bool:
 
 
 def is_norm(module: nn.Module | None) -> bool:
-    """A norm that the operators can run: nn.BatchNorm2d itself."""
-    return type(module) is nn.BatchNorm2d and not observed(module)
+    """A norm that the operators can run: nn.BatchNorm2d itself, or torchvision's frozen one."""
+    return (type(module) is nn.BatchNorm2d or is_frozen_norm(module)) and not observed(module)
+
+
+def is_local_norm(module: nn.Module | None) -> bool:
+    """A norm of a tensor that exists, whose statistics no other process shares."""
+    return is_norm(module) and not isinstance(module, nn.SyncBatchNorm)
+
+
+def is_frozen_norm(module: nn.Module | None) -> bool:
+    """torchvision's FrozenBatchNorm2d: buffers alone, and the running statistics also in training."""
+    return _is(module, "torchvision.ops.misc", "FrozenBatchNorm2d")
+
+
+def is_norm_act(module: nn.Module | None) -> bool:
+    """timm's BatchNormAct2d with a ReLU: a norm and its activation in one module."""
+    return (
+        _is(module, "timm.layers.norm_act", "BatchNormAct2d")
+        and not observed(module)
+        and is_relu(module.act)
+        and is_nothing(module.drop)
+    )
+
+
+def _is(module: nn.Module | None, where: str, name: str) -> bool:
+    """Whether a module is of a class of another package, which need not be installed."""
+    cls = type(module)
+    return cls.__name__ == name and cls.__module__ == where
 
 
 def is_relu(module: nn.Module | None) -> bool:
     """nn.ReLU itself."""
     return type(module) is nn.ReLU and not observed(module)
+
+
+def is_nothing(module: nn.Module | None) -> bool:
+    """A place that nothing stands in."""
+    return module is None or (type(module) is nn.Identity and not observed(module))
 
 
 def is_max_pool(module: nn.Module | None) -> bool:
@@ -63,31 +105,75 @@ def is_global_avg_pool(module: nn.Module | None) -> bool:
     return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)) and not observed(module)
 
 
-def conv_and_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Conv:
-    """The two modules as an operator takes them, the weight in `dtype`."""
-    training = norm.training or norm.running_mean is None
+def norm_of(norm: nn.Module) -> Norm:
+    """A norm as an operator takes it."""
+    training = uses_batch(norm)
     running = (None, None) if training else (norm.running_mean, norm.running_var)
-    return Conv(
-        conv.weight.to(dtype),
-        Norm(norm.weight, norm.bias, *running, training, norm.eps),
-        ConvGeometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups),
-    )
+    return Norm(norm.weight, norm.bias, *running, training, norm.eps)
+
+
+def geometry(conv: nn.Conv2d) -> ConvGeometry:
+    """How a convolution moves over its input."""
+    return ConvGeometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+
+
+def conv_and_norm(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype) -> Conv:
+    """The two modules as an operator takes them, the weight in `dtype`."""
+    return Conv(conv.weight.to(dtype), norm_of(norm), geometry(conv))
+
+
+def uses_batch(norm: nn.Module) -> bool:
+    """Whether the batch's own statistics normalise."""
+    return (norm.training and not is_frozen_norm(norm)) or norm.running_mean is None
 
 
 def batch_statistics(norm: nn.BatchNorm2d, out: Pending) -> tuple[BatchStatistics, ...]:
     """What `out` tells `norm`'s running statistics: nothing outside training."""
-    if not norm.training or not norm.track_running_stats:
+    if not norm.training or is_frozen_norm(norm) or not norm.track_running_stats:
         return ()
     return (BatchStatistics(norm, *moments(out)),)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast has convolutions of x run in; None where it is off, or leaves x as it is."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
     return None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that convolutions of x run in: autocast's, where it is on."""
     return autocast_dtype(x) or x.dtype
+
+
+def runs_modules(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own modules run on x, in `dtype`: by choice, or since what is exported has to run without this package."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or resolve(x.device, dtype) == "off"
+
+
+def runs_fused(x: Tensor) -> bool:
+    """Whether the operators take x, which may be anything that a module is called with; else PyTorch's own modules do."""
+    return isinstance(x, Tensor) and x.is_floating_point() and not runs_modules(x, compute_dtype(x))
+
+
+def why_not(requirements: Iterable[Requirement], names: Mapping[nn.Module, str]) -> str | None:
+    """The first requirement that is not met, in words; None where all are. `names` are the modules' own."""
+    for fits, module in requirements:
+        if not fits(module):
+            name = names.get(module, "a module")
+            if module is not None and any(observed(m) for m in module.modules()):
+                return f"{name} has a hook, or is compiled by itself"
+            return f"{name} is {type(module).__name__}, {_WANTED[fits]}"
+    return None
+
+
+_WANTED = {
+    is_unobserved: "not free of hooks",
+    is_conv: "not an nn.Conv2d without bias, padded with zeros",
+    is_norm: "not an nn.BatchNorm2d",
+    is_local_norm: "not an nn.BatchNorm2d of one process",
+    is_norm_act: "not a BatchNormAct2d with an nn.ReLU",
+    is_relu: "not an nn.ReLU",
+    is_nothing: "for which the operators have no step",
+}

@@ -3,20 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..backends import resolve
-from .activation import Activation, update_running_statistics
-from .block import advance, enter
-from .modules import (
-    batch_statistics,
-    compute_dtype,
-    conv_and_norm,
-    is_conv,
-    is_global_avg_pool,
-    is_max_pool,
-    is_norm,
-    is_relu,
-)
+from .block import enter
+from .chain import run
+from .modules import compute_dtype, runs_modules
 
 
 class ResidualNetwork(nn.Module):
@@ -41,12 +30,10 @@ class ResidualNetwork(nn.Module):
         """Class scores [N, num_classes] of images x [N, C, H, W], in any layout; converted once, here, where it matters."""
         self._check_input(x)
         dtype = compute_dtype(x)
-        if resolve(x.device, dtype) == "off":
+        if runs_modules(x, dtype):
             return self._forward_modules(x)
-        a = self._stem(enter(x, dtype).x)
-        for stage in self.stages():
-            a = advance(stage, a)
-        return self.fc(torch.flatten(self._pool(a), 1))
+        stem = [self.conv1, self.bn1, self.relu, *([] if self.maxpool is None else [self.maxpool])]
+        return self.fc(torch.flatten(run([*stem, *self.stages(), self.avgpool], enter(x, dtype)).finish(), 1))
 
     def _check_input(self, x: Tensor) -> None:
         weight = self.conv1.weight
@@ -67,23 +54,3 @@ class ResidualNetwork(nn.Module):
         for stage in self.stages():
             x = stage(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
-
-    def _stem(self, x: Tensor) -> Activation:
-        if not (is_conv(self.conv1) and is_norm(self.bn1) and is_relu(self.relu)):
-            x = self.relu(self.bn1(self.conv1(x)))
-            return enter(x if self.maxpool is None else self.maxpool(x))
-        out = ops.conv_stats(x, conv_and_norm(self.conv1, self.bn1, x.dtype))
-        statistics = batch_statistics(self.bn1, out)
-        if self.maxpool is None:
-            return Activation(out, None, statistics)
-        if is_max_pool(self.maxpool):
-            pool = self.maxpool
-            return Activation(ops.norm_act_max_pool(out, pool.kernel_size, pool.stride, pool.padding), None, statistics)
-        update_running_statistics(statistics)
-        return enter(self.maxpool(ops.norm_add_act(out)))
-
-    def _pool(self, a: Activation) -> Tensor:
-        if isinstance(a.x, Tensor) or not is_global_avg_pool(self.avgpool):
-            return self.avgpool(a.finish())
-        update_running_statistics(a.statistics)
-        return ops.norm_add_act_avg_pool(a.x, a.residual)

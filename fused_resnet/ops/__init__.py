@@ -14,9 +14,10 @@ from torch import Tensor
 from ..backends import BACKENDS, resolve
 from ..reference import Conv, ConvGeometry, Norm, Pending, Source, unpack_mask
 from . import norm as _norm  # noqa: F401  (registers the operators)
+from . import norm_act as _norm_act  # noqa: F401
 from .checks import check_conv
 from .convolve import OPERATORS
-from .library import overload
+from .library import call
 
 __all__ = [
     "Conv",
@@ -26,6 +27,7 @@ __all__ = [
     "conv_norm_add_act",
     "conv_stats",
     "conv_stats_pair",
+    "norm_act",
     "norm_act_conv",
     "norm_act_max_pool",
     "norm_add_act",
@@ -59,7 +61,7 @@ def source(x: Pending, residual: Pending | Tensor | None = None) -> Source:
 
 
 def _convolve(name: str, given: Source, *convs: Conv) -> tuple[Tensor, ...]:
-    return overload(name)(*_flat(given, OPERATORS[name].source_arity, *convs), _backend(given.x))
+    return call(name)(*_flat(given, OPERATORS[name].source_arity, *convs), _backend(given.x))
 
 
 def conv_stats(x: Tensor, conv: Conv) -> Pending:
@@ -94,17 +96,23 @@ def norm_add_act_conv_pair(
 
 def norm_add_act(x: Pending, residual: Pending | Tensor | None = None, relu: bool = True) -> Tensor:
     """relu(norm(x) + residual) as a tensor, for whoever asks for one. Without `relu`, norm(x) + residual."""
-    return overload("norm_add_act")(*source(x, residual), relu, _backend(x.y))[0]
+    return call("norm_add_act")(*source(x, residual), relu, _backend(x.y))[0]
+
+
+def norm_act(x: Tensor, norm: Norm) -> tuple[Tensor, Pending]:
+    """act = relu(norm(x)) of a tensor x, with ordinary gradients -> (act, the statistics of x; their y is x itself)."""
+    act, *vectors = call("norm_act")(x, *norm[:6], _backend(x))
+    return act, Pending(x, *vectors)
 
 
 def norm_act_max_pool(x: Pending, kernel_size: int = 3, stride: int = 2, padding: int = 1) -> Tensor:
     """The max pool of relu(norm(x)) -> [N, C, P, Q]. Compares rounded activations; the first of equals wins, as in PyTorch."""
-    return overload("norm_act_max_pool")(*source(x)[:5], kernel_size, stride, padding, _backend(x.y))[0]
+    return call("norm_act_max_pool")(*source(x)[:5], kernel_size, stride, padding, _backend(x.y))[0]
 
 
 def norm_add_act_avg_pool(x: Pending, residual: Pending | Tensor | None = None) -> Tensor:
     """The global average pool of relu(norm(x) + residual) -> [N, C, 1, 1]."""
-    return overload("norm_add_act_avg_pool")(*source(x, residual), _backend(x.y))[0]
+    return call("norm_add_act_avg_pool")(*source(x, residual), _backend(x.y))[0]
 
 
 def conv_norm_add_act(x: Tensor, conv: Conv, residual: Tensor | None = None) -> Tensor | None:
@@ -130,6 +138,6 @@ def relu_mask(x: Pending, residual: Pending | Tensor | None = None, conv: Conv |
             given = implementation.as_read(given, [conv], implementation.keeps_act(given, [conv]))
         if residual is None:
             ones = torch.ones_like(given.x)
-            return overload("norm_add_act_backward")(ones, *given, ones.new_empty(0, dtype=torch.uint8), True, backend)[0] > 0
-        packed = overload("norm_add_act")(*given, True, backend)[1]
+            return call("norm_add_act_backward")(ones, *given, ones.new_empty(0, dtype=torch.uint8), True, backend)[0] > 0
+        packed = call("norm_add_act")(*given, True, backend)[1]
     return unpack_mask(packed, given.x.shape[1])

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Pending, Source, accumulate_dtype
 from .checks import check_conv, check_source
-from .library import channels_last, define, empty_nhwc, nothing, overload
+from .library import call, channels_last, define, empty_nhwc, nothing
 
 PENDING = ("mean", "invstd", "scale", "bias")
 RESIDUAL = ("residual", "residual_mean", "residual_invstd", "residual_scale", "residual_bias")
@@ -186,7 +186,8 @@ class Operator:
 
     def backward(self, ctx: Any, *grads: Tensor | None) -> tuple:
         """The gradients of the flat arguments, from those of the flat results."""
-        source, (act, mask, *saved) = Source(*ctx.saved_tensors[:10]), ctx.saved_tensors[10:]
+        tensors = ctx.saved_tensors  # read once: a checkpoint makes them anew each time
+        source, (act, mask, *saved) = Source(*tensors[:10]), tensors[10:]
         needs = ctx.needs_input_grad
         dact = channels_last(grads[6 * self.convs]) if self.residual else None
         outputs, parameter_grads = [], []
@@ -202,7 +203,7 @@ class Operator:
         if dact is None and all(output is None for output in outputs[:: 14]):
             return (None,) * len(needs)
         mask = nothing(act, torch.uint8) if mask is None else mask
-        results = overload(f"{self.name}_backward")(*source[: self.source_arity], act, mask, *outputs, dact, need_dx, ctx.backend)
+        results = call(f"{self.name}_backward")(*source[: self.source_arity], act, mask, *outputs, dact, need_dx, ctx.backend)
         (dx, s1, s2, residual_s2), dws = results[:4], results[4:]
         dx, s1, s2 = (dx, s1, s2) if need_dx else (None, None, None)
         result = [dx]

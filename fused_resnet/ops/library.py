@@ -8,6 +8,7 @@ from torch import Tensor
 
 NAMESPACE = "fused_resnet"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_DIRECT: dict[str, Callable[..., Any]] = {}
 
 
 def define(
@@ -26,8 +27,68 @@ def define(
     LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", backward or _refuse(name), setup_context=setup_context, lib=LIBRARY
+    backward = backward or _refuse(name)
+    LIBRARY.impl(name, _differentiable(name, _below_autograd(name), setup_context, backward), "Autograd")
+    _DIRECT[name] = _differentiable(name, implementation, setup_context, backward)
+
+
+def _below_autograd(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(name)(*args)
+
+    return run
+
+
+def _differentiable(
+    name: str, run: Callable[..., Any], setup_context: Callable[..., None] | None, backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`run` as a node of autograd where something wants a gradient.
+
+    `torch.library.register_autograd` does the same, and looks for default arguments at each call: 0.1 ms for our thirty, which have none.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = run(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    node = type(f"{name}_node", (torch.autograd.Function,), members)
+
+    def differentiable(*args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return node.apply(*args)
+        return run(*args)
+
+    return differentiable
+
+
+def call(name: str) -> Callable[..., Any]:
+    """The operator of that name, to be called.
+
+    Where nobody watches the dispatcher, its implementation is called without it: three trips of thirty arguments between Python and C++
+    cost more than all else that an operator does on the host.
+    """
+    direct = _DIRECT[name]
+
+    def run(*args: Any) -> Any:
+        return direct(*args) if _undispatched(args[0]) else overload(name)(*args)
+
+    return run
+
+
+def _undispatched(x: Tensor) -> bool:
+    """Whether an operator on x reaches its implementation and nothing else: no compiler, mode, profiler, subclass or fake is there."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not x.is_meta
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._autograd._profiler_enabled()
+        and torch._C._get_tracing_state() is None
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..reference import Source, accumulate_dtype
 from .checks import check_pool, check_source
-from .library import channels_last, define, empty_nhwc, nothing, overload
+from .library import call, channels_last, define, empty_nhwc, nothing
 
 SOURCE = "Tensor x, Tensor mean, Tensor invstd, Tensor scale, Tensor bias"
 RESIDUAL = (
@@ -85,7 +85,7 @@ def _norm_add_act_formula(ctx: Any, dact: Tensor | None, _: Any) -> tuple:
     if dact is None:
         return (None,) * 12
     source = Source(*tensors)
-    results = overload("norm_add_act_backward")(channels_last(dact), *source, mask, ctx.relu, ctx.backend)
+    results = call("norm_add_act_backward")(channels_last(dact), *source, mask, ctx.relu, ctx.backend)
     return *_source_gradients(source, ctx.has_residual, results), None, None
 
 
@@ -136,7 +136,7 @@ def _norm_act_max_pool_formula(ctx: Any, dout: Tensor | None, _: Any) -> tuple:
     *tensors, index = ctx.saved_tensors
     if dout is None:
         return (None,) * 9
-    dz, s1, s2 = overload("norm_act_max_pool_backward")(channels_last(dout), index, *tensors, *ctx.window, ctx.backend)
+    dz, s1, s2 = call("norm_act_max_pool_backward")(channels_last(dout), index, *tensors, *ctx.window, ctx.backend)
     return dz, s1, s2, None, None, None, None, None, None
 
 
@@ -183,7 +183,7 @@ def _norm_add_act_avg_pool_formula(ctx: Any, dout: Tensor | None, _: Any) -> tup
     if dout is None:
         return (None,) * 11
     source = Source(*tensors)
-    results = overload("norm_add_act_avg_pool_backward")(channels_last(dout), *source, mask, ctx.backend)
+    results = call("norm_add_act_avg_pool_backward")(channels_last(dout), *source, mask, ctx.backend)
     return *_source_gradients(source, ctx.has_residual, results), None
 
 

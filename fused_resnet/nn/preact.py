@@ -1,0 +1,91 @@
+"""The pre-activation block of He et al. 2016: norm and ReLU before each convolution, the shortcut free of both."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops import Conv, Norm
+from .activation import update_running_statistics
+from .block import enter
+from .modules import (
+    Requirement,
+    batch_statistics,
+    compute_dtype,
+    conv_and_norm,
+    geometry,
+    is_conv,
+    norm_of,
+    runs_fused,
+    why_not,
+)
+
+
+class PreActivation(nn.Module):
+    """x + conv(relu(norm(… conv(relu(norm(x)))))). Takes and gives tensors: the next norm wants statistics of the sum.
+
+    A projection reads the first activation, as the first convolution does. Subclasses hold the modules, and say with `layers` which.
+    """
+
+    @abstractmethod
+    def layers(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The norms and the convolutions behind them, in order."""
+
+    @abstractmethod
+    def forward_modules(self, x: Tensor) -> Tensor:
+        """The block by PyTorch's own modules, one after the other."""
+
+    @abstractmethod
+    def norm_requirements(self) -> list[Requirement]:
+        """What must be true of norms and ReLUs."""
+
+    def shortcut_modules(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """(a pool or None, the projection or None). A projection is a convolution without a norm."""
+        return None, None
+
+    def requirements(self) -> list[Requirement]:
+        """What must be true of the modules of this block so that the operators can stand for them."""
+        projection = self.shortcut_modules()[1]
+        convs = [conv for _, conv in self.layers()] + ([] if projection is None else [projection])
+        return [*self.norm_requirements(), *((is_conv, conv) for conv in convs)]
+
+    def fusible(self) -> bool:
+        """Whether the operators can stand for the modules of this block, and none of them is watched."""
+        return all(fits(module) for fits, module in self.requirements())
+
+    def why_not(self) -> str | None:
+        """Why this block runs PyTorch's own modules, in words; None where it need not."""
+        return why_not(self.requirements(), {module: name for name, module in self.named_modules()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output [N, K, P, Q] for x [N, C, H, W], which is no activation: a sum of branches."""
+        if not (runs_fused(x) and self.fusible()):
+            return self.forward_modules(x)
+        x = enter(x, compute_dtype(x)).x
+        (norm, conv), *rest = self.layers()
+        act, out = ops.norm_act(x, norm_of(norm))
+        statistics = batch_statistics(norm, out)
+        following = [norm for norm, _ in rest] + [None]
+        pool, projection = self.shortcut_modules()
+        residual, first = x, _conv(conv, following[0], x)
+        if projection is None:
+            out = ops.conv_stats(act, first)
+        elif pool is None:
+            out, residual = ops.conv_stats_pair(act, first, _conv(projection, None, x))
+        else:
+            out = ops.conv_stats(act, first)
+            residual = enter(torch.conv2d(pool(act), projection.weight.to(x.dtype), None, *geometry(projection))).x
+        for (norm, conv), after in zip(rest, following[1:], strict=True):
+            statistics += batch_statistics(norm, out)
+            out = ops.norm_act_conv(out, _conv(conv, after, x))
+        update_running_statistics(statistics)
+        return ops.norm_add_act(out, residual, relu=False)
+
+
+def _conv(conv: nn.Conv2d, norm: nn.Module | None, x: Tensor) -> Conv:
+    """A convolution with the norm behind it. Where there is none, one that changes nothing: scale 1, bias 0, exactly."""
+    if norm is not None:
+        return conv_and_norm(conv, norm, x.dtype)
+    zeros, ones = conv.weight.new_zeros(conv.out_channels), conv.weight.new_ones(conv.out_channels)
+    return Conv(conv.weight.to(x.dtype), Norm(None, None, zeros, ones, False, 0.0), geometry(conv))

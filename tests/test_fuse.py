@@ -1,0 +1,258 @@
+"""`fuse`, `unfuse`, `report`: what they promise of any network."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from chains import RUNNABLE
+from swapped import assert_same_step, fused_copy, fused_rows, run, shake, why_not
+from torch import nn
+
+import fused_resnet
+from fused_resnet import BasicBlock, Bottleneck, ConvBNAct2d, PreActBlock
+
+torchvision = pytest.importorskip("torchvision")
+
+
+@pytest.fixture
+def resnet(torchvision_models):
+    """A small network of torchvision's class, in float64."""
+    from torchvision.models.resnet import BasicBlock as Block
+    from torchvision.models.resnet import ResNet
+
+    return shake(ResNet(Block, [2, 1, 1, 1], num_classes=4)).double()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 40, 36, dtype=torch.float64)
+
+
+def test_unfuse_restores_every_class(resnet, images):
+    classes = [type(m) for m in resnet.modules()]
+    expected = copy.deepcopy(resnet)
+    fused_resnet.fuse(resnet)
+    assert [type(m) for m in resnet.modules()] != classes
+    assert fused_resnet.unfuse(resnet) is resnet
+    assert [type(m) for m in resnet.modules()] == classes
+    with fused_resnet.backend("eager"):
+        assert torch.equal(resnet(images), expected(images))
+
+
+def test_fuse_is_idempotent_and_touches_one_instance(resnet):
+    other = copy.deepcopy(resnet)
+    classes = [type(m) for m in fused_resnet.fuse(resnet).modules()]
+    assert [type(m) for m in fused_resnet.fuse(resnet).modules()] == classes
+    assert isinstance(resnet, type(other)) and not any("Fused" in type(m).__name__ for m in other.modules())
+    assert "Fused" not in type(other.layer1[0]).forward.__qualname__
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_a_fused_model_is_copied_fused(how, resnet, images):
+    fused = fused_resnet.fuse(copy.deepcopy(resnet))
+    if how == "deepcopy":
+        twin = copy.deepcopy(fused)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(fused))
+    else:
+        buffer = io.BytesIO()
+        torch.save(fused, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in fused.modules()]
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(twin.parameters(), fused.parameters(), strict=True))
+    assert_same_step(resnet, twin, images)
+
+
+WATCHED = ["layer1.0", "layer1.0.conv1", "layer1.1.bn2", "layer2.0.relu", "layer2.0.downsample", "layer2.0.downsample.0", "layer3", "conv1", "maxpool", "avgpool"]
+
+
+@pytest.mark.parametrize("path", WATCHED)
+def test_a_hook_is_called_and_its_block_alone_falls_back_while_it_is_there(path, resnet, images):
+    fused = fused_copy(resnet)
+    everything, seen = fused_rows(fused), []
+    handle = fused.get_submodule(path).register_forward_hook(lambda m, args, out: seen.append((*args, out)))
+    block = ".".join(path.split(".")[:2])
+    inner = path.count(".") > 1
+    stem = path == "conv1"
+    assert fused_rows(fused) == [row for row in everything if not (inner and row == block) and not (stem and row == "")]
+    if inner:
+        assert "has a hook" in why_not(fused)[block]
+    assert_same_step(resnet, fused, images)
+    assert len(seen) == (2 if path.endswith("relu") else 1) and all(isinstance(t, torch.Tensor) for call in seen for t in call)
+    handle.remove()
+    assert fused_rows(fused) == everything
+
+
+def test_a_stem_that_was_watched_when_fuse_was_called_is_fused_later():
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).double()
+    handle = stem[0].register_forward_hook(lambda *_: None)
+    fused_resnet.fuse(stem)
+    assert why_not(stem) == {"": "a member has a hook"}
+    handle.remove()
+    assert fused_rows(stem) == [""]
+
+
+def test_a_sequence_that_can_not_be_fused_says_why(images):
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    fused = fused_copy(plain)
+    assert "no nn.Conv2d without bias" in why_not(fused)[""]
+    assert_same_step(plain, fused, images)
+
+
+def test_backward_hooks_and_pre_hooks_too(resnet, images):
+    for register in ("register_full_backward_hook", "register_forward_pre_hook", "register_full_backward_pre_hook"):
+        fused, calls = fused_copy(resnet), []
+        relu = fused.layer1[0].conv2
+        getattr(relu, register)(lambda *args, calls=calls: calls.append(len(args)) and None)
+        assert "conv2 has a hook" in why_not(fused)["layer1.0"]
+        assert_same_step(copy.deepcopy(resnet), fused, images)
+        assert len(calls) == 1, register
+
+
+class Changed(nn.Module):
+    """A user's own network: our modules, a Sequential of PyTorch's, and a layer of another kind between."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
+        self.layer = ConvBNAct2d(8, 16, 3)
+        self.blocks = nn.Sequential(
+            BasicBlock(16, 16), nn.Dropout(0.0), PreActBlock(16, 16), PreActBlock(16, 32, stride=2),
+            Bottleneck(32, 8), ConvBNAct2d(32, 24, 5, stride=2, groups=2),
+        )  # fmt: skip
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 3))
+
+    def forward(self, x):
+        return self.head(self.blocks(self.layer(self.stem(x))))
+
+
+def test_a_network_of_ones_own(images):
+    plain = shake(Changed()).double()
+    fused = fused_copy(plain)
+    assert fused_rows(fused) == ["stem", "layer", "blocks.0", "blocks.2", "blocks.3", "blocks.4", "blocks.5"] and why_not(fused) == {}
+    assert_same_step(plain, fused, images)
+    plain.eval(), fused.eval(), plain.zero_grad(), fused.zero_grad()
+    assert_same_step(plain, fused, images)
+
+
+@pytest.mark.parametrize("backend", [b for b in RUNNABLE if b not in ("triton", "tuned_triton", "tuned_cuda")])
+def test_the_new_blocks_by_each_backend(backend, device):
+    plain = shake(nn.Sequential(ConvBNAct2d(3, 8), PreActBlock(8, 8), PreActBlock(8, 16, 2))).to(device)
+    x = torch.randn(2, 3, 9, 7, device=device)
+    expected, eager = run(copy.deepcopy(plain).double(), x.double(), "off"), run(copy.deepcopy(plain), x, "off")
+    ours = run(copy.deepcopy(plain), x, backend)
+    for name, value in expected.items():
+        if value is not None and value.dtype == torch.float64:
+            scale = value.norm().clamp_min(1e-6)
+            error, eagers = ((found[name] - value).norm() / scale for found in (ours, eager))
+            assert error <= max(2 * eagers, 3e-5), (name, error, eagers)
+
+
+def test_a_subclass_with_its_own_forward_is_left_alone(resnet, images):
+    from torchvision.models.resnet import BasicBlock as Block
+
+    class Halved(Block):
+        def forward(self, x):
+            return super().forward(x) * 0.5
+
+    resnet.layer2[0].__class__ = Halved
+    fused = fused_copy(resnet)
+    assert type(fused.layer2[0]) is Halved and "Halved is no block that is known" in why_not(fused)["layer2.0"]
+    assert_same_step(resnet, fused, images)
+
+
+class Greeting(torchvision.models.resnet.ResNet):
+    """Somebody's subclass, which adds a method and keeps the forward."""
+
+    def hello(self):
+        return "hello"
+
+
+def test_a_subclass_that_keeps_the_forward_is_fused_and_pickled(resnet, images):
+    model = copy.deepcopy(resnet)
+    model.__class__ = Greeting
+    fused = fused_resnet.fuse(model)
+    assert isinstance(fused, Greeting) and type(fused) is not Greeting and fused.hello() == "hello"
+    assert_same_step(resnet, pickle.loads(pickle.dumps(fused)), images)
+
+
+def test_on_a_cpu_the_network_runs_its_own_forward(resnet, images):
+    fused = fused_copy(resnet)
+    assert torch.equal(fused(images), resnet(images))
+    rows = fused_resnet.report(fused).rows
+    assert all(not row.fused and row.implementation == "off" for row in rows)
+
+
+def test_report_is_a_table(resnet):
+    before = fused_resnet.report(resnet)
+    assert all(row.reason == "fuse(model) was not called on it" for row in before.rows)
+    with fused_resnet.backend("eager"):
+        text = str(fused_resnet.report(fused_resnet.fuse(resnet)))
+    lines = text.splitlines()
+    assert lines[0].split() == ["module", "class", "fused", "by", "why", "not"] and lines[-1] == "6 of 6 fused"
+    assert lines[2].split() == ["layer1.0", "BasicBlock", "yes", "eager"]
+
+
+def test_parametrized_and_biased_convolutions_fall_back(resnet, images):
+    nn.utils.parametrizations.weight_norm(resnet.layer1[0].conv1)
+    resnet.layer1[1].conv2 = nn.Conv2d(64, 64, 3, padding=1, dtype=torch.float64)
+    fused = fused_copy(resnet)
+    assert set(why_not(fused)) == {"layer1.0", "layer1.1"}
+    assert_same_step(resnet, fused, images)
+
+
+def test_double_backward_is_an_error_and_never_a_wrong_number(resnet, images):
+    fused = fused_copy(resnet)
+    x = images.requires_grad_()
+    with fused_resnet.backend("eager"):
+        (dx,) = torch.autograd.grad(fused(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        dx.square().sum().backward()
+
+
+def test_what_is_exported_has_no_operator_of_ours(resnet, images):
+    fused = fused_copy(resnet.eval())
+    with fused_resnet.backend("eager"):
+        program = torch.export.export(fused, (images,))
+    assert not any("fused_resnet" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(images), resnet(images))
+
+
+def test_compiles_whole(resnet, images):
+    """One graph, and the same numbers; the compiler's own kernels are not at stake."""
+    expected, fused = fused_copy(resnet), fused_copy(resnet)
+    with fused_resnet.backend("eager"):
+        out = torch.compile(fused, backend="aot_eager", fullgraph=True)(images)
+        torch.testing.assert_close(out, expected(images))
+    out.sum().backward()
+    assert all(p.grad is not None for p in fused.parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: fused_resnet.fuse(3), TypeError, "model: expected a torch.nn.Module; got int"),
+        (lambda: fused_resnet.unfuse(None), TypeError, "model: expected a torch.nn.Module; got NoneType"),
+        (lambda: fused_resnet.report([]), TypeError, "model: expected a torch.nn.Module; got list"),
+        (lambda: fused_resnet.fuse(torch.jit.script(nn.ReLU())), TypeError, "TorchScript"),
+    ],
+)
+def test_bad_arguments_are_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_nothing_to_fuse_is_said():
+    with pytest.warns(UserWarning, match="no block of Linear is known"):
+        fused_resnet.fuse(nn.Linear(2, 2))
+
+
+def test_a_class_put_over_a_fused_one_is_not_lost(resnet):
+    fused = fused_copy(resnet)
+    block = fused.layer1[0]
+    block.__class__ = type("Sharded", (type(block),), {})
+    with pytest.raises(TypeError, match=r"model: expected layer1\.0 to have the class that fuse gave it; got Sharded"):
+        fused_resnet.unfuse(fused)

@@ -1,0 +1,129 @@
+"""timm's residual networks, fused: its own model tests, written anew."""
+
+import re
+
+import pytest
+import torch
+from swapped import assert_same_step, fused_copy, fused_rows, shake, why_not
+
+import fused_resnet
+
+timm = pytest.importorskip("timm")
+
+#: Names of networks with a step between norm and addition (or another norm, or another activation) in some or all blocks.
+OTHER_STEPS = re.compile(r"^(.*se_?res.*|.*eca.*|.*gc.*|sk.*|senet.*|.*aa.*|.*blur.*|.*_gn|.*rs\d+.*|.*_evos|.*_frn|.*bit.*|resnext.*_frelu|.*cbam.*)$")
+#: The pruned ones and BiT are networks of fixed sizes; all blocks of either hold a step or norm that falls back.
+NAMES = [
+    name for module in ("resnet", "resnetv2") for name in timm.list_models(module=module) if not name.endswith(("_pruned", "_bit"))
+]
+
+
+def make(name: str, **kwargs):
+    """A network of that name with a block a stage (two in the first) and few channels, otherwise what its builder asks for."""
+    v2 = "resnetv2" in name
+    channels = (128, 128, 128, 128) if v2 else (32, 32, 64, 64)
+    small = dict(layers=(2, 1, 1, 1), channels=channels, num_classes=5)
+    return shake(timm.create_model(name, **(small | kwargs)))
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 64, 64, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_variant(name, images):
+    """Forward, backward, statistics, features; strict checkpoints both ways; what is fused, and why the rest is not."""
+    plain = make(name).double()
+    fused = fused_copy(plain)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    reasons = why_not(fused)
+    assert all(reasons.values())
+    if not OTHER_STEPS.match(name):
+        assert reasons == {} and len(fused_rows(fused)) >= 5, reasons
+    assert_same_step(plain, fused, images)
+    fused.load_state_dict(plain.state_dict(), strict=True)
+    plain.load_state_dict(fused.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet50d", "resnet18", "resnext50_32x4d", "resnetv2_50", "resnetv2_50d"])
+def test_features(name, images):
+    """forward_features, forward_intermediates, forward_head, and features_only."""
+    plain = make(name).double()
+    assert_same_step(plain, fused_copy(plain), images, call="forward_features")
+    plain.zero_grad()
+    assert_same_step(plain, fused_copy(plain), images, call="forward_intermediates")
+    fused = fused_copy(plain)
+    with fused_resnet.backend("eager"):
+        assert fused.forward_head(fused.forward_features(images), pre_logits=True).shape == (4, fused.num_features)
+        assert len(fused.forward_intermediates(images, indices=[1, 3], intermediates_only=True)) == 2
+    plain = make(name, features_only=True).double()
+    fused = fused_copy(plain)
+    assert len(fused_rows(fused)) >= 5
+    assert_same_step(plain, fused, images)
+
+
+@pytest.mark.parametrize("name", ["resnet26d", "resnetv2_50"])
+def test_the_classifier_is_exchanged(name, images):
+    fused = fused_copy(make(name).double())
+    assert fused.get_classifier().weight.shape[0] == 5 and fused.num_classes == 5
+    fused.reset_classifier(3)
+    with fused_resnet.backend("eager"):
+        assert fused(images).shape == (4, 3)
+    fused.reset_classifier(0)
+    with fused_resnet.backend("eager"):
+        assert fused(images).shape == (4, fused.num_features)
+
+
+def test_gluon_and_torchvision_variants_are_these_classes():
+    """timm keeps them as tags of weights: the architecture is the same function's."""
+    tags = {tag for name in ("resnet50", "resnet50c", "resnet50d", "resnet50s", "resnext50_32x4d") for tag in timm.list_pretrained(f"{name}.*")}
+    assert any(".gluon_" in tag for tag in tags) and any(".tv_" in tag for tag in tags)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "reason"),
+    [
+        ("seresnet18", {}, "se is SEModule"),
+        ("ecaresnet26t", {}, "se is EcaModule"),
+        ("resnet18", {"drop_path_rate": 0.5}, "drop_path is DropPath"),
+        ("resnet18", {"drop_block_rate": 0.5}, "drop_block is DropBlock2d"),
+        ("resnetblur50", {}, "aa is BlurPool2d"),
+        ("resnet50", {"act_layer": torch.nn.SiLU}, "act1 is SiLU"),
+        ("resnet50_gn", {}, "bn1 is GroupNorm"),
+        ("resnetv2_50", {"drop_path_rate": 0.5}, "drop_path is DropPath"),
+        ("resnetv2_50d_gn", {}, "norm1 is GroupNormAct"),
+    ],
+)
+def test_a_block_with_another_step_falls_back_alone(name, kwargs, reason, images):
+    plain = make(name, **kwargs).double()
+    fused = fused_copy(plain)
+    reasons = why_not(fused)
+    assert any(reason in words for words in reasons.values()), reasons
+    if "drop" in reason or "aa" in reason:
+        assert fused_rows(fused), "the other blocks are fused"
+    assert_same_step(plain, fused, images)
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize("name", ["resnet50", "resnet50d", "resnetv2_50d"])
+def test_output_stride(name, output_stride, images):
+    plain = make(name, output_stride=output_stride).double()
+    fused = fused_copy(plain)
+    assert why_not(fused) == {}
+    assert_same_step(plain, fused, images)
+
+
+def test_grad_checkpointing_gives_the_same_gradients(images):
+    plain = make("resnet50d").double()
+    fused = fused_copy(plain)
+    fused.set_grad_checkpointing(True)
+    plain.eval(), fused.eval()  # timm's own checkpointing tells statistics twice in training
+    assert_same_step(plain, fused, images)
+
+
+def test_in_chans_and_stem_pool(images):
+    plain = make("resnet50d", in_chans=1, replace_stem_pool=True).double()
+    fused = fused_copy(plain)
+    assert why_not(fused) == {}
+    assert_same_step(plain, fused, images[:, :1])
