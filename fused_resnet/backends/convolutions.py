@@ -110,9 +110,7 @@ class FusedConvolutions(Reference, ABC):
         y, act, mask, moments = fprop(
             source, conv.weight, conv.geometry, write_act, save_mask, configuration, allow_tf32()
         )
-        if norm.training:
-            return Pending(y, *self.merge_moments(*moments, norm.gamma, norm.beta, norm.eps)), act, mask
-        return Pending(y, *self.running_stats(norm, y.dtype)), act, mask
+        return self.with_norm(y, norm, moments), act, mask
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 

@@ -14,10 +14,10 @@ from ..ops import Pending
 class BatchStatistics(NamedTuple):
     """What one forward tells a norm's running statistics."""
 
-    norm: nn.BatchNorm2d
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm
     mean: Tensor  #: [C]
-    var: Tensor  #: [C], biased
-    count: int  #: N·H·W
+    var: Tensor  #: [C]
+    correction: float  #: by which var is multiplied to be unbiased
 
 
 class Activation(NamedTuple):
@@ -57,18 +57,21 @@ def update_running_statistics(statistics: tuple[BatchStatistics, ...]) -> None:
 
 def _blend(members: list[BatchStatistics], weight: float) -> None:
     running = [(s.norm.running_mean, s.norm.running_var) for s in members]
-    blend(running, [(s.mean, s.var, s.count) for s in members], weight)
+    blend(running, [(s.mean, s.var, s.correction) for s in members], weight)
 
 
-def moments(out: Pending) -> tuple[Tensor, Tensor, int]:
-    """(mean, biased variance, N·P·Q) of the batch that `out` is."""
-    return out.mean, out.var, out.y.numel() // out.y.shape[1]
+def moments(out: Pending, shared: bool = False) -> tuple[Tensor, Tensor, float]:
+    """(mean, variance, what makes it unbiased) of the batch that `out` is, or is this process's share of."""
+    if shared:
+        return out.mean, out.var, 1.0
+    count = out.y.numel() // out.y.shape[1]
+    return out.mean, out.var, count / (count - 1)
 
 
 @torch.no_grad()
-def blend(running: Sequence[tuple[Tensor, Tensor]], batches: Sequence[tuple[Tensor, Tensor, int]], weight: float) -> None:
+def blend(running: Sequence[tuple[Tensor, Tensor]], batches: Sequence[tuple[Tensor, Tensor, float]], weight: float) -> None:
     """running = (1 − weight)·running + weight·batch in place, of pairs (mean, variance). A batch's are `moments`."""
-    unbiased = torch._foreach_mul([var for _, var, _ in batches], [count / (count - 1) for *_, count in batches])
+    unbiased = torch._foreach_mul([var for _, var, _ in batches], [correction for *_, correction in batches])
     targets = [mean for mean, _ in running] + [var for _, var in running]
     values = [*(mean for mean, *_ in batches), *unbiased]
     torch._foreach_lerp_(targets, [v.to(t.dtype) for v, t in zip(values, targets, strict=True)], weight)

@@ -36,8 +36,8 @@ def is_conv(module: nn.Module | None) -> bool:
 
 
 def is_norm(module: nn.Module | None) -> bool:
-    """A norm that the operators can run: nn.BatchNorm2d itself."""
-    return type(module) is nn.BatchNorm2d and not observed(module)
+    """A norm that the operators can run: nn.BatchNorm2d itself, or nn.SyncBatchNorm."""
+    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not observed(module)
 
 
 def is_relu(module: nn.Module | None) -> bool:
@@ -63,22 +63,33 @@ def is_global_avg_pool(module: nn.Module | None) -> bool:
     return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)) and not observed(module)
 
 
-def conv_and_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Conv:
+def sharing_group(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> str:
+    """The name of the process group that shares the batch's statistics with `norm`; "" where it keeps its own."""
+    if type(norm) is not nn.SyncBatchNorm or not norm.training:
+        return ""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ""
+    group = norm.process_group or distributed.group.WORLD
+    return group.group_name if distributed.get_world_size(group) > 1 else ""
+
+
+def conv_and_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.SyncBatchNorm, dtype: torch.dtype) -> Conv:
     """The two modules as an operator takes them, the weight in `dtype`."""
     training = norm.training or norm.running_mean is None
     running = (None, None) if training else (norm.running_mean, norm.running_var)
     return Conv(
         conv.weight.to(dtype),
-        Norm(norm.weight, norm.bias, *running, training, norm.eps),
+        Norm(norm.weight, norm.bias, *running, training, norm.eps, sharing_group(norm)),
         ConvGeometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups),
     )
 
 
-def batch_statistics(norm: nn.BatchNorm2d, out: Pending) -> tuple[BatchStatistics, ...]:
+def batch_statistics(norm: nn.BatchNorm2d | nn.SyncBatchNorm, out: Pending) -> tuple[BatchStatistics, ...]:
     """What `out` tells `norm`'s running statistics: nothing outside training."""
     if not norm.training or not norm.track_running_stats:
         return ()
-    return (BatchStatistics(norm, *moments(out)),)
+    return (BatchStatistics(norm, *moments(out, shared=bool(sharing_group(norm)))),)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
