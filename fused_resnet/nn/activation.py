@@ -42,7 +42,10 @@ def update_running_statistics(statistics: tuple[BatchStatistics, ...]) -> None:
     """Write the batch statistics of one forward into the running statistics of their norms, as nn.BatchNorm2d does.
 
     running = (1 − momentum)·running + momentum·batch, with the unbiased variance; a momentum of None is a running average.
+    A forward that runs within a backward is a checkpoint's second one, whose batch the norms have been told of: it writes nothing.
     """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        return
     groups = defaultdict(list)
     for s in statistics:
         if s.norm.track_running_stats and s.norm.running_mean is not None:
@@ -50,14 +53,11 @@ def update_running_statistics(statistics: tuple[BatchStatistics, ...]) -> None:
     for momentum, members in groups.items():
         torch._foreach_add_([s.norm.num_batches_tracked for s in members], 1)
         if momentum is not None:
-            _blend(members, momentum)
-        for s in members if momentum is None else ():
-            _blend([s], 1.0 / float(s.norm.num_batches_tracked))
-
-
-def _blend(members: list[BatchStatistics], weight: float) -> None:
-    running = [(s.norm.running_mean, s.norm.running_var) for s in members]
-    blend(running, [(s.mean, s.var, s.correction) for s in members], weight)
+            running = [(s.norm.running_mean, s.norm.running_var) for s in members]
+            blend(running, [(s.mean, s.var, s.correction) for s in members], momentum)
+        for s in members if momentum is None else ():  # the weight stays where it is: a GPU need not wait, nor a graph break
+            for running, value in ((s.norm.running_mean, s.mean), (s.norm.running_var, s.var * s.correction)):
+                running.lerp_(value.to(running.dtype), s.norm.num_batches_tracked.to(running.dtype).reciprocal())
 
 
 def moments(out: Pending, shared: bool = False) -> tuple[Tensor, Tensor, float]:

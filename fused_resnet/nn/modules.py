@@ -16,10 +16,11 @@ _GLOBAL_HOOKS = (
 
 
 def observed(module: nn.Module) -> bool:
-    """Whether somebody wants to see this very module called with tensors: a hook, or a compiled call in its place."""
+    """Whether somebody wants to see this very module called with tensors: a hook, or another call or forward in its place."""
     return (
         bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
         or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
         or any(_GLOBAL_HOOKS)
     )
 
@@ -36,8 +37,13 @@ def is_conv(module: nn.Module | None) -> bool:
 
 
 def is_norm(module: nn.Module | None) -> bool:
-    """A norm that the operators can run: nn.BatchNorm2d itself, or nn.SyncBatchNorm."""
-    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not observed(module)
+    """A norm that the operators can run: nn.BatchNorm2d itself, nn.SyncBatchNorm, or a frozen one."""
+    return (type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or is_frozen_norm(module)) and not observed(module)
+
+
+def is_frozen_norm(module: nn.Module | None) -> bool:
+    """torchvision's FrozenBatchNorm2d: its statistics, scale and shift are buffers, and training changes none of them."""
+    return type(module).__name__ == "FrozenBatchNorm2d" and type(module).__module__ == "torchvision.ops.misc"
 
 
 def is_relu(module: nn.Module | None) -> bool:
@@ -76,7 +82,7 @@ def sharing_group(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> str:
 
 def conv_and_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.SyncBatchNorm, dtype: torch.dtype) -> Conv:
     """The two modules as an operator takes them, the weight in `dtype`."""
-    training = norm.training or norm.running_mean is None
+    training = (norm.training and not is_frozen_norm(norm)) or norm.running_mean is None
     running = (None, None) if training else (norm.running_mean, norm.running_var)
     return Conv(
         conv.weight.to(dtype),
@@ -87,7 +93,7 @@ def conv_and_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.SyncBatchNorm, dtyp
 
 def batch_statistics(norm: nn.BatchNorm2d | nn.SyncBatchNorm, out: Pending) -> tuple[BatchStatistics, ...]:
     """What `out` tells `norm`'s running statistics: nothing outside training."""
-    if not norm.training or not norm.track_running_stats:
+    if not norm.training or is_frozen_norm(norm) or not norm.track_running_stats:
         return ()
     return (BatchStatistics(norm, *moments(out, shared=bool(sharing_group(norm)))),)
 

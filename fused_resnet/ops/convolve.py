@@ -201,7 +201,8 @@ class Operator:
 
     def backward(self, ctx: Any, *grads: Tensor | None) -> tuple:
         """The gradients of the flat arguments, from those of the flat results."""
-        source, (act, mask, *saved) = Source(*ctx.saved_tensors[:10]), ctx.saved_tensors[10:]
+        tensors = ctx.saved_tensors  # read once: a checkpoint makes them anew each time
+        source, (act, mask, *saved) = Source(*tensors[:10]), tensors[10:]
         needs = ctx.needs_input_grad
         dact = channels_last(grads[6 * self.convs]) if self.residual else None
         outputs, parameter_grads = [], []
