@@ -13,9 +13,11 @@ def gather_moments(count: int, mean: Tensor, m2: Tensor, group: str) -> tuple[Te
     # The count travels as its bits, since a float32 holds no number above 2^24 exactly.
     bits = torch.full((1,), count, dtype=torch.int64, device=mean.device).view(mean.dtype)
     own = torch.cat([mean, m2, bits])
-    all_of_them = own.new_empty((process_group.size(), own.numel()))
-    torch.distributed.all_gather_into_tensor(all_of_them, own, group=process_group)
-    means, m2s, counts = (t.contiguous() for t in all_of_them.split([channels, channels, bits.numel()], 1))
+    all_of_them = own.new_empty(process_group.size() * own.numel())
+    distributed = torch.distributed
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # its name until PyTorch 2.13
+    gather(all_of_them, own, group=process_group)
+    means, m2s, counts = (t.contiguous() for t in all_of_them.view(-1, own.numel()).split([channels, channels, bits.numel()], 1))
     return counts.view(torch.int64).flatten(), means, m2s
 
 

@@ -15,6 +15,7 @@ import fused_resnet
 from fused_resnet.backends import BACKENDS
 from fused_resnet.nn import activation
 
+
 def step(model: nn.Module, x: torch.Tensor, backend: str, call=None) -> torch.Tensor:
     """Forward and backward of some loss; a gradient for x as well."""
     x.grad = None
