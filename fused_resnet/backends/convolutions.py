@@ -18,7 +18,8 @@ from ..tuning.heuristic_dgrad import pays_to_apply_norm
 
 def allow_tf32() -> bool:
     """Whether products of float32 may be cut to TF32, as the framework's convolutions would."""
-    return torch.backends.cudnn.allow_tf32
+    # Not `cudnn.allow_tf32`, which raises an error where somebody has set this.
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def is_pointwise(weight: Tensor, geometry: ConvGeometry, strided: bool = False) -> bool:

@@ -3,7 +3,6 @@
 import copy
 
 import torch
-import torch.distributed as dist
 from common import fused_resnet, labels, local_average, mine, processes, reference_step, summed_loss, worst
 from small import SIZE, network
 from torch import nn
