@@ -56,7 +56,7 @@ def test_a_gradient_scaler_skips_what_overflows_and_unscales_the_rest():
     for backend in ("off", "eager"):
         model, record = copy.deepcopy(template), []
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**19, growth_interval=4)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, backoff_factor=2.0**-6)  # scales with room on both sides
         for x in batches:
             before = model.conv1.weight.clone()
             optimizer.zero_grad()
