@@ -5,11 +5,12 @@
     with fused_resnet.backend("passes"):               # optional: force an implementation
         loss = criterion(model(images), labels)
 
-Public: `models`, `functional`, `ops`, `nn`, `backend`, `__version__`. The rest may change.
+Public: `models`, `functional`, `ops`, `nn`, `backend`, `fold`, `__version__`. The rest may change.
 """
 
 from . import functional, models, nn, ops
 from ._version import __version__
 from .backends import backend
+from .inference import fold
 
-__all__ = ["__version__", "backend", "functional", "models", "nn", "ops"]
+__all__ = ["__version__", "backend", "fold", "functional", "models", "nn", "ops"]

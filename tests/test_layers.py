@@ -17,7 +17,7 @@ ORDER = [
     ["backends"],
     ["ops"],
     ["nn"],
-    ["functional", "models"],
+    ["functional", "inference", "models"],
     [""],
     ["data"],
     ["train"],

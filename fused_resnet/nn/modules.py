@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from ..backends import resolve
 from ..ops import Conv, ConvGeometry, Norm, Pending
 from .activation import BatchStatistics, moments
 
@@ -103,6 +104,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return None
+
+
+def runs_modules(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own modules run on x, in `dtype`: by choice, or since what is exported has to run without this package."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or resolve(x.device, dtype) == "off"
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

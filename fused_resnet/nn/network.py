@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..backends import resolve
 from .activation import Activation, update_running_statistics
 from .block import advance, enter
 from .modules import (
@@ -16,6 +15,7 @@ from .modules import (
     is_max_pool,
     is_norm,
     is_relu,
+    runs_modules,
 )
 
 
@@ -41,7 +41,7 @@ class ResidualNetwork(nn.Module):
         """Class scores [N, num_classes] of images x [N, C, H, W], in any layout; converted once, here, where it matters."""
         self._check_input(x)
         dtype = compute_dtype(x)
-        if resolve(x.device, dtype) == "off":
+        if runs_modules(x, dtype):
             return self._forward_modules(x)
         a = self._stem(enter(x, dtype).x)
         for stage in self.stages():
