@@ -70,7 +70,7 @@ def test_a_gradient_scaler_skips_what_overflows_and_unscales_the_rest():
             record.append((loss.item(), scaler.get_scale(), not torch.equal(before, model.conv1.weight)))
         records[backend] = record
     ours, theirs = records["eager"], records["off"]
-    assert [r[2] for r in theirs][0] is False and [r[2] for r in theirs][-1] is True  # both happen
+    assert theirs[0][2] is False and theirs[-1][2] is True  # both happen
     for a, b in zip(ours, theirs, strict=True):
         assert a[1:] == b[1:], (ours, theirs)
         assert abs(a[0] - b[0]) < 0.01
