@@ -27,6 +27,7 @@ def processes() -> Iterator[int]:
     dist.init_process_group("gloo")
     torch.manual_seed(int(sys.argv[1]))
     yield dist.get_rank()
+    dist.barrier()  # none leaves while another still talks
     dist.destroy_process_group()
 
 
