@@ -5,6 +5,7 @@
 | `FUSED_RESNET_BACKEND` | the backend to use: auto (the default), off, eager, passes, triton, cudnn, tuned, … (`backends.choices()`) |
 | `FUSED_RESNET_CACHE` | folder for downloads and tuned tables; default `$XDG_CACHE_HOME/fused_resnet`, else `~/.cache/fused_resnet` |
 | `FUSED_RESNET_DATA` | folder that is searched first for data sets |
+| `LOCAL_RANK` | set by torchrun: which of its machine's processes this is |
 
 Each is read when it is asked for, so a change in `os.environ` counts at once.
 """
@@ -24,6 +25,11 @@ def cache_dir() -> Path:
         return Path(named).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "fused_resnet"
+
+
+def local_rank() -> int:
+    """This process's number on its machine, 0 where torchrun did not start it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def data_dir() -> Path | None:

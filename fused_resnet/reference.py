@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .collectives import gather_moments, share_sums
+
 
 class Pending(NamedTuple):
     """A raw convolution output and its norm, not yet applied. A NamedTuple, and so a pytree wherever PyTorch looks."""
@@ -26,7 +28,7 @@ class Pending(NamedTuple):
     y: Tensor  #: [N, K, P, Q], as the convolution rounded it
     mean: Tensor  #: [K]; its gradient is s1
     invstd: Tensor  #: [K]; its gradient is s2
-    var: Tensor  #: [K], biased; for the running statistics
+    var: Tensor  #: [K], for the running statistics: biased, but unbiased where the norm has a group, whose count only the operator knows
     scale: Tensor  #: [K], gamma·invstd
     bias: Tensor  #: [K], beta − mean·scale
 
@@ -41,7 +43,10 @@ class ConvGeometry(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """The batch norm of a convolution's output. Vectors are [C] or None; `training` tells whose statistics normalise."""
+    """The batch norm of a convolution's output. Vectors are [C] or None; `training` tells whose statistics normalise.
+
+    `group` names the process group that shares the batch's statistics; "" where a process keeps its own.
+    """
 
     gamma: Tensor | None
     beta: Tensor | None
@@ -49,6 +54,7 @@ class Norm(NamedTuple):
     running_var: Tensor | None
     training: bool
     eps: float
+    group: str = ""
 
 
 class Conv(NamedTuple):
@@ -96,6 +102,14 @@ class ConvOutput(NamedTuple):
     training: bool
     geometry: ConvGeometry
     need_dw: bool
+    group: str = ""  #: of its norm
+
+    def shared(self) -> "ConvOutput":
+        """The same with (s1, s2) of all processes that share the norm, as `share_sums` scales them. Every process must ask."""
+        if not self.group or not self.training or self.dz is None:
+            return self
+        s1, s2 = share_sums(self.y.numel() // self.y.shape[1], self.s1, self.s2, self.group)
+        return self._replace(s1=s1, s2=s2)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -374,11 +388,28 @@ class Reference:
         return [self._convolution(act, conv) for conv in convs], act, mask
 
     def _convolution(self, act: Tensor, conv: Conv) -> Pending:
-        norm = conv.norm
-        y = nhwc(torch.conv2d(act, conv.weight, None, *conv.geometry))
-        if norm.training:
-            return Pending(y, *self.batch_stats(y, norm.gamma, norm.beta, norm.eps))
-        return Pending(y, *self.running_stats(norm, y.dtype))
+        return self.with_norm(nhwc(torch.conv2d(act, conv.weight, None, *conv.geometry)), conv.norm)
+
+    def with_norm(self, y: Tensor, norm: Norm, parts: tuple[Tensor, Tensor, Tensor] | None = None) -> Pending:
+        """y [N, K, P, Q] with the statistics that `norm` asks for: running, of this batch, or of all that a group shares.
+
+        `parts` are the moments of y by sets of rows, as `merge_moments` takes them, where the convolution has them already.
+        """
+        if not norm.training:
+            return Pending(y, *self.running_stats(norm, y.dtype))
+        vectors = norm.gamma, norm.beta, norm.eps
+        if not norm.group:
+            return Pending(y, *(self.batch_stats(y, *vectors) if parts is None else self.merge_moments(*parts, *vectors)))
+        count = y.numel() // y.shape[1]
+        if parts is None:
+            mean, m2 = self.batch_moments(y)
+        else:
+            mean, _, var, *_ = self.merge_moments(*parts, *vectors)
+            m2 = var * count
+        counts, means, m2s = gather_moments(count, mean, m2, norm.group)
+        mean, invstd, var, scale, bias = self.merge_moments(counts, means, m2s, *vectors)
+        total = counts.sum().to(var.dtype)
+        return Pending(y, mean, invstd, var * (total / (total - 1)), scale, bias)
 
     def conv_norm_add_act(self, x: Tensor, conv: Conv, residual: Tensor | None) -> Tensor | None:
         """relu(norm(conv(x)) + residual) by running statistics, without a gradient, where a backend has one kernel for it; else None."""
@@ -445,7 +476,8 @@ def convolution_backward(
 
 
 def like_weight(dw: Tensor, weight: Tensor) -> Tensor:
-    """`dw` in the strides of `weight`: DistributedDataParallel's buckets are views that expect them."""
-    if dw.stride() == weight.stride():
-        return dw
-    return torch.empty_strided(weight.shape, weight.stride(), dtype=dw.dtype, device=dw.device).copy_(dw)
+    """`dw` in the strides of `weight`: DistributedDataParallel's buckets are views that expect them.
+
+    A weight that is no dense tensor, such as a slice, gets a dense gradient.
+    """
+    return dw if dw.stride() == weight.stride() else torch.empty_like(weight).copy_(dw)

@@ -1,4 +1,4 @@
-"""The operators as citizens of autograd and torch.library: gradcheck, opcheck, odd gradients, threads, double backward."""
+"""The operators as citizens of autograd: gradcheck, odd gradients, threads, double backward. For opcheck see test_opcheck.py."""
 
 import pytest
 import torch
@@ -10,8 +10,6 @@ import fused_resnet
 from fused_resnet import ops
 from fused_resnet.backends import BACKENDS
 from fused_resnet.functional import conv_bn_act
-from fused_resnet.ops.convolve import OPERATORS
-from fused_resnet.ops.library import overload
 from fused_resnet.reference import Reference
 
 SHAPE = Shape(2, 6, 5, 4, 10, size=3)
@@ -52,42 +50,6 @@ def test_conv_bn_act_is_pytorchs_three_calls(affine, running):
     assert out.is_contiguous(memory_format=torch.channels_last)
     for a, b in zip(ours, theirs, strict=True) if running else ():
         torch.testing.assert_close(a, b)
-
-
-def flat_arguments(name: str, dtype=torch.float32, requires_grad=True):
-    """Arguments of a convolution operator by its raw schema, from tensors that are slices and copies of larger ones."""
-    operator = OPERATORS[name]
-    c, k = 6, 4
-
-    def act():
-        wide = torch.randn(2, 2 * c, 6, 10, dtype=dtype)  # every second channel, a crop: channels_last after one copy
-        return wide[:, ::2, 1:6, 2:8].contiguous(memory_format=torch.channels_last).requires_grad_(requires_grad)
-
-    def vector(n=c):
-        return torch.rand(2 * n)[::2].add_(0.5).requires_grad_(requires_grad)
-
-    args = [act()]
-    if operator.pending:
-        args += [vector(), vector(), vector().detach(), vector().detach()]
-    if operator.residual:
-        args += [act(), vector(), vector(), vector().detach(), vector().detach()]
-    for _ in range(operator.convs):
-        weight = torch.randn(3, 3, c, k, dtype=dtype).permute(3, 2, 0, 1).requires_grad_(requires_grad)
-        args += [weight, vector(k), vector(k), None, None, True, 1e-5, [1, 1], [1, 1], [1, 1], 1]
-    return [*args, "eager"]
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck_of_convolutions(name):
-    """Schema, fake, autograd registration and AOT dispatch agree, on strided vectors and permuted weights."""
-    torch.library.opcheck(overload(name), tuple(flat_arguments(name)))
-
-
-@pytest.mark.parametrize(("name", "extra"), [("norm_add_act", (True,)), ("norm_add_act_avg_pool", ()), ("norm_act_max_pool", (3, 2, 1))])
-def test_opcheck_of_norms(name, extra):
-    args = flat_arguments("norm_add_act_conv")[:10]
-    args = args[:5] if name == "norm_act_max_pool" else args
-    torch.library.opcheck(overload(name), (*args, *extra, "eager"))
 
 
 def strided_gradients():

@@ -9,6 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "fused_resnet"
 #: The top-level modules from left to right; those of one group do not import each other. "" is the package's __init__.
 ORDER = [
+    ["collectives"],
     ["_version", "devices", "environment", "files", "problem", "reference", "native", "binary"],
     ["roofline", "native_kernels"],
     ["tuning"],
@@ -16,7 +17,7 @@ ORDER = [
     ["backends"],
     ["ops"],
     ["nn"],
-    ["functional", "models"],
+    ["functional", "inference", "models"],
     ["convert"],
     [""],
     ["data"],

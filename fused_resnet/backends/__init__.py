@@ -67,6 +67,14 @@ def _declines(name: str, device: torch.device, dtype: torch.dtype) -> str | None
     return BACKENDS[name].declines(device, dtype)
 
 
+def _reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return _declines(name, device, dtype)
+
+
+# A compiler asks, too, and does not look inside. torch.compiler.assume_constant_result does this, and imports the compiler.
+_reason._dynamo_marked_constant = True
+
+
 def resolve(device: torch.device, dtype: torch.dtype) -> str:
     """The backend for tensors of `dtype` on `device`: a key of `BACKENDS`, or "off" for PyTorch's own modules.
 
@@ -80,7 +88,7 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
     candidates = FAMILIES.get(choice, (choice,))
     reasons = {}
     for name in candidates:
-        reasons[name] = _declines(name, device, dtype)
+        reasons[name] = _reason(name, device, dtype)
         if reasons[name] is None:
             return name
     if choice == "auto":

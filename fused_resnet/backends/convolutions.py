@@ -19,7 +19,8 @@ from ..tuning import CUDNN, Choice, Task
 
 def allow_tf32() -> bool:
     """Whether products of float32 may be cut to TF32, as the framework's convolutions would."""
-    return torch.backends.cudnn.allow_tf32
+    # Not `cudnn.allow_tf32`, which raises an error where somebody has set this.
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def is_pointwise(weight: Tensor, geometry: ConvGeometry, strided: bool = False) -> bool:
@@ -125,9 +126,7 @@ class FusedConvolutions(Reference, ABC):
         y, act, mask, moments = fprop(
             source, conv.weight, conv.geometry, write_act, save_mask, configuration, allow_tf32()
         )
-        if norm.training:
-            return Pending(y, *self.merge_moments(*moments, norm.gamma, norm.beta, norm.eps)), act, mask
-        return Pending(y, *self.running_stats(norm, y.dtype)), act, mask
+        return self.with_norm(y, norm, moments), act, mask
 
     def _moments_of_sums(self, y: Tensor, total: Tensor, squares: Tensor, norm: Norm) -> tuple[Tensor, ...]:
         """(mean, invstd, var, scale, bias) of y, of which Σ y and Σ y² are known."""

@@ -29,8 +29,8 @@ class PassesCuda(Passes):
         """The namespace of the operators."""
         return torch.ops.fused_resnet_native
 
-    # Each as in `Reference`, where the docstrings are. The kernels take float32 vectors; the statistics are, and a norm's own
-    # parameters need not be.
+    # Each as in `Reference`, where the docstrings are. The kernels take float32 vectors without gaps; the statistics are, and a
+    # norm's own parameters need not be.
 
     def batch_stats(self, y, gamma, beta, eps):
         return self.operators.batch_stats(y, _float32(gamma), _float32(beta), eps)
@@ -64,4 +64,4 @@ class PassesCuda(Passes):
 
 
 def _float32(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.to(torch.float32)
+    return None if vector is None else vector.to(torch.float32).contiguous()

@@ -3,13 +3,27 @@
 import argparse
 import contextlib
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import backend, backends, data, models
-from ..train import CHECKPOINT, CURVES, METRICS, PRECISIONS, CheckpointError, TrainConfig, Trainer, resumable, run
+from ..train import (
+    CHECKPOINT,
+    CURVES,
+    METRICS,
+    PRECISIONS,
+    CheckpointError,
+    TrainConfig,
+    Trainer,
+    launched,
+    processes,
+    resumable,
+    run,
+)
+from ..train.processes import rank, world
 from .arguments import UsageError, blaming, build_model, chosen_backend, device, number, one_of, whole_number
 
 DESCRIPTION = """Trains a network with SGD and a cosine schedule, and evaluates it after each
@@ -20,6 +34,7 @@ EXAMPLES = """example:
   fused-resnet train --resume runs/first
   fused-resnet train --model resnet56 --data cifar10 --epochs 160 --precision bf16 --out runs/cifar
   fused-resnet train --model resnet50 --data synthetic --precision fp16 --batch-size 64 --epochs 2
+  torchrun --nproc-per-node 8 -m fused_resnet train --model resnet50 --data synthetic --sync-bn
 """
 
 
@@ -53,6 +68,9 @@ def add_parser(commands) -> None:
     option("limit_train", whole_number, "use only the first N training images", "N")
     option("limit_eval", whole_number, "use only the first N evaluation images", "N")
     option("image_size", whole_number, "pixels of a side, for synthetic images (default: 224)", "N")
+    parser.add_argument(
+        "--sync-bn", action="store_true", help="batch norms over the whole batch of all processes (torchrun)"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run (default: runs/MODEL-DATA)")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
     parser.add_argument("--stop-after", type=whole_number, metavar="N", help="stop after epoch N, to be resumed later")
@@ -66,15 +84,21 @@ def add_parser(commands) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Runs the subcommand."""
+    """Runs the subcommand, in each process that torchrun started."""
+    with processes(device(getattr(args, "device", "auto"))) as where:
+        return _train(args, where)
+
+
+def _train(args: argparse.Namespace, where: torch.device) -> int:
     options = vars(args)
     settings = {field.name: options[field.name] for field in fields(TrainConfig) if field.name in options}
-    where = device(options.get("device", "auto"))
     if (stop_after := options.get("stop_after", 1)) < 1:
         raise UsageError("--stop-after", f"expected an epoch, 1 or more; got {stop_after}")
     folder, config, state = _resumed(options, settings) if "resume" in options else _fresh(options, settings)
     with backend(options["backend"]) if "backend" in options else contextlib.nullcontext():
         chosen = chosen_backend(where, config.precision, options.get("backend"))
+        if config.sync_bn and launched() and chosen == "off" and where.type != "cuda":
+            raise UsageError("--sync-bn", "PyTorch's own modules synchronise on GPUs alone; expected --backend eager beside it on a CPU")
         with blaming("--data", data.DataError):
             images = data.load(
                 config.data,
@@ -88,16 +112,21 @@ def train(args: argparse.Namespace) -> int:
         if state is not None:
             with blaming("--resume", CheckpointError):
                 trainer.load_state(state)
-        print(
+        more = f" and {world() - 1} more" if world() > 1 else ""
+        say = partial(print, flush=True) if rank() == 0 else _silent
+        say(
             f"{config.model} on {config.data}: {len(images.train):,} training and {len(images.eval):,} evaluation "
-            f"images\n{where}, {config.precision}, backend {chosen}",
-            flush=True,
+            f"images\n{where}{more}, {config.precision}, backend {chosen}"
         )
         run(trainer, folder, options.get("stop_after"), "no_progress" not in options)
-    print(f"{trainer.epoch} of {config.epochs} epochs are done")
+    say(f"{trainer.epoch} of {config.epochs} epochs are done")
     pictured = f", {CURVES}" if (folder / CURVES).exists() else " (no picture: matplotlib is not installed)"
-    print(f"{folder}: {CHECKPOINT}, {METRICS}{pictured}")
+    say(f"{folder}: {CHECKPOINT}, {METRICS}{pictured}")
     return 0
+
+
+def _silent(text: str) -> None:
+    """What the other processes say."""
 
 
 def _fresh(options: dict[str, Any], settings: dict[str, Any]) -> tuple[Path, TrainConfig, None]:

@@ -16,15 +16,22 @@ class Loader:
     """
 
     def __init__(
-        self, data: DataSet, split: Split, batch_size: int, device: torch.device, augment: bool, seed: int = 0
-    ):
+        self, data: DataSet, split: Split, batch_size: int, device: torch.device, augment: bool, seed: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ):  # fmt: skip
         """With `augment` an epoch is shuffled, cropped, flipped where the data set allows it, and its last, smaller
-        batch is left out; without, it is the split in its order, whole."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1; got {batch_size}")
+        batch is left out; without, it is the split in its order, whole.
+
+        `part` (i, n): of each batch, only the i-th of n equal parts is made; without `augment`, every n-th image of the split.
+        """
+        if batch_size < 1 or batch_size % part[1]:
+            parts = f", a multiple of the {part[1]} processes" if part[1] > 1 else ""
+            raise ValueError(f"batch_size: expected at least 1{parts}; got {batch_size}")
+        if not augment and part != (0, 1):
+            split = Split(split.images[part[0] :: part[1]], split.labels[part[0] :: part[1]])
         if augment and len(split) < batch_size:
             raise ValueError(f"batch_size: expected at most the {len(split)} images of the split; got {batch_size}")
-        self.batch_size, self.augment, self.seed = batch_size, augment, seed
+        self.batch_size, self.augment, self.seed, self.part = batch_size, augment, seed, part
         self.flip, self.padding = data.flip, data.crop_padding
         self.images, self.labels = split.images.to(device), split.labels.to(device)
         self.mean, self.std = (t.to(device)[:, None, None] for t in (data.mean, data.std))
@@ -48,7 +55,9 @@ class Loader:
         offsets = torch.randint(2 * self.padding + 1, (count, 2), generator=generator).to(device)
         flips = (torch.rand(count, generator=generator) < 0.5 if self.flip else torch.zeros(count).bool()).to(device)
         for i in range(len(self)):
-            pick = slice(i * self.batch_size, (i + 1) * self.batch_size)
+            size = self.batch_size // self.part[1]
+            start = i * self.batch_size + self.part[0] * size
+            pick = slice(start, start + size)
             images = crop_and_flip(self.images[order[pick]], offsets[pick], flips[pick], self.padding)
             yield self._normalised(images), self.labels[order[pick]]
 

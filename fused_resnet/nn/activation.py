@@ -14,10 +14,10 @@ from ..ops import Pending
 class BatchStatistics(NamedTuple):
     """What one forward tells a norm's running statistics."""
 
-    norm: nn.BatchNorm2d
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm
     mean: Tensor  #: [C]
-    var: Tensor  #: [C], biased
-    count: int  #: N·H·W
+    var: Tensor  #: [C]
+    correction: float  #: by which var is multiplied to be unbiased
 
 
 class Activation(NamedTuple):
@@ -42,7 +42,10 @@ def update_running_statistics(statistics: tuple[BatchStatistics, ...]) -> None:
     """Write the batch statistics of one forward into the running statistics of their norms, as nn.BatchNorm2d does.
 
     running = (1 − momentum)·running + momentum·batch, with the unbiased variance; a momentum of None is a running average.
+    A forward that runs within a backward is a checkpoint's second one, whose batch the norms have been told of: it writes nothing.
     """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        return
     groups = defaultdict(list)
     for s in statistics:
         if s.norm.track_running_stats and s.norm.running_mean is not None:
@@ -50,25 +53,25 @@ def update_running_statistics(statistics: tuple[BatchStatistics, ...]) -> None:
     for momentum, members in groups.items():
         torch._foreach_add_([s.norm.num_batches_tracked for s in members], 1)
         if momentum is not None:
-            _blend(members, momentum)
-        for s in members if momentum is None else ():
-            _blend([s], 1.0 / float(s.norm.num_batches_tracked))
+            running = [(s.norm.running_mean, s.norm.running_var) for s in members]
+            blend(running, [(s.mean, s.var, s.correction) for s in members], momentum)
+        for s in members if momentum is None else ():  # the weight stays where it is: a GPU need not wait, nor a graph break
+            for running, value in ((s.norm.running_mean, s.mean), (s.norm.running_var, s.var * s.correction)):
+                running.lerp_(value.to(running.dtype), s.norm.num_batches_tracked.to(running.dtype).reciprocal())
 
 
-def _blend(members: list[BatchStatistics], weight: float) -> None:
-    running = [(s.norm.running_mean, s.norm.running_var) for s in members]
-    blend(running, [(s.mean, s.var, s.count) for s in members], weight)
-
-
-def moments(out: Pending) -> tuple[Tensor, Tensor, int]:
-    """(mean, biased variance, N·P·Q) of the batch that `out` is."""
-    return out.mean, out.var, out.y.numel() // out.y.shape[1]
+def moments(out: Pending, shared: bool = False) -> tuple[Tensor, Tensor, float]:
+    """(mean, variance, what makes it unbiased) of the batch that `out` is, or is this process's share of."""
+    if shared:
+        return out.mean, out.var, 1.0
+    count = out.y.numel() // out.y.shape[1]
+    return out.mean, out.var, count / (count - 1)
 
 
 @torch.no_grad()
-def blend(running: Sequence[tuple[Tensor, Tensor]], batches: Sequence[tuple[Tensor, Tensor, int]], weight: float) -> None:
+def blend(running: Sequence[tuple[Tensor, Tensor]], batches: Sequence[tuple[Tensor, Tensor, float]], weight: float) -> None:
     """running = (1 − weight)·running + weight·batch in place, of pairs (mean, variance). A batch's are `moments`."""
-    unbiased = torch._foreach_mul([var for _, var, _ in batches], [count / (count - 1) for *_, count in batches])
+    unbiased = torch._foreach_mul([var for _, var, _ in batches], [correction for *_, correction in batches])
     targets = [mean for mean, _ in running] + [var for _, var in running]
     values = [*(mean for mean, *_ in batches), *unbiased]
     torch._foreach_lerp_(targets, [v.to(t.dtype) for v, t in zip(values, targets, strict=True)], weight)

@@ -22,10 +22,11 @@ _GLOBAL_HOOKS = (
 
 
 def observed(module: nn.Module) -> bool:
-    """Whether somebody wants to see this very module called with tensors: a hook, or a compiled call in its place."""
+    """Whether somebody wants to see this very module called with tensors: a hook, or another call or forward in its place."""
     return (
         bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
         or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
         or any(_GLOBAL_HOOKS)
     )
 
@@ -47,8 +48,8 @@ def is_conv(module: nn.Module | None) -> bool:
 
 
 def is_norm(module: nn.Module | None) -> bool:
-    """A norm that the operators can run: nn.BatchNorm2d itself, or torchvision's frozen one."""
-    return (type(module) is nn.BatchNorm2d or is_frozen_norm(module)) and not observed(module)
+    """A norm that the operators can run: nn.BatchNorm2d itself, nn.SyncBatchNorm, or torchvision's frozen one."""
+    return (type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or is_frozen_norm(module)) and not observed(module)
 
 
 def is_local_norm(module: nn.Module | None) -> bool:
@@ -57,7 +58,7 @@ def is_local_norm(module: nn.Module | None) -> bool:
 
 
 def is_frozen_norm(module: nn.Module | None) -> bool:
-    """torchvision's FrozenBatchNorm2d: buffers alone, and the running statistics also in training."""
+    """torchvision's FrozenBatchNorm2d: its statistics, scale and shift are buffers, and training changes none of them."""
     return _is(module, "torchvision.ops.misc", "FrozenBatchNorm2d")
 
 
@@ -105,11 +106,22 @@ def is_global_avg_pool(module: nn.Module | None) -> bool:
     return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)) and not observed(module)
 
 
+def sharing_group(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> str:
+    """The name of the process group that shares the batch's statistics with `norm`; "" where it keeps its own."""
+    if type(norm) is not nn.SyncBatchNorm or not norm.training:
+        return ""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ""
+    group = norm.process_group or distributed.group.WORLD
+    return group.group_name if distributed.get_world_size(group) > 1 else ""
+
+
 def norm_of(norm: nn.Module) -> Norm:
     """A norm as an operator takes it."""
     training = uses_batch(norm)
     running = (None, None) if training else (norm.running_mean, norm.running_var)
-    return Norm(norm.weight, norm.bias, *running, training, norm.eps)
+    return Norm(norm.weight, norm.bias, *running, training, norm.eps, sharing_group(norm))
 
 
 def geometry(conv: nn.Conv2d) -> ConvGeometry:
@@ -127,11 +139,11 @@ def uses_batch(norm: nn.Module) -> bool:
     return (norm.training and not is_frozen_norm(norm)) or norm.running_mean is None
 
 
-def batch_statistics(norm: nn.BatchNorm2d, out: Pending) -> tuple[BatchStatistics, ...]:
+def batch_statistics(norm: nn.BatchNorm2d | nn.SyncBatchNorm, out: Pending) -> tuple[BatchStatistics, ...]:
     """What `out` tells `norm`'s running statistics: nothing outside training."""
     if not norm.training or is_frozen_norm(norm) or not norm.track_running_stats:
         return ()
-    return (BatchStatistics(norm, *moments(out)),)
+    return (BatchStatistics(norm, *moments(out, shared=bool(sharing_group(norm)))),)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -61,7 +61,19 @@ def source(x: Pending, residual: Pending | Tensor | None = None) -> Source:
 
 
 def _convolve(name: str, given: Source, *convs: Conv) -> tuple[Tensor, ...]:
-    return call(name)(*_flat(given, OPERATORS[name].source_arity, *convs), _backend(given.x))
+    operator = OPERATORS[name]
+    # Whether a backend keeps the activation depends on sizes; a graph for any size has to know it.
+    write_act = [_any_size(given.x)] if operator.may_skip_act else []
+    return call(name)(*_flat(given, operator.source_arity, *convs), *write_act, _backend(given.x))
+
+
+def _any_size(x: Tensor) -> bool:
+    """Whether a compiler is at work that leaves a size of x open."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not all(has_static_value(size) for size in x.shape)
 
 
 def conv_stats(x: Tensor, conv: Conv) -> Pending:

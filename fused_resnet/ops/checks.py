@@ -92,7 +92,7 @@ def check_conv(x: Tensor, conv: Conv) -> list[int]:
     for name in ("gamma", "beta", "running_mean", "running_var"):
         check_vector(name, getattr(norm, name), k, x)
     if norm.training:
-        if n * p * q == 1:  # PyTorch's own words
+        if n * p * q == 1 and not norm.group:  # PyTorch's own words
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size([n, k, p, q])}")
     elif norm.running_mean is None or norm.running_var is None:
         raise ValueError("running_mean, running_var: expected tensors where training is False; got None")

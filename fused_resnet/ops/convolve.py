@@ -18,6 +18,8 @@ from .library import call, channels_last, define, empty_nhwc, nothing
 
 PENDING = ("mean", "invstd", "scale", "bias")
 RESIDUAL = ("residual", "residual_mean", "residual_invstd", "residual_scale", "residual_bias")
+#: How many arguments stand for a convolution with its norm: of an operator, and of its backward.
+CONV_ARITY, OUTPUT_ARITY = 12, 15
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,20 @@ class Operator:
         return 1 + self.pending * len(PENDING) + self.residual * len(RESIDUAL)
 
     @property
+    def may_skip_act(self) -> bool:
+        """Whether the activation, which nobody else reads, need not be written. The argument `write_act` then asks for it."""
+        return self.pending and not self.residual
+
+    @property
     def schema(self) -> str:
         """Arguments: the source, each convolution with its norm, the backend. Results: each Pending; act; mask."""
         args = self._source_schema()
         for i in suffixes(self.convs):
             args += [
                 f"Tensor weight{i}", f"Tensor? gamma{i}", f"Tensor? beta{i}", f"Tensor? running_mean{i}",
-                f"Tensor? running_var{i}", f"bool training{i}", f"float eps{i}", *geometry_schema(i),
+                f"Tensor? running_var{i}", f"bool training{i}", f"float eps{i}", f"str group{i}", *geometry_schema(i),
             ]  # fmt: skip
+        args += ["bool write_act"] if self.may_skip_act else []
         results = ["Tensor"] * (len(Pending._fields) * self.convs + self.pending + self.residual)
         return f"{self.name}({', '.join(args)}, str backend) -> ({', '.join(results)})"
 
@@ -54,7 +62,7 @@ class Operator:
             args += [
                 f"Tensor? dz{i}", f"Tensor? s1{i}", f"Tensor? s2{i}", f"Tensor y{i}", f"Tensor y_mean{i}",
                 f"Tensor y_invstd{i}", f"Tensor weight{i}", f"Tensor? gamma{i}", f"bool training{i}",
-                *geometry_schema(i), f"bool need_dw{i}",
+                *geometry_schema(i), f"bool need_dw{i}", f"str group{i}",
             ]  # fmt: skip
         results = ["Tensor"] * (4 + self.convs)
         return f"{self.name}_backward({', '.join(args)}, Tensor? dact, bool need_dx, str backend) -> ({', '.join(results)})"
@@ -74,8 +82,8 @@ class Operator:
         source, rest = Source(*args[: self.source_arity]), args[self.source_arity :]
         convs = []
         for i in range(self.convs):
-            weight, *norm_and_geometry = rest[11 * i : 11 * (i + 1)]
-            convs.append(Conv(weight, Norm(*norm_and_geometry[:6]), ConvGeometry(*norm_and_geometry[6:])))
+            weight, *norm_and_geometry = rest[CONV_ARITY * i : CONV_ARITY * (i + 1)]
+            convs.append(Conv(weight, Norm(*norm_and_geometry[:7]), ConvGeometry(*norm_and_geometry[7:])))
         return source, convs
 
     def forward(self, *args) -> tuple[Tensor, ...]:
@@ -85,7 +93,7 @@ class Operator:
         check_source(source)
         for conv in convs:
             check_conv(source.x, conv)
-        pendings, act, mask = BACKENDS[backend].convolve(source, convs, self._writes_act(source, convs, backend))
+        pendings, act, mask = BACKENDS[backend].convolve(source, convs, self._writes_act(source, convs, *args[-1:], backend))
         results = [t for pending in pendings for t in pending]
         if self.pending:
             results.append(nothing(source.x, source.x.dtype) if act is None else act)
@@ -104,16 +112,20 @@ class Operator:
             results.append(empty_nhwc(x, shape))
             results += [x.new_empty(shape[1], dtype=accumulate_dtype(x.dtype)) for _ in range(5)]
         if self.pending:
-            results.append(empty_nhwc(x, x.shape) if self._writes_act(source, convs, backend) else nothing(x, x.dtype))
+            written = self._writes_act(source, convs, *args[-1:], backend)
+            results.append(empty_nhwc(x, x.shape) if written else nothing(x, x.dtype))
         if self.residual:
             n, c, h, w = x.shape
             absent = source.residual is None
             results.append(nothing(x, torch.uint8) if absent else x.new_empty((n, h, w, (c + 7) // 8), dtype=torch.uint8))
         return tuple(results)
 
-    def _writes_act(self, source: Source, convs: list[Conv], backend: str) -> bool:
-        """Whether the activation is a tensor after `forward`: where it is a result, or the backend keeps it for backward."""
-        return self.residual or BACKENDS[backend].keeps_act(source, convs)
+    def _writes_act(self, source: Source, convs: list[Conv], asked: Any, backend: str) -> bool:
+        """Whether the activation is a tensor after `forward`: where it is a result, is asked for, or the backend keeps it for backward.
+
+        `asked` is the last argument before the backend: `write_act`, where the operator has it.
+        """
+        return not self.may_skip_act or asked or BACKENDS[backend].keeps_act(source, convs)
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
@@ -123,8 +135,10 @@ class Operator:
         source, (act, mask), rest = Source(*args[: self.source_arity]), *self._split(args)
         outputs = []
         for i in range(self.convs):
-            *tensors, training, stride, padding, dilation, groups, need_dw = rest[14 * i : 14 * (i + 1)]
-            outputs.append(ConvOutput(*tensors, training, ConvGeometry(stride, padding, dilation, groups), need_dw))
+            given = rest[OUTPUT_ARITY * i : OUTPUT_ARITY * (i + 1)]
+            *tensors, training, stride, padding, dilation, groups, need_dw, group = given
+            output = ConvOutput(*tensors, training, ConvGeometry(stride, padding, dilation, groups), need_dw, group)
+            outputs.append(output.shared() if group else output)
         sums, dws = BACKENDS[backend].convolve_backward(
             source, act if act.numel() else None, mask if mask.numel() else None, outputs, dact, need_dx
         )
@@ -143,7 +157,8 @@ class Operator:
             shape = x.shape if i == 0 else x.shape[1:2]
             results.append((empty_nhwc(x, shape) if i == 0 else x.new_empty(shape, dtype=dtype)) if wanted else nothing(x, dtype))
         for i in range(self.convs):
-            dz, weight, need_dw = rest[14 * i], rest[14 * i + 6], rest[14 * i + 13]
+            at = OUTPUT_ARITY * i
+            dz, weight, need_dw = rest[at], rest[at + 6], rest[at + 13]
             wanted = need_dw and dz is not None
             results.append(torch.empty_like(weight) if wanted else nothing(weight, weight.dtype))
         return tuple(results)
@@ -177,7 +192,7 @@ class Operator:
         ctx.statics = []
         for o, conv in zip(outputs, convs, strict=True):
             saved += [o.y, o.mean, o.invstd, conv.weight, conv.norm.gamma]
-            ctx.statics.append((conv.norm.training, *conv.geometry))
+            ctx.statics.append((conv.norm.training, *conv.geometry, conv.norm.group))
         ctx.has_residual = source.residual is not None
         ctx.parameter_dtypes = [
             tuple(None if p is None else p.dtype for p in (conv.norm.gamma, conv.norm.beta)) for conv in convs
@@ -193,14 +208,15 @@ class Operator:
         outputs, parameter_grads = [], []
         for i in range(self.convs):
             dz, s1, s2 = grads[6 * i : 6 * i + 3]
-            at = self.source_arity + 11 * i
-            outputs += [channels_last(dz), s1, s2, *saved[5 * i : 5 * i + 5], *ctx.statics[i], needs[at]]
+            at = self.source_arity + CONV_ARITY * i
+            *statics, group = ctx.statics[i]
+            outputs += [channels_last(dz), s1, s2, *saved[5 * i : 5 * i + 5], *statics, needs[at], group]
             parameter_grads.append(
                 [None if g is None or not needed else g.to(dtype)
                  for g, needed, dtype in zip((s2, s1), needs[at + 1 : at + 3], ctx.parameter_dtypes[i], strict=True)]
             )  # fmt: skip
         need_dx = any(needs[: self.source_arity])
-        if dact is None and all(output is None for output in outputs[:: 14]):
+        if dact is None and all(output is None for output in outputs[::OUTPUT_ARITY]):
             return (None,) * len(needs)
         mask = nothing(act, torch.uint8) if mask is None else mask
         results = call(f"{self.name}_backward")(*source[: self.source_arity], act, mask, *outputs, dact, need_dx, ctx.backend)
@@ -213,9 +229,9 @@ class Operator:
             raw = source.residual_mean is not None
             result += [dx if ctx.has_residual else None, s1 if raw else None, residual_s2 if raw else None, None, None]
         for i in range(self.convs):
-            used, wanted = outputs[14 * i] is not None, needs[self.source_arity + 11 * i]
-            result += [dws[i] if used and wanted else None, *parameter_grads[i], *(None,) * 8]
-        return (*result, None)
+            used, wanted = outputs[OUTPUT_ARITY * i] is not None, needs[self.source_arity + CONV_ARITY * i]
+            result += [dws[i] if used and wanted else None, *parameter_grads[i], *(None,) * (CONV_ARITY - 3)]
+        return (*result, *(None,) * (len(needs) - len(result)))
 
 
 def suffixes(convs: int) -> list[str]:

@@ -1,8 +1,9 @@
-"""Training on one device: SGD, mixed precision, checkpoints that resume exactly, metrics and curves."""
+"""Training on one device, or one a process: SGD, mixed precision, checkpoints that resume exactly, metrics and curves."""
 
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .config import PRECISIONS, SettingError, TrainConfig
 from .curves import draw_curves
+from .processes import launched, processes
 from .trainer import AUTOCAST, CHECKPOINT, CURVES, METRICS, Trainer, TrainingDiverged, autocast, resumable, run
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "TrainingDiverged",
     "autocast",
     "draw_curves",
+    "launched",
     "load_checkpoint",
+    "processes",
     "resumable",
     "run",
     "save_checkpoint",

@@ -20,7 +20,7 @@ class TrainConfig:
     model: str = "resnet20"
     data: str = "fashion-mnist-mini"
     epochs: int = 10
-    batch_size: int = 128
+    batch_size: int = 128  #: images a step, of all processes together
     lr: float = 0.1  #: the highest learning rate, at the end of the warm-up
     warmup_epochs: float = 1.0
     momentum: float = 0.9
@@ -32,6 +32,7 @@ class TrainConfig:
     limit_train: int | None = None  #: use only so many images of the training split
     limit_eval: int | None = None
     image_size: int | None = None  #: pixels; for synthetic data only
+    sync_bn: bool = False  #: whether the processes of a run share the statistics of batch norms
 
     def __post_init__(self):
         for name in ("epochs", "limit_train", "limit_eval", "image_size", "batch_size"):

@@ -22,6 +22,7 @@ from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .config import SettingError, TrainConfig
 from .curves import draw_curves
 from .optimizer import learning_rate, sgd
+from .processes import agree_on_buffers, parallel, rank, total, world
 from .progress import EPOCH_HEADER, bar, epoch_line
 
 CHECKPOINT, METRICS, CURVES = "checkpoint.pt", "metrics.jsonl", "curves.png"
@@ -42,18 +43,25 @@ class Trainer:
     """A model, its data and its optimizer, between two epochs."""
 
     def __init__(self, model: nn.Module, data: DataSet, config: TrainConfig, device: torch.device):
-        """`model` takes float32 [B, data.channels, H, W] and returns logits; it is moved to `device`, in place."""
+        """`model` takes float32 [B, data.channels, H, W] and returns logits; it is moved to `device`, in place.
+
+        Among several `processes` each trains on its part of a batch; with `config.sync_bn` `model` gets synchronised batch norms.
+        """
         if config.batch_size > len(data.train):
             expected = f"expected at most {len(data.train)}, the images of the training split"
             raise SettingError("batch_size", f"{expected}; got {config.batch_size}")
+        if config.batch_size % world():
+            raise SettingError("batch_size", f"expected a multiple of the {world()} processes; got {config.batch_size}")
         self.config, self.data, self.device = config, data, device
         self.model = model.to(device, memory_format=torch.channels_last)
+        self.parallel = parallel(self.model, device, config.sync_bn)
         self.optimizer = sgd(model, config, device)
         # Only fp16 has gradients that leave its range.
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-        self.train_loader = Loader(data, data.train, config.batch_size, device, augment=True, seed=config.seed)
-        self.eval_loader = Loader(data, data.eval, config.batch_size, device, augment=False)
+        part = rank(), world()
+        self.train_loader = Loader(data, data.train, config.batch_size, device, True, config.seed, part)
+        self.eval_loader = Loader(data, data.eval, config.batch_size, device, False, part=part)
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
 
@@ -63,7 +71,7 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.config.precision):
-            logits = self.model(images)
+            logits = self.parallel(images)
         loss = self.criterion(logits.float(), labels)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -74,22 +82,23 @@ class Trainer:
         """Trains one epoch. Returns its part of the record; the speed is that of the epoch as a whole."""
         self.model.train()
         loader, config = self.train_loader, self.config
-        total, warmup = config.epochs * len(loader), round(config.warmup_epochs * len(loader))
+        steps, warmup = config.epochs * len(loader), round(config.warmup_epochs * len(loader))
         loss_sum, correct = (torch.zeros((), device=self.device, dtype=torch.float64) for _ in range(2))
         label = f"epoch {self.epoch + 1}/{config.epochs}"
-        batches = bar(loader.batches(self.epoch), len(loader), config.batch_size, label, loss_sum, progress)
+        batches = bar(loader.batches(self.epoch), len(loader), config.batch_size, label, loss_sum, progress and rank() == 0)
         self._synchronize()
         start = time.perf_counter()
         for i, (images, labels) in enumerate(batches):
-            lr = learning_rate(self.epoch * len(loader) + i, total, warmup, config.lr)
+            lr = learning_rate(self.epoch * len(loader) + i, steps, warmup, config.lr)
             loss, logits = self.step(images, labels, lr)
             loss_sum += loss
             correct += (logits.argmax(1) == labels).sum()
+        total(loss_sum, correct)
         self._synchronize()
         seconds = time.perf_counter() - start
         self.epoch += 1
         images = len(loader) * config.batch_size
-        mean_loss = loss_sum.item() / len(loader)
+        mean_loss = loss_sum.item() / (len(loader) * world())
         if not math.isfinite(mean_loss):
             raise TrainingDiverged(f"the loss of epoch {self.epoch} is {mean_loss}; a lower learning rate may help")
         return {
@@ -106,12 +115,14 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Loss and accuracy on the evaluation split, with the running statistics."""
         self.model.eval()
+        agree_on_buffers(self.model)
         loss_sum, correct = (torch.zeros((), device=self.device, dtype=torch.float64) for _ in range(2))
         for images, labels in self.eval_loader.batches(0):
             with autocast(self.device, self.config.precision):
                 logits = self.model(images)
             loss_sum += nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()
+        total(loss_sum, correct)
         count = len(self.data.eval)
         mean_loss = loss_sum.item() / count
         if not math.isfinite(mean_loss):
@@ -172,27 +183,32 @@ def run(
 ) -> list[dict[str, Any]]:
     """Trains from where `trainer` is up to the last epoch, or `stop_after`, and writes the run's files after each.
 
+    Of several processes, the first writes and speaks.
+
     Returns the records of all epochs, those before included. Raises `TrainingDiverged`; `CheckpointError` or OSError
     where a file can't be written.
     """
-    config = trainer.config
+    config, first = trainer.config, rank() == 0
     folder.mkdir(parents=True, exist_ok=True)
     # Written anew from the checkpoint: an epoch that was interrupted after its line leaves no second one behind.
-    replace_file(folder / METRICS, lambda file: file.writelines(_line(record) for record in trainer.history))
+    if first:
+        replace_file(folder / METRICS, lambda file: file.writelines(_line(record) for record in trainer.history))
     last = config.epochs if stop_after is None else min(stop_after, config.epochs)
-    if trainer.epoch < last:
+    if first and trainer.epoch < last:
         say(EPOCH_HEADER)
     try:
         while trainer.epoch < last:
             record = {**trainer.train_epoch(progress), **trainer.evaluate()}
             trainer.history.append(record)
+            if not first:
+                continue
             with (folder / METRICS).open("ab") as file:
                 file.write(_line(record))
             save_checkpoint(folder / CHECKPOINT, trainer.state())
             say(epoch_line(record, config.epochs))
     finally:
         # An interrupted run has a picture too. Without matplotlib there is none.
-        if trainer.history:
+        if first and trainer.history:
             with contextlib.suppress(ImportError):
                 title = f"{config.model} on {config.data}, {config.precision}"
                 draw_curves({config.model: trainer.history}, title, folder / CURVES)

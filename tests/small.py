@@ -1,0 +1,54 @@
+"""A residual network with a block of each kind, small enough to be run often: stem with pool, projections, stride, both blocks."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from fused_resnet.models import BasicBlock, Bottleneck
+from fused_resnet.nn import ResidualNetwork, Stage
+
+#: Images for it.
+SIZE = (4, 3, 20, 18)
+CLASSES = 5
+
+
+class SmallNetwork(ResidualNetwork):
+    """torchvision's names; channels 8, 16, 32, 32."""
+
+    def __init__(self, norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d):
+        super().__init__()
+
+        def projection(inplanes: int, planes: int, stride: int) -> nn.Module:
+            return nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), norm_layer(planes))
+
+        self.conv1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False)
+        self.bn1 = norm_layer(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = Stage(
+            Bottleneck(8, 4, 1, projection(8, 16, 1), norm_layer=norm_layer, base_width=128),
+            Bottleneck(16, 4, norm_layer=norm_layer, base_width=128),
+        )
+        self.layer2 = Stage(Bottleneck(16, 8, 2, projection(16, 32, 2), norm_layer=norm_layer, groups=2))
+        self.layer3 = Stage(BasicBlock(32, 32, norm_layer=norm_layer))
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(32, CLASSES)
+
+
+def network(norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d, dtype: torch.dtype = torch.float64) -> SmallNetwork:
+    """With norms that are not the identity: running statistics, scale and shift are random, where there are any."""
+    model = SmallNetwork(norm_layer).to(dtype)
+    for module in model.modules():
+        if not isinstance(module, nn.Linear):
+            for name, least in (("running_mean", -0.5), ("running_var", 0.5), ("weight", 0.5), ("bias", -0.5)):
+                t = getattr(module, name, None)
+                if t is not None and t.dim() == 1:
+                    t.data.copy_(torch.rand(t.shape) + least)
+    return model
+
+
+def nodes(model: nn.Module) -> int:
+    """The convolutions of the operators in a forward: a projection shares its block's first."""
+    norms = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    return norms - sum(getattr(m, "downsample", None) is not None for m in model.modules())
