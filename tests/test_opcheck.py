@@ -160,8 +160,19 @@ def test_fakes_say_what_passes_give(name, residual, backend):
     torch.library.opcheck(overload(f"{name}_backward"), (*backward, backend), test_utils=QUICK)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norm_of_an_activation(layout, training):
+    forward, backward = Tensors(layout, requires_grad=True), Tensors(layout, requires_grad=False)
+    running = [None, None] if training else [forward.vector(grad=False), forward.vector(grad=False)]
+    arguments = [forward.activation(), forward.vector(), forward.vector(), *running, training, 1e-5]
+    torch.library.opcheck(overload("norm_act"), (*arguments, "eager"))
+    saved = [backward.activation(), backward.activation(), *(backward.vector() for _ in range(5))]
+    torch.library.opcheck(overload("norm_act_backward"), (*saved, training, "eager"))
+
+
 def test_no_operator_is_left_out():
-    checked = [*OPERATORS, *(name for name, _ in FINISHING)]
+    checked = [*OPERATORS, *(name for name, _ in FINISHING), "norm_act"]
     there = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::")}
     assert there == {*checked, *(f"{name}_backward" for name in checked)}
 

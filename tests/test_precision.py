@@ -123,9 +123,9 @@ def test_autocast_may_be_switched_off_inside():
 
 @pytest.fixture
 def tf32_settings():
-    before = torch.backends.cudnn.conv.fp32_precision
+    before = torch.backends.cudnn.allow_tf32
     yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    torch.backends.cudnn.allow_tf32 = before  # in the old way, which undoes the new one: PyTorch refuses a mix from then on
 
 
 @pytest.mark.parametrize("allowed", [True, False])
