@@ -4,7 +4,8 @@
 #   bench/gpu_check.sh PART OUT [COMMIT]
 #
 # PART  test      build the native library, and run tests/ on the GPU
-#       sanitize  every pass under compute-sanitizer's memcheck, racecheck, synccheck and initcheck; the operator tests under the first three
+#       sanitize  every pass under compute-sanitizer's memcheck, racecheck, synccheck and initcheck; the operator tests, of the CUDA passes
+#                 and of the Triton convolutions, under the first three
 #       kernels   time every pass on ResNet-18's and ResNet-50's shapes against PyTorch's eager mode, torch.compile and cuDNN
 #       blocks    time residual blocks, forward and backward, against eager mode and torch.compile
 #       tune      measure which convolutions of ResNet-50 and -18 are faster as Triton kernels; train, inference and profile use the table
@@ -127,6 +128,9 @@ case $part in
     for tool in memcheck racecheck synccheck; do
       step "operators-$tool" "$(sanitizer)" --tool "$tool" --error-exitcode 9 --target-processes application-only \
         --kernel-name kns=fused_resnet "$python" -m pytest tests/test_operators.py -x -q -o addopts= -k "passes_cuda and float16 and training"
+      step "convolutions-$tool" "$(sanitizer)" --tool "$tool" --error-exitcode 9 --target-processes application-only \
+        --kernel-name kns=conv_ "$python" -m pytest tests/test_operators.py -x -q -o addopts= \
+        -k "triton and not passes_triton and float16 and training"
     done
     ;;
   kernels)

@@ -187,17 +187,21 @@ def test_a_missing_sanitizer_is_a_failure(tmp_path, python):
     assert done.returncode == 1
     assert sorted(p.name for p in (tmp_path / "out").glob("*.failed")) == [
         f"sanitize-{step}.failed"
-        for step in ("initcheck", "memcheck", "operators-memcheck", "operators-racecheck", "operators-synccheck", "racecheck", "synccheck")
+        for step in (
+            *(f"convolutions-{tool}" for tool in ("memcheck", "racecheck", "synccheck")),
+            "initcheck", "memcheck", "operators-memcheck", "operators-racecheck", "operators-synccheck", "racecheck", "synccheck",
+        )
     ]
     assert "compute-sanitizer" in (tmp_path / "out" / "sanitize-memcheck.log").read_text()
 
 
 def test_the_sanitized_operator_tests_are_there():
     """An expression that chooses nothing would pass unseen. Here `emulated` stands for the GPU's library."""
-    expression = re.search(r'-k "(passes_cuda[^"]*)"', SCRIPT.read_text())[1].replace("passes_cuda", "emulated" if DEVICE.type == "cpu" else "passes_cuda")
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_operators.py", "-k", expression]
-    done = subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True, check=False)
-    assert len(re.findall(r"test_error_is_at_most_twice_eagers\[.*float16.*training", done.stdout)) > 5, done.stdout
+    cuda, triton = re.findall(r'-k "([^"]*float16[^"]*)"', SCRIPT.read_text())
+    for expression in (cuda.replace("passes_cuda", "emulated" if DEVICE.type == "cpu" else "passes_cuda"), triton):
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_operators.py", "-k", expression]
+        done = subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True, check=False)
+        assert len(re.findall(r"test_error_is_at_most_twice_eagers\[.*float16.*training", done.stdout)) > 5, done.stdout
 
 
 def test_every_program_that_it_calls_is_there():
