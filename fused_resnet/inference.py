@@ -1,11 +1,14 @@
 """Inference without batch norms: in eval mode a norm is an affine map with constants, which its convolution can hold."""
 
 import copy
+import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+from .convert import fuse, unfuse
+from .convert.known import LayerGetter, TimmResNet, TorchvisionResNet
 from .nn import Block, ResidualNetwork
 from .nn.modules import is_frozen_norm, observed
 
@@ -17,21 +20,24 @@ def fold(model: nn.Module) -> nn.Module:
     and rounded once. ReLU, addition and pool stay the modules that they were, so the copy needs no operator of this package: it is
     exported, quantised and compiled as any other. Its parameters require no gradient, and its keys are not those of `model`.
 
-    Looked at are the stems and blocks of this package, and convolutions that a norm follows within an nn.Sequential. A norm that
-    normalises by its batch's statistics, that a hook watches, or whose convolution has a hook, stays a norm.
+    Looked at are the stems and blocks that `fuse` knows, torchvision's, timm's and this package's, and convolutions that a norm follows
+    within an nn.Sequential. A norm that normalises by its batch's statistics, that a hook watches, or whose convolution has a hook, stays
+    a norm. A network that was fused comes back unfused.
 
     Raises ValueError where `model` or a part of it is in training mode.
     """
     training = [name or type(module).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"model: expected a network in eval mode, by model.eval(); {training[0]} is in training mode")
-    folded = copy.deepcopy(model).requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a network without a block that is known
+        folded = fuse(copy.deepcopy(model)).requires_grad_(False)  # so that blocks tell their convolutions and norms
     for module in list(folded.modules()):
         for conv, norm in list(_pairs(module)):  # a list, since what it is read from is changed
             if foldable(conv, norm):
                 _replace(module, conv, fold_norm(conv, norm))
                 _replace(module, norm, nn.Identity())
-    return folded
+    return unfuse(folded)
 
 
 def foldable(conv: nn.Module, norm: nn.Module) -> bool:
@@ -60,9 +66,10 @@ def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
 
 
 def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """The convolutions and norms that `module` itself holds, as they follow each other."""
-    if isinstance(module, ResidualNetwork):
-        yield module.conv1, module.bn1
+    """The convolutions and norms of `module`, as they follow each other."""
+    if isinstance(module, ResidualNetwork | TorchvisionResNet | TimmResNet | LayerGetter):
+        conv, norm = (module._modules.get(name) for name in ("conv1", "bn1"))
+        yield conv[-1] if isinstance(conv, nn.Sequential) else conv, norm  # a deep stem
     elif isinstance(module, Block):
         yield from module.branch()
     elif isinstance(module, nn.Sequential):
@@ -70,7 +77,8 @@ def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def _replace(owner: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` where `owner` holds `old`."""
-    for name, child in owner.named_children():
-        if child is old:
-            setattr(owner, name, new)
+    """Put `new` where `owner`, or one of its children, holds `old`."""
+    for holder in (owner, *owner.children()):
+        for name, child in holder.named_children():
+            if child is old:
+                setattr(holder, name, new)

@@ -123,16 +123,21 @@ def agree_sums(dx, found, expected):
             assert ((ours.double() - theirs.double()).abs() / scale).max() < 1e-5
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("name", ALL)
-def test_agrees_with_the_reference(name, kind, dtype):
-    check(dgrad, Case(ALL[name], kind, dtype))
+def test_agrees_with_the_reference(name, kind):
+    check(dgrad, Case(ALL[name], kind, torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["1x1", "3x3 stride 2", "projection", "stem"])
+def test_agrees_with_the_reference_in_other_dtypes(name, dtype):
+    check(dgrad, Case(ALL[name], "raw residual", dtype))
 
 
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("added", ADDED)
-@pytest.mark.parametrize("name", ["1x1", "3x3", "3x3 stride 2", "projection", "uneven"])
+@pytest.mark.parametrize("name", ["1x1", "3x3 stride 2", "projection"])
 def test_adds_the_gradients_of_other_readers(name, added, kind):
     check(dgrad, Case(ALL[name], kind, torch.float16, added))
 

@@ -83,6 +83,26 @@ def test_other_networks_are_folded(build):
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["as it is", "fused"])
+@pytest.mark.parametrize("name", ["torchvision", "timm", "timm's deep stem"])
+def test_networks_of_others_are_folded(name, fused, torchvision_models):
+    """Their stems and blocks too; what comes out is a module of theirs."""
+    import timm
+
+    build = {
+        "torchvision": lambda: torchvision_models.ResNet(torchvision_models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=5),
+        "timm": lambda: timm.create_model("resnet18", num_classes=5),
+        "timm's deep stem": lambda: timm.create_model("resnet14t", num_classes=5),
+    }
+    model, x = build[name]().double(), torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    model(x)
+    model.eval()
+    folded = fused_resnet.fold(fused_resnet.fuse(copy.deepcopy(model)) if fused else model)
+    assert type(folded) is type(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    torch.testing.assert_close(folded(x), model(x))
+
+
 def test_what_is_watched_is_left():
     model, seen = network().eval(), []
     model.layer1[0].bn1.register_forward_hook(lambda m, args, out: seen.append(out))
