@@ -6,6 +6,7 @@ On machines without a GPU the processes meet by gloo. The images are random; put
 """
 
 import argparse
+import gc
 import os
 
 import torch
@@ -71,3 +72,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # DistributedDataParallel is part of reference cycles, and keeps gloo's threads. They must end before the interpreter does: one that
+    # lets go of a tensor later aborts the process (pytorch#179291).
+    gc.collect()

@@ -87,7 +87,8 @@ def test_any_strides_of_the_weight(name, splits):
     first = wgrad(source, dy, weight, geometry, tiles, False)
     for other in (weight.contiguous(), gapped, weight.transpose(2, 3).contiguous().transpose(2, 3)):
         dw = wgrad(source, dy, other, geometry, tiles, False)
-        assert torch.equal(dw, first) and dw.stride() == other.stride()
+        assert torch.equal(dw, first)
+        assert dw.stride() == torch.empty_like(other).stride()  # its own, but without gaps
 
 
 def test_the_same_bits_each_time():

@@ -3,6 +3,8 @@
 Outside of torchrun there is one process, of rank 0.
 """
 
+import atexit
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +28,8 @@ def processes(device: torch.device) -> Iterator[torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", environment.local_rank())
         torch.cuda.set_device(device)
+    # DistributedDataParallel's cycles keep gloo's threads, which have to end before the interpreter does (pytorch#179291).
+    atexit.register(gc.collect)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import sys
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ def processes() -> Iterator[int]:
     yield dist.get_rank()
     dist.barrier()  # none leaves while another still talks
     dist.destroy_process_group()
+    gc.collect()  # DistributedDataParallel's cycles keep gloo's threads, which have to end before the interpreter does (pytorch#179291)
 
 
 def mine(t: Tensor, first: int | None = None) -> Tensor:
