@@ -5,14 +5,24 @@ On a CPU by Triton's interpreter, with small tiles, but several in each directio
 - its sums: those of dx as it was rounded, to float32's arithmetic; dy: the reference's, to a last bit.
 """
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from chains import DEVICE
-from test_fprop import DTYPES, PROBLEMS, REFERENCE, SMALL, geometry_of, nhwc, relative_error, source_of, vectors, weight_of
+from test_fprop import (
+    DTYPES,
+    PROBLEMS,
+    REFERENCE,
+    SMALL,
+    geometry_of,
+    nhwc,
+    planted,
+    relative_error,
+    source_of,
+    vectors,
+    weight_of,
+)
 from test_operators import floor
 from test_passes import agree, poisoned
 
@@ -20,6 +30,7 @@ from fused_resnet.kernels import dgrad as module
 from fused_resnet.kernels.dgrad import dgrad
 from fused_resnet.problem import ConvProblem
 from fused_resnet.reference import ConvOutput, Source, convolution_backward, pack_mask, passes_gradient, unpack_mask
+from fused_resnet.roofline import pays_to_apply_norm
 from fused_resnet.tuning import Configuration
 from fused_resnet.tuning.gpu import MULTIPROCESSORS
 from fused_resnet.tuning.heuristic_dgrad import configuration
@@ -207,18 +218,6 @@ def test_a_planted_fault_is_seen(fault, tmp_path):
         check(faulty.dgrad, Case(ALL[name], kind, torch.float16, added))
 
 
-def planted(module, right: str, wrong: str, folder: Path):
-    """A copy of a module of kernels with other words in one place."""
-    text = Path(module.__file__).read_text(encoding="utf-8")
-    assert text.count(right) == 1
-    path = folder / f"{Path(module.__file__).stem}_with_fault.py"
-    path.write_text(text.replace(right, wrong), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(f"fused_resnet.kernels.{path.stem}", path)
-    faulty = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(faulty)
-    return faulty
-
-
 @pytest.mark.parametrize(
     "problem, apply_norm, write_dy, tiles, names",
     [
@@ -272,4 +271,5 @@ def test_the_heuristic_fills_the_gpu(itemsize, capability):
         tiles = configuration(problem, itemsize, capability)
         assert tiles.splits == 1
         programs = -(-problem.n * problem.h * problem.w // tiles.block_m) * -(-problem.c // tiles.block_n)
-        assert tiles.block_n <= 64 or problem.c <= 512 or programs >= MULTIPROCESSORS[min(capability[0], 9)], (problem, tiles)
+        enough = programs >= 2 * MULTIPROCESSORS[min(capability[0], 9)]
+        assert enough or tiles.block_n <= 64 or pays_to_apply_norm(problem), (problem, tiles)

@@ -196,17 +196,23 @@ FAULTS = {
 }
 
 
+def planted(module, right: str, wrong: str, folder: Path):
+    """A copy of a module of kernels with other words in one place."""
+    text = Path(module.__file__).read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    path = folder / f"{Path(module.__file__).stem}_with_fault.py"
+    path.write_text(text.replace(right, wrong), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"fused_resnet.kernels.{path.stem}", path)
+    faulty = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(faulty)
+    return faulty
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a fault may read what is not there")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen(fault, tmp_path):
     right, wrong, name, kind = FAULTS[fault]
-    text = Path(module.__file__).read_text(encoding="utf-8")
-    assert text.count(right) == 1
-    path = tmp_path / "fprop_with_fault.py"
-    path.write_text(text.replace(right, wrong), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("fused_resnet.kernels.fprop_with_fault", path)
-    faulty = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(faulty)
+    faulty = planted(module, right, wrong, tmp_path)
     dtype = torch.float16  # what it rounds, and a pair of its elements, is seen too
     with pytest.raises(AssertionError):
         check_all(faulty.fprop, PROBLEMS[name], kind, dtype)

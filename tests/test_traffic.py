@@ -32,8 +32,8 @@ def test_partial_results_are_few_and_apart(step):
     name, moved = step
     workspace = sum(m.workspace for m in moved) / BATCH / 1e6
     assert 0 < workspace < {"passes_triton": 0.5, "triton": 9}[name]
-    rows = traffic.by_name(moved)
-    assert rows["merge_moments_kernel"][1] < 0.01 * BATCH * 1e6 < rows["merge_moments_kernel"][2] or name == "passes_triton"
+    _, vectors, partial = traffic.by_name(moved)["merge_moments_kernel"]
+    assert 0 < vectors < partial
 
 
 def test_launches_are_fewer_than_eagers(step):
@@ -48,12 +48,9 @@ def test_launches_are_fewer_than_eagers(step):
     assert convolutions == 53 + 52 + 53
 
 
-def test_a_kernel_that_moves_more_is_seen(step, monkeypatch):
+def test_a_kernel_that_moves_more_is_seen(monkeypatch):
     """The planted fault: dgrad's prologue is given up, so that a pass makes dy."""
-    name, moved = step
-    if name != "triton":
-        return
     monkeypatch.setattr("fused_resnet.backends.convolutions.pays_to_apply_norm", lambda problem: False)
-    worse = traffic.training_step(lambda: models.resnet50(), (8, 3, 224, 224), torch.bfloat16, name)
+    worse = traffic.training_step(lambda: models.resnet50(), (8, 3, 224, 224), torch.bfloat16, "triton")
     fine = roofline.total_bytes(roofline.training_step(roofline.resnet("resnet50", 8), roofline.DESIGNS["triton"]))
     assert sum(m.bytes for m in worse) > 1.02 * fine

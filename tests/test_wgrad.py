@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from chains import DEVICE
-from test_dgrad import STRIDED, planted
+from test_dgrad import STRIDED
 from test_fprop import (
     DTYPES,
     PROBLEMS,
@@ -18,6 +18,7 @@ from test_fprop import (
     geometry_of,
     network_problems,
     nhwc,
+    planted,
     relative_error,
     source_of,
     weight_of,

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..backends import BACKENDS, backend
+from ..backends.triton import CAPABILITY
 from ..kernels.launch import Launch, recording
 from ..problem import ConvProblem
 from ..reference import Reference, nhwc
@@ -29,7 +30,6 @@ CONVOLUTIONS = {ATEN.conv2d, ATEN.convolution, ATEN.convolution_backward}
 PRODUCTS = {ATEN.mm, ATEN.addmm}
 #: Casts, and what makes memory.
 NOT_COUNTED = {ATEN._to_copy, ATEN.empty, ATEN.empty_like, ATEN.new_empty}
-CAPABILITY = (9, 0)  #: what the rules of thumb are asked for
 
 
 @dataclass(frozen=True)
