@@ -117,10 +117,14 @@ def sums_finalise_kernel(
         valid = (part < partials)[:, None] & inside[None, :]
         total += tl.load(partial_ptr + (which * partials + part)[:, None] * C + channels[None, :], mask=valid, other=0.0)
     result = tl.sum(total, axis=0)
-    tl.store(s1_ptr + channels, result, mask=inside & (which == 0))
-    tl.store(s2_ptr + channels, result, mask=inside & (which == 1))
+    # Branches, since the interpreter of Triton 3.9 takes no mask that a scalar is a part of.
+    if which == 0:
+        tl.store(s1_ptr + channels, result, mask=inside)
+    if which == 1:
+        tl.store(s2_ptr + channels, result, mask=inside)
     if residual_s2_ptr is not None:
-        tl.store(residual_s2_ptr + channels, result, mask=inside & (which == 2))
+        if which == 2:
+            tl.store(residual_s2_ptr + channels, result, mask=inside)
 
 
 @triton.jit

@@ -13,6 +13,9 @@ from .activation import BatchStatistics, moments
 #: What a block asks of a module of its own: one of the predicates below, and the module.
 Requirement = tuple[Callable[[nn.Module | None], bool], nn.Module | None]
 
+#: Kinds of devices that have autocast. Asked once: the compiler of PyTorch 2.11 can't trace the question.
+_AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+
 _GLOBAL_HOOKS = (
     nn_module._global_forward_hooks,
     nn_module._global_forward_pre_hooks,
@@ -149,7 +152,7 @@ def batch_statistics(norm: nn.BatchNorm2d | nn.SyncBatchNorm, out: Pending) -> t
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast has convolutions of x run in; None where it is off, or leaves x as it is."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if kind in _AUTOCAST and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return None
 
@@ -159,9 +162,17 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return autocast_dtype(x) or x.dtype
 
 
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+# The compiler of PyTorch 2.11 takes the answer to be yes, always. So it asks here, and does not look inside.
+_is_exporting._dynamo_marked_constant = True
+
+
 def runs_modules(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether PyTorch's own modules run on x, in `dtype`: by choice, or since what is exported has to run without this package."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or resolve(x.device, dtype) == "off"
+    return _is_exporting() or torch.jit.is_tracing() or resolve(x.device, dtype) == "off"
 
 
 def runs_fused(x: Tensor) -> bool:
