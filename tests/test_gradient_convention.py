@@ -44,7 +44,10 @@ def random_layer(k: int, c: int, size: int, stride: int = 1) -> Layer:
 
 def random_network() -> list[list[Layer]]:
     """[stem], then conv1, conv2, conv3 and perhaps the projection of each block."""
-    layers = [[random_layer(4, 3, 7, 2)]]
+    stem = random_layer(4, 3, 7, 2)
+    with torch.no_grad():  # for the same reason: of nine pixels in a window of the pool, one is nearly always above zero
+        stem.beta.sub_(1)
+    layers = [[stem]]
     for width, c, k, stride, projection in BLOCKS:
         block = [random_layer(width, c, 1), random_layer(width, width, 3, stride), random_layer(k, width, 1)]
         layers.append(block + ([random_layer(k, c, 1, stride)] if projection else []))

@@ -179,6 +179,8 @@ def test_no_operator_is_left_out():
 
 @pytest.mark.parametrize("fault", ["fake of another stride", "an argument that is written"])
 def test_opcheck_catches_planted_faults(fault):
+    if fault.startswith("fake") and torch.__version__ < "2.12":
+        pytest.skip("opcheck of PyTorch 2.11 does not compare strides")
     with torch.library._scoped_library("opcheck_fault", "DEF") as library:
         library.define("f(Tensor x) -> Tensor")
         written = fault.startswith("an argument")

@@ -122,7 +122,7 @@ def sums_finalise_kernel(
         tl.store(s1_ptr + channels, result, mask=inside)
     if which == 1:
         tl.store(s2_ptr + channels, result, mask=inside)
-    if residual_s2_ptr is not None:
+    if residual_s2_ptr is not None:  # noqa: SIM102  (decided while compiling; joined by `and`, both would be computed)
         if which == 2:
             tl.store(residual_s2_ptr + channels, result, mask=inside)
 
