@@ -1,5 +1,6 @@
 """`fused-resnet bench`: what it refuses, by name, before anything is measured. bench/ holds the tests that measure."""
 
+import dataclasses
 import os
 import signal
 
@@ -12,7 +13,7 @@ from fused_resnet.bench.kernels import Kernels
 from fused_resnet.bench.plot import COLOURS, MARKERS
 from fused_resnet.bench.schema import Row, read_results
 from fused_resnet.bench.table import columns, number
-from fused_resnet.cli import main
+from fused_resnet.cli import bench, main
 from fused_resnet.reference import Reference
 
 
@@ -113,6 +114,15 @@ def test_convolutions_that_do_not_fit_or_are_wrong_are_rows_with_the_reason(monk
     told = capsys.readouterr().out
     assert f"{stem}, float32, batch 4, 3×32×32, ours:passes_triton: wrong: result 1" in told
     assert {rows[lost, impl].status for impl in ("eager_nhwc", "ours:passes_triton")} == {"oom: no room (operands and reference)"}
+
+
+def test_what_compiles_for_minutes_is_timed_where_it_is_named_and_cudnn_may_refuse():
+    assert bench._by_default("kernels", "compile", True) and not bench._by_default("kernels", "compile_max", True)
+    assert bench._by_default("train", "compile_max", True)
+    refused = Row("kernels", "conv_stats 1x1 64", "ours:cudnn", "bfloat16", 256, None, status="unsupported: not installed")
+    assert not bench._failed(refused, True)
+    for impl, status in (("ours:triton", "unsupported: no kernel"), ("ours:cudnn", "wrong: a mask")):
+        assert bench._failed(dataclasses.replace(refused, impl=impl, status=status), True)
 
 
 def test_the_table_leaves_out_what_no_row_has():

@@ -148,7 +148,7 @@ def test_convolutions_are_a_line_a_shape_with_what_is_slower_than_the_passes(tmp
     write_results(Results(META, [FAST, *rows]), tmp_path / "results" / "gpu" / "a.json")
     page = write.document(tmp_path / "results")
     lines = page.splitlines()
-    assert "| case | dtype | batch | C×H×W | floor | eager_nhwc, ms | compile, ms | ours, ms | ours:passes_cuda, ms | ours:passes_triton, ms | ours:triton, ms |" in lines
+    assert "| case | dtype | batch | C×H×W | floor, ms | eager_nhwc, ms | compile, ms | ours, ms | ours:passes_cuda, ms | ours:passes_triton, ms | ours:triton, ms |" in lines
     assert "| norm_act_conv 3x3/2 128 | bfloat16 | 256 | 64×56×56 | 0.5000 | 2.000 (0.25) | 1.600 (0.31) | 1.000 (0.50) | 1.250 (0.40) | 1.300 (0.38) | 1.000 (0.50) |" in lines
     assert "| conv_stats_backward 1x1 64 | bfloat16 | 256 | 64×56×56 | 0.5000 |  | oom | 1.100 (0.45) | 1.000 (0.50) |  | 1.500 (0.33) |" in lines
     assert sum(line.startswith("| norm_act |") for line in lines) == 1, "a pass is a line a row"

@@ -147,7 +147,6 @@ class ConvInputs(Inputs):
         if place.raw:
             mean, invstd, self.residual_var, scale, bias = self.coefficients(self.source.residual)
             self.source = self.source._replace(residual_mean=mean, residual_invstd=invstd, residual_scale=scale, residual_bias=bias)
-            self.residual_gamma, self.residual_beta = self.gamma, self.beta
 
     def _weight(self, conv: ConvProblem) -> Tensor:
         weight = torch.randn(conv.k, conv.c // conv.groups, conv.r, conv.s, device=self.device)
@@ -175,8 +174,7 @@ class ConvInputs(Inputs):
         act = self.eager_norm(self.x, self.mean, self.var)
         if self.place.raw:
             s = self.source
-            vectors = s.residual_mean, self.residual_var, self.residual_gamma, self.residual_beta
-            act = act.add_(torch.nn.functional.batch_norm(s.residual, *vectors, False, 0.0, EPS))
+            act = act.add_(self.eager_norm(s.residual, s.residual_mean, self.residual_var))
         elif self.place.adds:
             act = act.add_(self.source.residual)
         return act.relu_()
@@ -271,7 +269,7 @@ def backward(i: ConvInputs) -> Case:
         if place.raw:
             s = source
             sums.append(ATEN.native_batch_norm_backward(
-                dz, s.residual, i.residual_gamma, None, None, s.residual_mean, s.residual_invstd, True, EPS, [False, True, True]
+                dz, s.residual, i.gamma, None, None, s.residual_mean, s.residual_invstd, True, EPS, [False, True, True]
             )[1])  # fmt: skip
         return *sums, *dws
 

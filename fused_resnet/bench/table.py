@@ -73,7 +73,7 @@ def by_shape(rows: Sequence[Row]) -> list[Column]:
     """A line a case and shape: the floor's ms, and each implementation's, with the fraction of the floor that it reaches."""
     lines = list(_by_case(rows).values())
     found = [(head, [tell(next(iter(line.values()))) for line in lines], figure) for head, tell, figure in COLUMNS[:4]]
-    found.append(("floor", [number(_floor_ms(line.values())) for line in lines], True))
+    found.append(("floor, ms", [number(_floor_ms(line.values())) for line in lines], True))
     for impl in dict.fromkeys(row.impl for row in rows):
         found.append((f"{impl}, ms", [_figure(line.get(impl)) for line in lines], True))
     return [column for column in found if any(column[1])]
