@@ -20,12 +20,11 @@ from torch import Tensor
 
 from fused_resnet import models
 from fused_resnet.backends.triton import capability
-from fused_resnet.bench import passes
 from fused_resnet.bench.machine import collect_meta, current_commit, measure_ceilings
 from fused_resnet.bench.schema import DATE_FORMAT, Results, Row, results_path, write_results
 from fused_resnet.bench.table import console, results_table
 from fused_resnet.bench.timing import Times, attempt, measure
-from fused_resnet.bench.tune import EPS, Trial, difference, in_order, tasks_of
+from fused_resnet.bench.tune import EPS, Trial, in_order, tasks_of
 from fused_resnet.cudnn import library, probe
 from fused_resnet.problem import NormProblem
 from fused_resnet.tuning import CUDNN, Entry, Table, Task, heuristics
@@ -189,12 +188,13 @@ def rows_of(task: Task, device: torch.device, ceilings, repeats: int, limit_s: f
         status = attempt(lambda call=call, results=results: results.extend(call()), limit_s)
         if impl == "ours:passes":
             expected = tuple(results)
-        if status := status or difference(tuple(results), expected):
+        if status is None:
+            error, status = trial.error(tuple(results), expected)
+        if status:
             facts[impl]["status"] = status
         else:
             calls[impl] = call
-            both = [(a, b) for a, b in zip(results, expected, strict=True) if a is not None and b is not None and a.dtype != torch.uint8]
-            facts[impl]["max_rel_error"] = passes.error([a for a, _ in both], [b for _, b in both])[0]
+            facts[impl]["max_rel_error"] = error
     floor_s = max(task.conv.flops / ceilings.flops_per_s, (moved := floor_bytes(task)) / ceilings.bytes_per_s)
     for impl, outcome in measure(calls, device, repeats, limit_s=limit_s).items():
         if isinstance(outcome, Times):

@@ -7,6 +7,9 @@
 #       sanitize  every pass under compute-sanitizer's memcheck, racecheck, synccheck and initcheck; the operator tests, of the CUDA passes
 #                 and of the Triton convolutions, under the first three
 #       kernels   time every pass on ResNet-18's and ResNet-50's shapes against PyTorch's eager mode, torch.compile and cuDNN
+#       convolutions
+#                 time every operator that ends in a convolution, forward and backward, on ResNet-50's and ResNet-18's shapes against the
+#                 same; call it after tune, whose table tells what ours is
 #       blocks    time residual blocks, forward and backward, against eager mode and torch.compile
 #       tune      measure which convolutions of ResNet-50 and -18 are faster as Triton kernels; train, inference and profile use the table
 #       train     time training steps of ResNet-18, -50 and -152 at three batch sizes against both, and find the largest batch
@@ -24,12 +27,15 @@
 set -uo pipefail
 
 LIMIT=460  # seconds of a call
-PARTS="test sanitize kernels blocks tune train inference profile cudnn"
+PARTS="test sanitize kernels convolutions blocks tune train inference profile cudnn"
 # The passes, in groups that fit into a call: Inductor compiles its peer of each on every shape.
 whole="norm_act_forward norm_add_forward norm_backward norm_add_backward"
 forward="batch_stats norm_act norm_add_act norm_add_act_raw norm_act_max_pool norm_add_act_avg_pool"
 backward="norm_backward_reduce norm_add_backward_reduce norm_backward_apply norm_act_max_pool_backward
   norm_add_act_avg_pool_backward"
+
+# The convolutions, a kind a step: Inductor compiles its peer and Triton its kernels for every shape.
+convolutions="norm_act_conv norm_add_act_conv norm_add_act_conv_raw norm_add_act_conv_pair conv_stats conv_stats_pair"
 
 refuse() {
   echo "gpu_check.sh: $1" >&2
@@ -138,6 +144,18 @@ case $part in
       for batch in 256 64; do
         for group in whole forward backward; do
           bench "$dtype-$batch-$group" kernels --model resnet18 resnet50 --dtype "$dtype" --batch "$batch" --case ${!group}
+        done
+      done
+    done
+    ;;
+  convolutions)
+    # What takes longer than a minute to compile is a row that says so; a step that is cut off has written the shapes that were done.
+    for model in resnet50 resnet18; do
+      for kind in $convolutions; do
+        [[ $model-$kind != resnet18-conv_stats_pair ]] || continue  # its first block has no projection
+        for direction in "" _backward; do
+          bench "bf16-$model-256-$kind$direction" kernels --model "$model" --dtype bf16 --batch 256 --case "$kind$direction" --limit 60 \
+            --impl eager_nhwc compile ours ours:passes_cuda ours:passes_triton ours:triton ours:cudnn
         done
       done
     done

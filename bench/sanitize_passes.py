@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import BACKENDS
+from fused_resnet.bench.accuracy import error
 from fused_resnet.bench.kernels import LANGUAGES
-from fused_resnet.bench.passes import error
 from fused_resnet.reference import Reference, nhwc
 
 REFERENCE = Reference()

@@ -1,8 +1,8 @@
 """The suite `kernels` under pytest-benchmark: `pytest bench/test_kernels.py --benchmark-json kernels.json`.
 
-Every pass, ours and its peers', on the shapes of ResNet-18 and ResNet-50 on a GPU (batch 256, bfloat16), and on the first shape of
-each, small, on a CPU, where ours runs in Triton's interpreter and its time says nothing. A call is timed up to its end on the device.
-Each result is compared with the reference's before. `fused-resnet bench kernels` writes the figures of the documents.
+Every pass and convolution, ours and its peers', on the shapes of ResNet-18 and ResNet-50 on a GPU (batch 256, bfloat16), and on the
+first shape of each, small, on a CPU, where ours runs in Triton's interpreter and its time says nothing. A call is timed up to its end on
+the device. Each result is compared with the reference's before. `fused-resnet bench kernels` writes the figures of the documents.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fused_resnet.backends import BACKENDS
-from fused_resnet.bench import passes, schema
+from fused_resnet.bench import accuracy, convolutions, passes, schema
 from fused_resnet.bench.kernels import IMPLEMENTATIONS, LANGUAGES, Kernels, declines, peers
 from fused_resnet.bench.machine import measure_ceilings
 from fused_resnet.bench.schema import read_results
@@ -31,7 +31,19 @@ def plan():
     return list({make: (make, norm) for make, norm in reversed(list(passes.plan([resnet("resnet18", 2, 16)])))}.values())
 
 
+def convolutions_plan():
+    if CUDA:
+        return list(convolutions.plan([resnet("resnet18", 256), resnet("resnet50", 256)]))
+    # The first of each, but for the stem, whose images are large.
+    return list(dict(reversed([(name, at) for name, at in convolutions.plan([resnet("resnet18", 4, 32), resnet("resnet50", 4, 32)])
+                               if not at.images])).items())  # fmt: skip
+
+
 def name(value):
+    if isinstance(value, convolutions.Place):
+        return f"{value}-{name(value.read)}".replace(" ", "")
+    if isinstance(value, str):
+        return value
     return value.__name__ if callable(value) else f"{value.n}x{value.c}x{value.h}x{value.w}"
 
 
@@ -40,17 +52,14 @@ def suite():
     return Kernels(DEVICE, DTYPE, measure_ceilings(DEVICE, DTYPE, 3), IMPLEMENTATIONS)
 
 
-@pytest.mark.parametrize("impl", [*LANGUAGES, "eager_nhwc", *(["cudnn"] if CUDA else [])])
-@pytest.mark.parametrize("make, norm", plan(), ids=name)
-def test_pass(benchmark, make, norm, impl, suite):
+def check_and_time(benchmark, suite, case, impl):
     if reason := declines(impl, DEVICE, DTYPE):
         pytest.skip(reason)
-    case = make(passes.Inputs(norm, DTYPE, DEVICE))
-    calls = peers(case, (impl,))
+    calls = peers(case, (impl,), DEVICE, DTYPE)
     if not calls:
         pytest.skip("there is no operator for it")
     facts = suite.check(case, calls)[impl]
-    if "unsupported" in facts.get("status", "") and impl not in LANGUAGES:
+    if "unsupported" in facts.get("status", "") and not impl.startswith("ours"):
         pytest.skip(facts["status"])
     assert "status" not in facts, facts
     benchmark.extra_info.update(bytes=case.bytes, dtype=str(DTYPE), max_rel_error=facts["max_rel_error"])
@@ -61,6 +70,18 @@ def test_pass(benchmark, make, norm, impl, suite):
             torch.cuda.synchronize()
 
     benchmark.pedantic(call, rounds=20 if CUDA else 1, warmup_rounds=3 if CUDA else 0)
+
+
+@pytest.mark.parametrize("impl", [*LANGUAGES, "eager_nhwc", *(["cudnn"] if CUDA else [])])
+@pytest.mark.parametrize("make, norm", plan(), ids=name)
+def test_pass(benchmark, make, norm, impl, suite):
+    check_and_time(benchmark, suite, make(passes.Inputs(norm, DTYPE, DEVICE)), impl)
+
+
+@pytest.mark.parametrize("impl", [*LANGUAGES, "ours:triton", "eager_nhwc"])
+@pytest.mark.parametrize("case, place", convolutions_plan(), ids=name)
+def test_convolution(benchmark, case, place, impl, suite):
+    check_and_time(benchmark, suite, convolutions.make(case, place, DTYPE, DEVICE), impl)
 
 
 ARGUMENTS = [
@@ -112,9 +133,9 @@ def test_what_cudnn_is_asked_for_is_the_case(make, monkeypatch):
     inputs = passes.Inputs(NormProblem(4, 16, 6, 6), torch.float32, torch.device("cpu"))
     case = make(inputs)
     expected = case.ours(Reference())
-    assert passes.error(case.cudnn(), expected)[1] is None
+    assert accuracy.error(case.cudnn(), expected)[1] is None
     inputs.gamma.neg_()
-    assert passes.error(case.cudnn(), expected)[1].startswith("wrong: ")
+    assert accuracy.error(case.cudnn(), expected)[1].startswith("wrong: ")
 
 
 def test_what_is_wrong_gets_no_figure(tmp_path, monkeypatch):
@@ -128,4 +149,4 @@ def test_what_is_wrong_gets_no_figure(tmp_path, monkeypatch):
 
 
 def test_nan_is_wrong():
-    assert passes.error((torch.tensor([1.0, float("nan")]),), (torch.tensor([1.0, 2.0]),))[1].startswith("wrong: result 0 differs by inf")
+    assert accuracy.error((torch.tensor([1.0, float("nan")]),), (torch.tensor([1.0, 2.0]),))[1].startswith("wrong: result 0 differs by inf")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fused_resnet.bench.schema import SUITES, Meta, Results, SchemaError, read_results
-from fused_resnet.bench.table import columns
+from fused_resnet.bench.table import Column, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# Results
@@ -14,11 +14,12 @@ HEAD = """# Results
 Made by `python bench/write_results.py` from the files under `bench/results/`; how they are measured is in [benchmarks](benchmarks.md).
 """
 NOTHING = """
-**Not measured.** There is no file of a GPU's figures yet. On a machine with one, `bench/gpu_check.sh kernels OUT` and its parts `blocks`,
-`train` and `inference` write them to `OUT/results`.
+**Not measured.** There is no file of a GPU's figures yet. On a machine with one, `bench/gpu_check.sh kernels OUT` and its parts
+`convolutions`, `blocks`, `train` and `inference` write them to `OUT/results`.
 """
 EXPLAINED = {
-    "kernels": "`of copy`: the bandwidth over that of a device-to-device copy in the same run.",
+    "kernels": "`of copy`: the bandwidth over that of a device-to-device copy in the same run. Of convolutions a line a shape: ms, and in "
+    "brackets the fraction of the floor's speed, at the rates of a copy and a matrix product of the same run.",
     "blocks": "Forward and backward of one residual block in training.",
     "train": "`of floor`: the floor of everything fused, at the rates of a copy and a matrix product of the same run, over the median.",
     "inference": "Forward in evaluation mode.",
@@ -45,7 +46,11 @@ def document(folder: Path) -> str:
     for (device, suite), files in found.items():
         lines.append(f"\n## {device}: {suite}\n\n{EXPLAINED[suite]}\n")
         for results in files:
-            lines += [f"\n{_words(results.meta)}\n\n", *_table(results)]
+            found, notes = tables(results.rows)
+            lines.append(f"\n{_words(results.meta)}\n")
+            for table in found:
+                lines += ["\n", *_table(table)]
+            lines += ["\n" * bool(notes), *(f"- {note}\n" for note in notes)]
     return "".join(lines)
 
 
@@ -56,8 +61,7 @@ def _words(meta: Meta) -> str:
     return ", ".join([*(f"{name} {value}".strip() for name, value in versions if value), *clocks]) + ":"
 
 
-def _table(results: Results) -> Iterator[str]:
-    found = columns(results.rows)
+def _table(found: list[Column]) -> Iterator[str]:
     yield "| " + " | ".join(head for head, _, _ in found) + " |\n"
     yield "|" + "|".join("---:" if figure else "---" for _, _, figure in found) + "|\n"
     for cells in zip(*(texts for _, texts, _ in found), strict=True):

@@ -62,7 +62,11 @@ def check(found: list[dict], precision: str = "tf32"):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])  # float16's code is bfloat16's, but for the names of its instructions
 def test_what_the_heuristic_chooses_for_resnets_compiles(dtype, kind, tmp_path):
     wanted = [t for name in ("resnet18", "resnet50") for batch in (256, 32) for t in tasks(resnet(name, batch), dtype) if t.kind == kind]
-    check(compiled(wanted, "tf32", tmp_path))
+    found = compiled(wanted, "tf32", tmp_path)
+    check(found)
+    if (kind, dtype) == ("wgrad", "bfloat16"):  # which splits its sum for two programs of eight warps on a multiprocessor
+        registers = [c["registers"] for c in found if c["architecture"] == 90 and c["threads"] == 256]
+        assert registers and max(registers) <= 128
 
 
 def all_tasks(dtype: str):

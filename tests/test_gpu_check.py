@@ -10,10 +10,11 @@ import pytest
 from chains import DEVICE
 from test_cudnn import script
 
-from fused_resnet.bench import passes
+from fused_resnet.bench import convolutions, kernels, passes
 from fused_resnet.bench.steps import IMPLEMENTATIONS
 from fused_resnet.cli import bench, profile, tune
 from fused_resnet.cli.arguments import Parser
+from fused_resnet.roofline import resnet
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu_check.sh"
 GROUPS = ("whole", "forward", "backward")
@@ -49,8 +50,8 @@ def test_bash_accepts_it():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "PART: expected one of test sanitize kernels blocks tune train inference profile cudnn; got ''"),
-        (["tests", "out"], "PART: expected one of test sanitize kernels blocks tune train inference profile cudnn; got 'tests'"),
+        ([], "PART: expected one of test sanitize kernels convolutions blocks tune train inference profile cudnn; got ''"),
+        (["tests", "out"], "PART: expected one of test sanitize kernels convolutions blocks tune train inference profile cudnn; got 'tests'"),
         (["test sanitize", "out"], "PART: expected one of"),
         (["kernels"], "OUT: expected a folder"),
         (["kernels", "/dev/null/out", "c0ffee"], "OUT: /dev/null/out can't be made"),
@@ -84,6 +85,24 @@ def test_the_groups_hold_every_pass_once(tmp_path, python):
     gpu_check("kernels", tmp_path / "out", "c0ffee", python=python)
     cases = [call.partition("--case ")[2].partition(" --device")[0].split() for call in calls(python)[: len(GROUPS)]]
     assert sorted(name for group in cases for name in group) == sorted(passes.NAMES)
+
+
+def test_the_convolutions_are_timed_a_kind_a_step(tmp_path, python):
+    """Every case of every network once, by all that there is; no step has so many shapes that a minute's compiler each would take it long."""
+    assert gpu_check("convolutions", tmp_path / "out", "c0ffee", python=python).returncode == 0
+    expected, timed = [], []
+    for model in ("resnet50", "resnet18"):
+        expected += [(model, name) for name in dict.fromkeys(name for name, _ in convolutions.plan([resnet(model, 256)]))]
+    for call in calls(python):
+        words = call.split()
+        case = words[words.index("--case") + 1]
+        assert words[words.index("--batch") + 1] == "256" and words[words.index("--dtype") + 1] == "bf16"
+        implementations = words[words.index("--impl") + 1 : words.index("--device")]
+        assert set(implementations) == set(kernels.IMPLEMENTATIONS) - {"compile_max", "cudnn"}
+        model = words[words.index("--model") + 1]
+        timed.append((model, case))
+        assert len(list(convolutions.plan([resnet(model, 256)], [case]))) <= 12
+    assert sorted(timed) == sorted(expected)
 
 
 def test_a_step_that_failed_is_shown_and_the_others_run(tmp_path, python):
@@ -133,7 +152,7 @@ def test_no_step_may_take_eight_minutes():
     assert all(int(seconds) < limit for seconds in re.findall(r"--limit (\d+)", text))
 
 
-@pytest.mark.parametrize("part", ["kernels", "blocks", "tune", "train", "inference", "profile"])
+@pytest.mark.parametrize("part", ["kernels", "convolutions", "blocks", "tune", "train", "inference", "profile"])
 def test_every_command_is_one_that_the_program_takes(part, tmp_path, python):
     gpu_check(part, tmp_path / "out", "c0ffee", python=python)
     parser = Parser()

@@ -129,5 +129,46 @@ def test_the_page_has_a_table_for_each_run(tmp_path):
     assert "commit 0123456789ab, 2026-01-31T23:59:58Z, PyTorch 2.13.0, Triton 3.6.0, CUDA 13.0, cuDNN 9.8.0, driver 570.1, sm clock 1980 MHz:" in page
 
 
+CONV = dataclasses.replace(FAST, case="norm_act_conv 3x3/2 128", copy_fraction=None, roofline_fraction=0.5)
+
+
+def shape_rows(**medians):
+    """A row of each implementation; the floor is 0.5 ms. "_" stands for ":", which a keyword can't have."""
+    return [
+        dataclasses.replace(times(CONV, ms), impl=impl.replace("ours_", "ours:"), roofline_fraction=0.5 / ms) for impl, ms in medians.items()
+    ]
+
+
+def test_convolutions_are_a_line_a_shape_with_what_is_slower_than_the_passes(tmp_path):
+    rows = [
+        *shape_rows(eager_nhwc=2.0, compile=1.6, ours=1.0, ours_passes_cuda=1.25, ours_passes_triton=1.3, ours_triton=1.0),
+        *(dataclasses.replace(row, case="conv_stats_backward 1x1 64") for row in shape_rows(ours_passes_cuda=1.0, ours_triton=1.5, ours=1.1)),
+        dataclasses.replace(LOST, case="conv_stats_backward 1x1 64"),
+    ]
+    write_results(Results(META, [FAST, *rows]), tmp_path / "results" / "gpu" / "a.json")
+    page = write.document(tmp_path / "results")
+    lines = page.splitlines()
+    assert "| case | dtype | batch | C×H×W | floor, ms | eager_nhwc, ms | compile, ms | ours, ms | ours:passes_cuda, ms | ours:passes_triton, ms | ours:triton, ms |" in lines
+    assert "| norm_act_conv 3x3/2 128 | bfloat16 | 256 | 64×56×56 | 0.5000 | 2.000 (0.25) | 1.600 (0.31) | 1.000 (0.50) | 1.250 (0.40) | 1.300 (0.38) | 1.000 (0.50) |" in lines
+    assert "| conv_stats_backward 1x1 64 | bfloat16 | 256 | 64×56×56 | 0.5000 |  | oom | 1.100 (0.45) | 1.000 (0.50) |  | 1.500 (0.33) |" in lines
+    assert sum(line.startswith("| norm_act |") for line in lines) == 1, "a pass is a line a row"
+    notes = [line for line in lines if line.startswith("- ")]
+    assert notes == [
+        "- conv_stats_backward 1x1 64, bfloat16, batch 256, 64×56×56, compile: oom: 2 | 3 GiB",
+        "- Slower than the passes: conv_stats_backward 1x1 64, bfloat16, batch 256, 64×56×56: ours:triton 1.500 ms, ours:passes_cuda 1.000 ms",
+    ], "ours is slower too, within the spreads"
+    assert page.endswith(notes[-1] + "\n")
+
+
+def test_where_no_shape_is_slower_the_page_says_so(tmp_path):
+    def notes(rows):
+        write_results(Results(META, rows), tmp_path / "gpu" / "a.json")
+        return [line for line in write.document(tmp_path).splitlines() if line.startswith("- ")]
+
+    assert notes(shape_rows(ours_passes_cuda=1.0, ours_triton=0.9, ours=1.0)) == ["- Nowhere slower than the passes: ours, ours:triton"]
+    assert notes(shape_rows(ours_triton=0.9, ours=1.0)) == [], "without the passes nothing is said"
+    assert notes(shape_rows(ours_passes_cuda=1.0, ours_passes_triton=0.5)) == []
+
+
 def test_without_figures_the_page_says_so(tmp_path):
     assert "**Not measured.**" in write.document(tmp_path)

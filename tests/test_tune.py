@@ -69,6 +69,26 @@ def test_a_kernel_agrees_with_the_passes_and_a_wrong_one_is_refused(name, device
     assert status.startswith("wrong") and outcome.entry.configuration is None
 
 
+FLOAT16 = [replace(TASKS[name], dtype="float16") for name in ("fprop of a norm", "dgrad across blocks", "dgrad with a projection", "wgrad of a norm")]
+
+
+@pytest.mark.parametrize("task", FLOAT16, ids=str)
+def test_small_float16_tasks_are_not_called_wrong_and_their_sums_are_checked(task, device):
+    """With 32 values a channel, sums cancel: their error is measured by their terms. By seeds, since one sees little."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        trial = tune.Trial(task, Table(), device)
+        expected = trial.call(None)()
+        assert trial.error(trial.call(SMALL)(), expected)[1] is None, seed
+        for number, (value, terms) in enumerate(zip(expected, trial.terms(expected), strict=True)):
+            if terms is None:
+                continue
+            wrong = list(expected)
+            wrong[number] = value.clone()
+            wrong[number][3] += 0.05 * terms.norm[3]  # ten times what rounding costs
+            assert f"wrong: result {number} " in trial.error(tuple(wrong), expected)[1]
+
+
 @pytest.fixture
 def table(tmp_path, monkeypatch, device):
     """Writes a table of measured choices where the backends look for one."""

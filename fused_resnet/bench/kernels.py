@@ -1,24 +1,33 @@
-"""The suite `kernels`: every pass of every backend on a network's shapes, beside PyTorch's eager mode, Inductor and cuDNN."""
+"""The suite `kernels`: every pass and convolution of every backend on a network's shapes, beside PyTorch's eager mode, Inductor, cuDNN."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..backends import BACKENDS, PASSES
+from ..backends import BACKENDS, PASSES, TUNED
 from ..problem import NormProblem
 from ..reference import Reference
-from . import passes
+from ..roofline import Network, floor_seconds, total_flops
+from . import accuracy, convolutions, passes
 from .machine import Ceilings
-from .passes import Case, Inputs, Maker
+from .passes import Case, Inputs
 from .schema import Row
 from .steps import OURS
 from .timing import Times, attempt, measure, out_of_memory
 
 #: The backends that have passes of their own; the others run one's of these.
 LANGUAGES = {impl: name for impl, name in OURS.items() if name in PASSES}
-IMPLEMENTATIONS = ("eager_nhwc", "compile", "cudnn", *LANGUAGES)
+IMPLEMENTATIONS = ("eager_nhwc", "compile", "compile_max", "cudnn", "ours", *OURS)
+#: How torch.compile is asked. Not with CUDA graphs: a case's launches queue up behind the flush of the cache.
+COMPILED = {"compile": "default", "compile_max": "max-autotune-no-cudagraphs"}
+BY_NAME = ("compile_max",)  #: timed where they are named: it compiles for minutes
+NAMES = (*passes.NAMES, *convolutions.NAMES)
+#: Names that stand for several.
+GROUPS = {"passes": passes.NAMES, "convolutions": convolutions.NAMES}
+Job = tuple[str, Callable[[], list[Row]]]
 
 
 @dataclass(frozen=True)
@@ -32,31 +41,52 @@ class Kernels:
     repeats: int = 50  #: timed calls of each implementation
     limit_s: float = 60.0  #: for one implementation of one case
 
-    def rows_of(self, make: Maker, norm: NormProblem) -> list[Row]:
-        """The rows of a pass on a shape; where its operands or its reference do not fit into memory, that is what they say."""
+    def jobs(self, networks: Iterable[Network], names: Sequence[str]) -> Iterator[Job]:
+        """(words, what gives the rows) of the cases called `names` of `networks`, each on each shape once."""
+        networks = list(networks)
+        for make, norm in passes.plan(networks, names):
+            yield _words(make.__name__, norm), partial(self.rows_of, make.__name__, norm, partial(self._pass, make, norm))
+        for name, place in convolutions.plan(networks, names):
+            build = partial(convolutions.make, name, place, self.dtype, self.device)
+            yield _words(f"{name} {place}", place.read), partial(self.rows_of, f"{name} {place}", place.read, build)
+
+    def _pass(self, make: passes.Maker, norm: NormProblem) -> Case:
+        return make(Inputs(norm, self.dtype, self.device))
+
+    def rows_of(self, name: str, norm: NormProblem, build: Callable[[], Case]) -> list[Row]:
+        """The rows of a case; where its operands or its reference do not fit into memory, that is what they say."""
         try:
-            return self.rows(make(Inputs(norm, self.dtype, self.device)))
+            return self.rows(build())
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             status = f"oom: {next(iter(str(error).splitlines()), 'no memory')} (operands and reference)"
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return [self._row(make.__name__, norm, impl, {"status": status}) for impl in self.implementations]
+        return [self._row(name, norm, impl, {"status": status}) for impl in self.implementations]
 
     def rows(self, case: Case) -> list[Row]:
         """Check and time a case. A row for each implementation that there is of it."""
-        calls = peers(case, self.implementations)
+        calls = peers(case, self.implementations, self.device, self.dtype)
         facts = self.check(case, calls)
         right = {impl: call for impl, call in calls.items() if "status" not in facts[impl]}
         times = measure(right, self.device, self.repeats, limit_s=self.limit_s)
         for impl, outcome in times.items():
             if isinstance(outcome, Times):
-                rate = case.bytes / (outcome.median_ms * 1e-3)
-                facts[impl] |= vars(outcome) | {"gbytes_per_s": rate / 1e9, "copy_fraction": rate / self.ceilings.bytes_per_s}
+                facts[impl] |= vars(outcome) | self.rates(case, outcome.median_ms * 1e-3)
             else:
                 facts[impl]["status"] = outcome
         return [self._row(case.name, case.norm, impl, facts[impl]) for impl in calls]
+
+    def rates(self, case: Case, seconds: float) -> dict[str, float]:
+        """What a call that takes `seconds` reaches: of a copy's bandwidth; of the floor, where the case has products to compute."""
+        rate = case.bytes / seconds
+        if not case.kernels:
+            return {"gbytes_per_s": rate / 1e9, "copy_fraction": rate / self.ceilings.bytes_per_s}
+        rates = {"gbytes_per_s": rate / 1e9, "tflops": total_flops(case.kernels) / seconds / 1e12}
+        if self.device.type == "cuda":  # a CPU's caches hold a small case
+            rates["roofline_fraction"] = floor_seconds(case.kernels, self.ceilings.flops_per_s, self.ceilings.bytes_per_s) / seconds
+        return rates
 
     def _row(self, name: str, norm: NormProblem, impl: str, facts: dict) -> Row:
         return Row("kernels", name, impl, str(self.dtype).removeprefix("torch."), norm.n, [norm.c, norm.h, norm.w], **facts)
@@ -64,38 +94,59 @@ class Kernels:
     def check(self, case: Case, calls: dict[str, Callable[[], tuple[Tensor, ...]]]) -> dict[str, dict]:
         """What is known of each implementation before it is timed: its error, and its status where it is not to be timed."""
         expected = case.ours(Reference())
-        return {impl: self._facts(impl, call, expected) for impl, call in calls.items()}
+        terms = case.terms(expected)
+        return {impl: self._facts(impl, call, partial(accuracy.error, expected=expected, terms=terms, precision=case.precision))
+                for impl, call in calls.items()}  # fmt: skip
 
-    def _facts(self, impl: str, call: Callable[[], tuple[Tensor, ...]], expected: tuple[Tensor, ...]) -> dict:
+    def _facts(self, impl: str, call: Callable[[], tuple[Tensor, ...]], compared: Callable[..., tuple[float, str | None]]) -> dict:
         if reason := declines(impl, self.device, self.dtype):
             return {"status": f"unsupported: {reason}"}
         results = []
-        if status := attempt(lambda: results.extend(call()), self.limit_s):
+
+        def run():
+            results.extend(call())
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+        if status := attempt(run, self.limit_s):
             return {"status": status}
-        error, status = passes.error(results, expected)
+        error, status = compared(results)
         facts = {"max_rel_error": None if error == float("inf") else error}  # JSON has no word for infinity
         return facts | {"status": status} if status else facts
 
 
+def backend_of(impl: str, device: torch.device, dtype: torch.dtype) -> Reference:
+    """The backend of this package that an implementation is; `ours` is the first of those with measured choices that runs."""
+    names = TUNED if impl == "ours" else (OURS[impl],)
+    return BACKENDS[next((name for name in names if not BACKENDS[name].declines(device, dtype)), names[0])]
+
+
 def declines(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an implementation can't be had on a device, as far as that is known before it is tried; None where it can."""
-    if impl in LANGUAGES:
-        return BACKENDS[LANGUAGES[impl]].declines(device, dtype)
+    if impl.startswith("ours"):
+        return backend_of(impl, device, dtype).declines(device, dtype)
     if impl == "cudnn" and device.type != "cuda":
         return f"cuDNN runs on CUDA GPUs, not on {device.type!r}"
     return None
 
 
-def peers(case: Case, implementations: tuple[str, ...]) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+def peers(
+    case: Case, implementations: tuple[str, ...], device: torch.device, dtype: torch.dtype
+) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """The implementations that there are of a case."""
-    calls = {impl: lambda backend=BACKENDS[name]: case.ours(backend) for impl, name in LANGUAGES.items()}
+    ours = ("ours", *OURS) if case.kernels else LANGUAGES
+    calls = {impl: partial(case.ours, backend_of(impl, device, dtype)) for impl in ours}
     if case.eager is not None:
         torch.compiler.reset()  # else the shapes of a pass share one list of compiled versions, which is short
         calls["eager_nhwc"] = case.eager
-        calls["compile"] = torch.compile(case.eager, dynamic=False, fullgraph=True)
+        calls |= {impl: torch.compile(case.eager, dynamic=False, fullgraph=True, mode=mode) for impl, mode in COMPILED.items()}
     if case.cudnn is not None:
         calls["cudnn"] = case.cudnn
     return {impl: calls[impl] for impl in implementations if impl in calls}
+
+
+def _words(name: str, norm: NormProblem) -> str:
+    return f"{name}, {norm.n}x{norm.c}x{norm.h}x{norm.w}"
 
 
 def ceiling_rows(ceilings: Ceilings, dtype: torch.dtype) -> list[Row]:

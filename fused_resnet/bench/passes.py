@@ -16,25 +16,29 @@ import torch
 from torch import Tensor
 
 from ..problem import NormProblem
-from ..reference import Reference, nhwc, pack_mask
-from ..roofline import Network
+from ..reference import Reference, accumulate_dtype, nhwc, pack_mask
+from ..roofline import Kernel, Network
+from . import accuracy
+from .accuracy import Terms
 
 EPS = 1e-5
-#: The largest error, over the largest value, of a result of that dtype. A few roundings; sums are float32 and differ in order only.
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 ATEN = torch.ops.aten
+Results = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A pass on one shape."""
+    """A piece of work on one shape: a pass, or a convolution with what is fused to it."""
 
     name: str
-    norm: NormProblem
-    bytes: int  #: read and written, each tensor once
-    ours: Callable[[Reference], tuple[Tensor, ...]]
-    eager: Callable[[], tuple[Tensor, ...]] | None  #: the leading results of `ours`, by ATen
-    cudnn: Callable[[], tuple[Tensor, ...]] | None = None  #: the same by cuDNN's batch norm and ATen's ReLU and addition
+    norm: NormProblem  #: of what is read
+    bytes: int  #: read and written, each tensor once, by each kernel where there are several
+    ours: Callable[[Reference], Results]
+    eager: Callable[[], Results] | None  #: the leading results of `ours`, by ATen
+    cudnn: Callable[[], Results] | None = None  #: the same by cuDNN's batch norm and ATen's ReLU and addition
+    terms: Callable[[Results], Sequence[Terms | None]] = lambda expected: ()  #: of what is expected, as `accuracy.error` takes them
+    precision: torch.dtype | None = None  #: likewise
+    kernels: tuple[Kernel, ...] = ()  #: of a convolution: those that there are where everything is fused
 
 
 class Inputs:
@@ -51,6 +55,10 @@ class Inputs:
     def bytes(self) -> int:
         """One trip over a tensor of the shape."""
         return self.norm.tensor_bytes(self.dtype.itemsize)
+
+    def sum_terms(self, expected: Results) -> list[Terms | None]:
+        """The terms of (dz, Σ dz, Σ dz·x̂)."""
+        return [None, *accuracy.of_sums(expected[0], self.dtype, (self.x, self.mean, self.invstd))]
 
     def tensor(self, height: int | None = None, offset: float = 0.0) -> Tensor:
         """[n, c, h, w], or [n, c, height, height]."""
@@ -99,17 +107,24 @@ class Inputs:
         return dz, s1, s2
 
 
+def has_halves(t: Tensor) -> bool:
+    """Whether eager runs ATen's kernels for the halves of a batch norm. Only CUDA has them, and Inductor does not look inside."""
+    return t.is_cuda and not torch.compiler.is_compiling()
+
+
+def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, invstd) of y, by ATen."""
+    if has_halves(y):
+        return torch.batch_norm_stats(y, EPS)  # what eager's batch norm calls for NHWC
+    var, mean = torch.var_mean(y.to(accumulate_dtype(y.dtype)), (0, 2, 3), correction=0)
+    return mean, (var + EPS).rsqrt()
+
+
 def batch_stats(i: Inputs) -> Case:
     """Reads y."""
-
-    def eager():
-        if i.x.is_cuda and not torch.compiler.is_compiling():
-            return torch.batch_norm_stats(i.x, EPS)  # what eager's batch norm calls for NHWC
-        var, mean = torch.var_mean(i.x.float(), (0, 2, 3), correction=0)
-        return mean, (var + EPS).rsqrt()
-
     return Case(
-        "batch_stats", i.norm, i.bytes, lambda backend: backend.batch_stats(i.x, i.gamma, i.beta, EPS)[:2], eager
+        "batch_stats", i.norm, i.bytes, lambda backend: backend.batch_stats(i.x, i.gamma, i.beta, EPS)[:2],
+        lambda: statistics(i.x), terms=lambda expected: accuracy.of_statistics(i.x, *expected, torch.float32),
     )  # fmt: skip
 
 
@@ -180,6 +195,7 @@ def norm_backward_reduce(i: Inputs) -> Case:
             d, None, i.x, i.mean, i.invstd, i.scale, i.bias, None, None, None, None, True
         )[:3],
         lambda: i.eager_sums(ATEN.threshold_backward(d, act, 0)),
+        terms=i.sum_terms,
     )  # fmt: skip
 
 
@@ -193,6 +209,7 @@ def norm_add_backward_reduce(i: Inputs) -> Case:
             d, dact, i.x, i.mean, i.invstd, i.scale, i.bias, None, None, None, packed, True
         )[:3],
         lambda: i.eager_sums(ATEN.threshold_backward(d + dact, act, 0)),
+        terms=i.sum_terms,
     )  # fmt: skip
 
 
@@ -272,6 +289,7 @@ def norm_act_max_pool_backward(i: Inputs) -> Case:
             dout, index, i.x, i.mean, i.invstd, i.scale, i.bias, 3, 2, 1
         ),
         eager,
+        terms=i.sum_terms,
     )  # fmt: skip
 
 
@@ -296,6 +314,7 @@ def norm_add_act_avg_pool_backward(i: Inputs) -> Case:
             dout, i.x, i.mean, i.invstd, i.scale, i.bias, None, None, None, packed
         )[:3],
         lambda: i.eager_sums(ATEN.threshold_backward((dout / area).expand_as(act), act, 0)),
+        terms=i.sum_terms,
     )  # fmt: skip
 
 
@@ -318,21 +337,3 @@ def plan(networks: Iterable[Network], names: Sequence[str] = NAMES) -> Iterator[
         for makers, norms in ((STEM, [network.stem.conv.output_norm]), (INNER, inner), (ENDS, ends), (TAIL, ends[-1:])):
             planned |= {(make, norm): None for norm in dict.fromkeys(norms) for make in makers if make.__name__ in names}
     yield from planned
-
-
-def error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, str | None]:
-    """(the largest difference over the largest value, of all results; "wrong: …" where one is beyond its tolerance).
-
-    A NaN counts as infinite.
-    """
-    worst, status, first = 0.0, None, results[0]
-    for number, (result, truth) in enumerate(zip(results, expected, strict=False)):
-        tolerance = TOLERANCES[result.dtype]
-        if result.dim() == 1 < first.dim():  # sums of the first result as rounded; its roundings average out
-            tolerance += TOLERANCES[first.dtype] * (first.shape[1] / first.numel()) ** 0.5
-        difference = ((result.double() - truth.double()).abs().max() / truth.double().abs().max().clamp_min(1e-30)).item()
-        difference = float("inf") if difference != difference else difference
-        worst = max(worst, difference)
-        if difference > tolerance:
-            status = f"wrong: result {number} differs by {difference:.1e} of its largest value; tolerance {tolerance:.0e}"
-    return worst, status

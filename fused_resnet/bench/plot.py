@@ -14,6 +14,7 @@ MARKERS = "oDs^vPX*<"
 FIGURES = (
     ("copy_fraction", "fraction of a device-to-device copy's bandwidth"),
     ("images_per_s", "images/s"),
+    ("roofline_fraction", "fraction of the floor's speed"),
     ("median_ms", "median time (ms)"),
 )
 
@@ -50,7 +51,7 @@ def plot_results(results: Results, path: Path) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel(words)
     axes.grid(alpha=0.3)
-    if field == "copy_fraction":
+    if field in ("copy_fraction", "roofline_fraction"):
         axes.axvline(1, color="#555555", linewidth=1)
     figure.legend(loc="outside lower center", ncols=min(6, len(implementations)))
     note = ", by the wall clock: no figure of a GPU" if results.meta.device == "cpu" else ""

@@ -23,10 +23,12 @@ from ..backends import BACKENDS, TUNED, backend
 from ..backends.convolutions import FusedConvolutions
 from ..backends.cudnn import machine_refusal, refusal
 from ..backends.triton import capability
+from ..cudnn.work import as_cudnn_reads
 from ..problem import ConvProblem
-from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Reference, Source, nhwc
+from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Reference, Source, channel_sums, nhwc, standardise
 from ..tuning import CUDNN, Choice, Entry, Table, Task, heuristics
-from . import passes
+from . import accuracy
+from .accuracy import Terms
 from .timing import Times, attempt, measure
 from .trace import scalar
 
@@ -101,6 +103,7 @@ class Trial:
 
     def __init__(self, task: Task, table: Table, device: torch.device):
         self.task, self.dtype = task, getattr(torch, task.dtype)
+        self.precision = accuracy.convolved_precision(self.dtype, device)
         c = task.conv
         self.geometry = ConvGeometry(list(c.stride), list(c.padding), list(c.dilation), 1)
         self.device = device
@@ -129,6 +132,8 @@ class Trial:
         if self.task.source == "act":
             return Source(x.relu_())
         source = Source(x, *self._statistics(x))
+        if self.dtype.itemsize == 2:  # coefficients that the dtype holds: cuDNN rounds them, and each of a node's kernels then reads those
+            source = as_cudnn_reads(source)
         if self.task.source == "norm":
             return source
         residual = self._tensor(*x.shape)
@@ -149,6 +154,29 @@ class Trial:
 
         candidate = Candidate()
         return lambda: self._run(candidate)
+
+    def terms(self, expected: tuple[Tensor | None, ...]) -> list[Terms | None]:
+        """The terms of the sums among a task's results."""
+        s, found = self.source, [None] * len(expected)
+        if self.task.kind == "fprop":
+            found[1:3] = accuracy.of_statistics(*expected[:3], self.precision)
+        elif self.task.kind == "dgrad" and s.pending:
+            pairs = [(s.x, s.mean, s.invstd), *([(s.residual, s.residual_mean, s.residual_invstd)] if s.residual_mean is not None else [])]
+            sums = accuracy.of_sums(expected[0], self.precision, *pairs)
+            found[1 : 1 + len(sums)] = sums
+        return found
+
+    def error(self, results: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> tuple[float, str | None]:
+        """A candidate's results by those of the passes, as `accuracy.error` tells it.
+
+        A result that only one of them has is not compared: a prologue need not hand out what a pass makes on the way.
+        """
+        both = [(a, b, t) for a, b, t in zip(results, expected, self.terms(expected), strict=True) if a is not None and b is not None]
+        for a, b, _ in both:
+            if a.dtype == torch.uint8 and (a != b).double().mean() > MASK_TOLERANCE:
+                return float("inf"), "wrong: a mask"
+        numbers = zip(*(triple for triple in both if triple[0].dtype != torch.uint8), strict=True)
+        return accuracy.error(*numbers, self.precision)
 
     def cudnn_refusal(self) -> str | None:
         """Why cuDNN is no candidate; None where it is."""
@@ -173,7 +201,10 @@ class Trial:
         """An output of a convolution, with the gradients that its readers hand back."""
         y, dz = (self._tensor(problem.n, problem.k, problem.p, problem.q) for _ in range(2))
         mean, invstd, _, _ = self._statistics(y)
-        _, s1, s2, _ = Reference._reduced(dz, y, mean, invstd)
+        # Neither sum is small, or a kernel that forgets one of batch norm's corrections would pass.
+        xhat = standardise(y, mean, invstd)
+        dz = nhwc((dz + xhat / 2).to(self.dtype))
+        s1, s2 = channel_sums(dz, xhat)
         return ConvOutput(dz, s1, s2, y, mean, invstd, weight, self._vectors(problem.k)[0], True, geometry, True)
 
     def _dgrad(self) -> Work:
@@ -216,19 +247,6 @@ class Outcome:
     failed: dict[str, str]  #: the status of each candidate that was wrong or did not run
 
 
-def difference(results: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> str | None:
-    """What is wrong with a candidate's results, by those of the passes; None where nothing is.
-
-    A result that only one of them has is not compared: a prologue need not hand out what a pass makes on the way.
-    """
-    both = [(a, b) for a, b in zip(results, expected, strict=True) if a is not None and b is not None]
-    for a, b in both:
-        if a.dtype == torch.uint8 and (a != b).double().mean() > MASK_TOLERANCE:
-            return "wrong: a mask"
-    numbers = [(a, b) for a, b in both if a.dtype != torch.uint8]
-    return passes.error([a for a, _ in numbers], [b for _, b in numbers])[1]
-
-
 def tune(task: Task, table: Table, device: torch.device, most: int, repeats: int, limit_s: float) -> Outcome:
     """Check and time the first `most` candidates of a task against the passes; the best goes into `table`."""
     trial = Trial(task, table, device)
@@ -253,7 +271,7 @@ def tune(task: Task, table: Table, device: torch.device, most: int, repeats: int
         status = attempt(check, max(1.0, ends - time.monotonic()))
         if name == "passes":
             expected = results
-        if status := status or difference(tuple(results), tuple(expected)):
+        if status := status or trial.error(tuple(results), tuple(expected))[1]:
             failed[name] = status
             if name == "passes":
                 return Outcome(None, failed)

@@ -11,19 +11,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import models
-from ..bench import kernels, networks, passes
+from ..bench import kernels, networks
 from ..bench.machine import Ceilings, collect_meta, current_commit, measure_ceilings
 from ..bench.plot import plot_results
 from ..bench.schema import SUITES, Results, Row, results_path, write_results
 from ..bench.steps import IMPLEMENTATIONS
-from ..bench.table import console, results_table
+from ..bench.table import console, rich_table, tables
 from ..bench.timing import terminated_as_interrupted
 from ..roofline import DEPTHS, resnet
 from .arguments import UsageError, blaming, device, one_of, positive
 
 DESCRIPTION = """Times a suite and writes bench/results/<gpu>/<suite>-<date>-<commit>.json:
 
-  kernels    every pass of the backends on a network's shapes
+  kernels    every pass and every convolution of the backends on a network's
+             shapes
   blocks     forward and backward of residual blocks
   train      training steps, optimizer included, and the time to the first step
   inference  forward in evaluation mode
@@ -35,18 +36,20 @@ also where the run is stopped, by Ctrl-C or SIGTERM. On a CPU the cases are smal
 and timed by the wall clock: they show that the program works.
 
 Exit code 1 where a result is wrong, or where an implementation of this package
-did not run on a GPU."""
+did not run on a GPU, but for cudnn, which is optional. Of convolutions it prints
+a line a shape, and where a kernel is slower than the passes."""
 EXAMPLES = """example:
   fused-resnet bench train --model resnet18 resnet50 resnet152 --batch 64 128 256
   fused-resnet bench train --model resnet50 --largest 2048 --plot
   fused-resnet bench kernels --dtype fp16 --case norm_add_act --model resnet50
+  fused-resnet bench kernels --case convolutions --model resnet50
   fused-resnet bench inference --impl eager_nhwc compile ours --device cpu
 """
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALL = list(dict.fromkeys((*IMPLEMENTATIONS, *kernels.IMPLEMENTATIONS)))
 #: Batch and image size where none is given: on a GPU, and on a CPU, where with fewer values a channel batch norm blows up any
 #: rounding, and a comparison of gradients says nothing.
-ON_GPU, ON_CPU = (256, 224), {"kernels": (2, 32), "blocks": (4, 64), "train": (8, 64), "inference": (8, 64)}
+ON_GPU, ON_CPU = (256, 224), {"kernels": (4, 64), "blocks": (4, 64), "train": (8, 64), "inference": (8, 64)}
 Job = tuple[str, Callable[[], list[Row]]]
 
 
@@ -58,7 +61,9 @@ def add_parser(commands) -> None:
     parser.add_argument("suite", type=one_of(*SUITES), metavar="SUITE", help=", ".join(SUITES))
     parser.add_argument("--model", nargs="+", type=one_of(*models.list_models()), default=["resnet18", "resnet50"], metavar="MODEL",
                         help="networks, or whose shapes (default: resnet18 resnet50)")  # fmt: skip
-    parser.add_argument("--case", nargs="+", type=one_of(*passes.NAMES), metavar="PASS", help="of the suite kernels (default: all)")
+    parser.add_argument("--case", nargs="+", type=one_of(*kernels.GROUPS, *kernels.NAMES), metavar="CASE",
+                        help=f"of the suite kernels: {', '.join(kernels.GROUPS)}, or some of {', '.join(kernels.NAMES)} "
+                             "(default: all)")  # fmt: skip
     parser.add_argument("--impl", nargs="+", type=one_of(*ALL), metavar="IMPL",
                         help=f"of {', '.join(ALL)} (default: those of the suite that are installed; on a CPU neither "
                              "compilers nor cuDNN)")  # fmt: skip
@@ -110,7 +115,11 @@ def bench(args: argparse.Namespace) -> int:
     path = results_path(args.out, results)
     write_results(results, path)
     clock = "" if on_gpu else ", by the wall clock: no figure of a GPU"
-    console().print(results_table(rows, f"{args.suite} on {results.meta.device}{clock}"))
+    found, notes = tables(rows)
+    for table in found:
+        console().print(rich_table(table, f"{args.suite} on {results.meta.device}{clock}"))
+    for note in notes:
+        print(note)
     print(f"written to {path}")
     if args.plot:
         with blaming("--plot", ValueError):
@@ -124,17 +133,21 @@ def bench(args: argparse.Namespace) -> int:
 def _implementations(args: argparse.Namespace, known: tuple[str, ...], on_gpu: bool) -> tuple[str, ...]:
     if others := [impl for impl in args.impl or () if impl not in known]:
         raise UsageError("--impl", f"expected some of {', '.join(known)} in the suite {args.suite}; got {others[0]!r}")
-    return tuple(args.impl or [impl for impl in known if _by_default(impl, on_gpu)])
+    return tuple(args.impl or [impl for impl in known if _by_default(args.suite, impl, on_gpu)])
 
 
-def _by_default(impl: str, on_gpu: bool) -> bool:
+def _by_default(suite: str, impl: str, on_gpu: bool) -> bool:
     """Whether an implementation is timed though nobody named it."""
     if impl in IMPLEMENTATIONS and not IMPLEMENTATIONS[impl].installed:
+        return False
+    if suite == "kernels" and impl in kernels.BY_NAME:
         return False
     return on_gpu or not impl.startswith(("compile", "cudnn"))
 
 
 def _failed(row: Row, on_gpu: bool) -> bool:
+    if row.impl == "ours:cudnn" and row.status.startswith("unsupported"):  # an optional package, and cuDNN's own answers
+        return False
     return row.status.startswith("wrong") or (on_gpu and row.impl.startswith("ours") and row.status != "ok" and ":" not in row.case)
 
 
@@ -144,10 +157,8 @@ def _jobs(args, where: torch.device, dtype: torch.dtype, ceilings: Ceilings, imp
     for batch in args.batch:
         if args.suite == "kernels":
             suite = kernels.Kernels(*common)
-            shapes = [resnet(model, batch, args.size) for model in args.model]
-            for make, norm in passes.plan(shapes, args.case or passes.NAMES):
-                words = f"{make.__name__} {norm.n}x{norm.c}x{norm.h}x{norm.w}"
-                yield words, partial(suite.rows_of, make, norm)
+            names = [name for case in args.case or kernels.GROUPS for name in kernels.GROUPS.get(case, (case,))]
+            yield from suite.jobs([resnet(model, batch, args.size) for model in args.model], names)
         else:
             suite = networks.Networks(args.suite, *common, args.largest)
             for subject in networks.subjects(args.suite, args.model, args.size):
