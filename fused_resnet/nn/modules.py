@@ -38,9 +38,13 @@ def is_unobserved(module: nn.Module | None) -> bool:
 
 def is_conv(module: nn.Module | None) -> bool:
     """A convolution that the operators can run: nn.Conv2d itself, without bias, padded with zeros by numbers."""
+    return is_plain_conv(module) and module.bias is None
+
+
+def is_plain_conv(module: nn.Module | None) -> bool:
+    """The same, with a bias or without."""
     return (
         type(module) is nn.Conv2d
-        and module.bias is None
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
         and not observed(module)
