@@ -236,6 +236,15 @@ def test_bad_arguments_are_named(place, value, error, words):
         ops.conv_affine_act(*given)
 
 
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_vectors_may_have_strides(name):
+    given = operands("1x1", "all", torch.float32)
+    strided = list(given)
+    strided[3], strided[4] = (torch.stack([t, torch.full_like(t, math.nan)], 1)[:, 0] for t in given[3:5])
+    with fused_resnet.backend(name), torch.no_grad():
+        check(ops.conv_affine_act(*strided), given)
+
+
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_a_layer_by_its_running_statistics_is_one_call(name, relu, monkeypatch):

@@ -467,8 +467,8 @@ def test_inference_is_one_graph_where_there_is_a_relu(relu, refuses, monkeypatch
         return None if refuses else torch.full_like(residual, 7.0)
 
     monkeypatch.setattr(backends.convolutions.cudnn, "conv_affine_act", graph)
-    x, weight, residual = (nhwc(torch.randn(shape)) for shape in ((2, 8, 4, 4), (8, 4, 1, 1), (2, 8, 4, 4)))
-    arguments = x, weight, ConvGeometry([1, 1], [0, 0], [1, 1], 2), None, torch.randn(8), residual, relu
+    x, weight, residual = (nhwc(torch.randn(shape, device=DEVICE)) for shape in ((2, 8, 4, 4), (8, 4, 1, 1), (2, 8, 4, 4)))
+    arguments = x, weight, ConvGeometry([1, 1], [0, 0], [1, 1], 2), None, torch.randn(8, device=DEVICE), residual, relu
     act, expected = BACKENDS["cudnn"].conv_affine_act(*arguments), Reference().conv_affine_act(*arguments)
     assert ran == [True] * relu
     torch.testing.assert_close(act, torch.full_like(residual, 7.0) if relu and not refuses else expected)
@@ -483,7 +483,9 @@ def test_a_folded_convolution_has_a_scale_of_one_in_cudnns_graph(monkeypatch):
         def run(self, tensors):
             given.update(tensors)
 
-    monkeypatch.setattr(work, "plans_of", lambda device: {asked: Plan() for asked in [GraphProblem("conv_scale_bias_add_relu", ConvProblem(2, 8, 4, 4, 8, 1, 1), "float16", "norm", tf32=torch.backends.cudnn.allow_tf32, deterministic=work.deterministic())]})
+    options = {"tf32": torch.backends.cudnn.allow_tf32, "deterministic": work.deterministic()}
+    asked = GraphProblem("conv_scale_bias_add_relu", ConvProblem(2, 8, 4, 4, 8, 1, 1), "float16", "norm", **options)
+    monkeypatch.setattr(work, "plans_of", lambda device: {asked: Plan()})
     x, weight, bias = nhwc(torch.randn(2, 8, 4, 4).half()), torch.randn(8, 8, 1, 1).half(), torch.randn(8).half()
     act = work.conv_affine_act(x, weight, ConvGeometry([1, 1], [0, 0], [1, 1], 1), None, bias, None, tried=True)
     assert given["act"] is act and torch.equal(given["scale"], torch.ones(8)) and torch.equal(given["bias"], bias.float())

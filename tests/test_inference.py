@@ -238,9 +238,12 @@ def test_the_report_speaks_of_folded_blocks(torchvision_models):
         with fused_resnet.backend("eager"):
             rows = fused_resnet.report(folded).rows
             assert len(rows) > 4 and all(row.fused and row.implementation == "eager" for row in rows)
-            folded.layer1[0].conv1.register_forward_hook(lambda *_: None)
+            folded.layer1[0].relu.register_forward_hook(lambda *_: None)
             reasons = {row.name: row.reason for row in fused_resnet.report(folded).rows}
-        assert "conv1 has a hook" in reasons.pop("layer1.0") and not any(reasons.values())
+        assert "relu has a hook" in reasons.pop("layer1.0") and not any(reasons.values())
+        folded.layer2[0].conv1.bias = None
+        with fused_resnet.backend("eager"):
+            assert "conv1 is Conv2d, not an nn.Conv2d with the bias" in str(fused_resnet.report(folded))
 
 
 def test_tracers_look_into_folded_blocks(torchvision_models):
@@ -269,13 +272,39 @@ def test_other_norms_are_folded_or_left(norm):
     assert left == (0 if model.bn1.running_mean is not None else sum(hasattr(m, "running_mean") for m in model.modules()))
 
 
-@pytest.mark.parametrize("build", [lambda: models.CifarResNet(8), lambda: models.CifarResNet(8, shortcut=None), lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())])
-def test_other_networks_are_folded(build):
+@pytest.mark.parametrize(
+    "build, calls",
+    [
+        (lambda: models.CifarResNet(8), 7),  # its shortcuts have no convolution
+        (lambda: models.CifarResNet(8, shortcut=None), 7),
+        (lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4)), 2),
+        (lambda: nn.Sequential(fused_resnet.ConvBNAct2d(3, 6, stride=2), fused_resnet.BasicBlock(6, 6)), 3),
+        (lambda: nn.Sequential(nn.Conv2d(3, 5, 3, padding="same"), nn.BatchNorm2d(5), nn.ReLU()), 0),  # PyTorch's modules
+    ],
+)
+def test_other_networks_are_folded(build, calls, monkeypatch):
     model = build().double()
     model(torch.randn(SIZE, dtype=torch.float64))
     folded, x = fused_resnet.fold(model.eval()), torch.randn(SIZE, dtype=torch.float64)
     torch.testing.assert_close(folded(x), model(x))
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    seen = Calls(monkeypatch)
+    with fused_resnet.backend("eager"):
+        torch.testing.assert_close(folded(x), model(x).detach())
+    assert len(seen) == calls
+
+
+def test_a_backbone_with_frozen_norms_is_folded(torchvision_models, monkeypatch):
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=None).double().eval()
+    folded, x = fused_resnet.fold(backbone), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    calls = Calls(monkeypatch)
+    with fused_resnet.backend("eager"):
+        out, expected = folded(x), backbone(x)
+    assert len(calls) == 20 and list(out) == list(expected)
+    for name, value in out.items():
+        torch.testing.assert_close(value, expected[name].detach())
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["as it is", "fused"])

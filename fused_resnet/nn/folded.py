@@ -11,21 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .modules import compute_dtype, geometry, is_conv, is_norm, is_nothing, is_plain_conv, is_relu
-
-
-def is_folded_conv(module: nn.Module | None) -> bool:
-    """A convolution that can hold a norm: as `is_conv`, with a bias."""
-    return is_plain_conv(module) and module.bias is not None
-
+from .modules import Requirement, compute_dtype, geometry, is_conv, is_folded_conv, is_norm, is_nothing, is_relu
 
 #: What stands, in a folded block, where a block has what the first asks for.
 _INSTEAD = {is_conv: is_folded_conv, is_norm: is_nothing}
 
 
+def requirements(block: nn.Module) -> list[Requirement]:
+    """What must be true of the modules of a `Block`, that it is folded, and that one call a convolution can stand for them."""
+    return [(_INSTEAD.get(fits, fits), module) for fits, module in block.requirements()]
+
+
 def is_folded(block: nn.Module) -> bool:
-    """Whether a `Block` is folded, each convolution of it, and can run without its modules being called."""
-    return all(_INSTEAD.get(fits, fits)(module) for fits, module in block.requirements())
+    """Whether `requirements` are met."""
+    return all(fits(module) for fits, module in requirements(block))
 
 
 def block_forward(block: nn.Module, x: Tensor) -> Tensor:

@@ -145,6 +145,7 @@ def conv_affine_act(
     it, so that nothing which looks for one sees it: call it only where `inferring` is true.
     """
     check_inference(x, weight, geometry, scale, bias, residual)
+    scale, bias = None if scale is None else scale.contiguous(), bias.contiguous()  # the kernels read them without strides
     return BACKENDS[_backend(x)].conv_affine_act(x, weight, geometry, scale, bias, residual, relu)
 
 
