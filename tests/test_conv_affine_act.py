@@ -122,7 +122,7 @@ FAULTS = {
     "always a ReLU": ("if OUT_RELU:", "if True:", "linear"),
     "no scale": ("if out_scale_ptr is not None:", "if False:", "all"),
     "no residual": ("if out_residual_ptr is not None:", "if False:", "residual"),
-    "the first tile's residual": ("out_residual_ptr + first_y + y_at", "out_residual_ptr + y_at", "residual"),
+    "the first tile's residual": ("out_residual_at = start.to(tl.int64) * K + ", "out_residual_at = ", "residual"),
     "the first filters' bias": ("vector(out_bias_ptr, filters,", "vector(out_bias_ptr, filters - n * BLOCK_N,", "bias"),
     "the residual behind the ReLU": (
         "preactivation(acc, out_scale, vector(out_bias_ptr, filters, filters < K), out_residual, None, None)",

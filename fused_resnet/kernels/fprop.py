@@ -167,12 +167,11 @@ def conv_fprop_norm_act_stats_kernel(
         weight_at = (r * weight_r + s * weight_s + c * weight_c)[:, None] + (filters * weight_k)[None, :]
         b = tl.load(weight_ptr + weight_at, mask=inside[:, None] & valid_filter, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_N]
-    first_y = start.to(tl.int64) * K
-    y_at = lane[:, None] * K + filters[None, :]
     if out_bias_ptr is not None:
         out_residual = None
         if out_residual_ptr is not None:
-            out_residual = tl.load(out_residual_ptr + first_y + y_at, mask=valid_row & valid_filter, other=0.0).to(tl.float32)
+            out_residual_at = start.to(tl.int64) * K + lane[:, None] * K + filters[None, :]
+            out_residual = tl.load(out_residual_ptr + out_residual_at, mask=valid_row & valid_filter, other=0.0).to(tl.float32)
         out_scale = None
         if out_scale_ptr is not None:
             out_scale = vector(out_scale_ptr, filters, filters < K)
@@ -180,7 +179,7 @@ def conv_fprop_norm_act_stats_kernel(
         if OUT_RELU:
             acc = relu(acc)
     y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + first_y + y_at, y, mask=valid_row & valid_filter)
+    tl.store(y_ptr + start.to(tl.int64) * K + lane[:, None] * K + filters[None, :], y, mask=valid_row & valid_filter)
     if count_ptr is not None:
         count = tl.minimum(rows - start, BLOCK_M)
         mean, m2 = tile_moments(y.to(tl.float32), valid_row, count.to(tl.float32))
