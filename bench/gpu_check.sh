@@ -13,7 +13,7 @@
 #       blocks    time residual blocks, forward and backward, against eager mode and torch.compile
 #       tune      measure which convolutions of ResNet-50 and -18 are faster as Triton kernels; train, inference and profile use the table
 #       train     time training steps of ResNet-18, -50 and -152 at three batch sizes against both, and find the largest batch
-#       inference time ResNet-50 in evaluation mode against both
+#       inference time ResNet-50 in evaluation mode, ours folded, against both
 #       profile   one training step of ResNet-50 by layer, ours, eager and compiled
 #       cudnn     which of cuDNN's fused graphs the GPU takes; the operator tests by the backend cudnn; its graphs on ResNet-50's shapes
 #                 against triton, passes and eager; tune, and the whole network with cudnn forced and with the tuner's mix
@@ -196,8 +196,12 @@ case $part in
     done
     ;;
   inference)
-    for group in plain triton graphs max; do
-      bench "bf16-$group" inference --model resnet50 --dtype bf16 --batch 256 --impl ${!group}
+    # Ours without norms, bias, residual and ReLU in the convolutions; two of PyTorch's without norms, too. One image waits for the host.
+    plain="$plain folded compile_folded"
+    for batch in 256 1; do
+      for group in plain triton graphs max; do
+        bench "bf16-$batch-$group" inference --model resnet50 --dtype bf16 --batch "$batch" --impl ${!group}
+      done
     done
     ;;
   profile)

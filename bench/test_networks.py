@@ -225,6 +225,23 @@ def test_half_precision_answers_are_those_of_float32(kind):
     assert steps.LOSS_SCALE != 1
 
 
+@pytest.mark.parametrize("impl, folded", [("eager_nhwc", False), ("folded", True), ("ours", True), ("ours:passes_triton", True)])
+def test_in_inference_ours_is_folded(impl, folded):
+    """And nothing else that is not said to be."""
+    subject = subjects("inference", ["resnet18"], 64)[0]
+    step = InferenceStep(subject, impl, torch.float32, 2, CPU)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in step.model.modules()) != folded
+    assert next(step.model.layer1.parameters()).is_contiguous(memory_format=torch.channels_last)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in TrainingStep(subject, "ours", torch.float32, 2, CPU).model.modules())
+
+
+def test_a_folded_network_is_not_trained():
+    for suite in ("train", "blocks"):
+        assert not any(steps.IMPLEMENTATIONS[impl].folded for impl in steps.implementations(suite))
+    assert {"folded", "compile_folded"} < set(steps.implementations("inference"))
+    assert main(["bench", "train", *ARGUMENTS, "--impl", "folded"]) == 2
+
+
 def test_distance_of_a_nan_is_infinite():
     assert distance([torch.tensor([1.0]), torch.tensor([float("nan")])], [torch.tensor([1.0]), torch.tensor([1.0])]) == float("inf")
 

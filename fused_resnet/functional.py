@@ -1,6 +1,5 @@
 """One layer at a time, with ordinary tensors and ordinary gradients."""
 
-import torch
 from torch import Tensor
 
 from . import ops
@@ -51,11 +50,8 @@ def conv_bn_act(
     )
     for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
         check_vector(name, vector, weight.shape[0], x)
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, gamma, beta, residual))
-    if relu and not (training or differentiable or torch.compiler.is_compiling()):
-        act = ops.conv_norm_add_act(x, conv, residual)
-        if act is not None:
-            return act
+    if not training and ops.inferring(x, weight, gamma, beta, residual):
+        return ops.conv_affine_act(x, weight, conv.geometry, *ops.running_affine(x, conv), residual, relu)
     out = ops.conv_stats(x, conv)
     if training and running_mean is not None and running_var is not None:
         blend([(running_mean, running_var)], [moments(out)], momentum)

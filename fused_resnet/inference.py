@@ -1,4 +1,7 @@
-"""Inference without batch norms: in eval mode a norm is an affine map with constants, which its convolution can hold."""
+"""Inference without batch norms: in eval mode a norm is an affine map with constants, which its convolution can hold.
+
+What then runs a convolution with its bias, residual and ReLU as one kernel is in `nn.folded`.
+"""
 
 import copy
 import warnings
@@ -7,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .convert import fuse, unfuse
+from .convert import fuse
 from .convert.known import LayerGetter, TimmResNet, TorchvisionResNet
 from .nn import Block, ResidualNetwork
 from .nn.modules import is_frozen_norm, observed
@@ -17,12 +20,15 @@ def fold(model: nn.Module) -> nn.Module:
     """A copy of `model` in which convolutions hold the batch norms behind them; nn.Identity stands where those were.
 
     The same outputs to rounding, for a network in eval mode: weight·scale and a bias, scale = gamma / sqrt(running_var + eps), in float64
-    and rounded once. ReLU, addition and pool stay the modules that they were, so the copy needs no operator of this package: it is
-    exported, quantised and compiled as any other. Its parameters require no gradient, and its keys are not those of `model`.
+    and rounded once. Its parameters require no gradient, and its keys are not those of `model`.
+
+    The copy is fused as by `fuse`: where no gradient can flow and a backend runs, each of these convolutions with its bias, residual and
+    ReLU is one kernel of the backend's. Everywhere else, and for whoever exports, traces or compiles it, it is PyTorch's modules, one
+    after the other. `unfuse` leaves those alone.
 
     Looked at are the stems and blocks that `fuse` knows, torchvision's, timm's and this package's, and convolutions that a norm follows
     within an nn.Sequential. A norm that normalises by its batch's statistics, that a hook watches, or whose convolution has a hook, stays
-    a norm. A network that was fused comes back unfused.
+    a norm.
 
     Raises ValueError where `model` or a part of it is in training mode.
     """
@@ -37,7 +43,7 @@ def fold(model: nn.Module) -> nn.Module:
             if foldable(conv, norm):
                 _replace(module, conv, fold_norm(conv, norm))
                 _replace(module, norm, nn.Identity())
-    return unfuse(folded)
+    return folded
 
 
 def foldable(conv: nn.Module, norm: nn.Module) -> bool:

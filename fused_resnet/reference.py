@@ -14,6 +14,7 @@ Conventions (docs/design.md):
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -155,6 +156,12 @@ def channel_sums(dz: Tensor, *standardised: Tensor) -> tuple[Tensor, ...]:
     dtype, wide = accumulate_dtype(dz.dtype), dz.double()
     sums = [wide.sum((0, 2, 3)), *((wide * xhat).sum((0, 2, 3)) for xhat in standardised)]
     return tuple(s.to(dtype) for s in sums)
+
+
+@cache
+def ones(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[channels] ones. Kept for good: a folded network asks for the same at each convolution, and a CUDA graph may read them."""
+    return torch.ones(channels, dtype=dtype, device=device)
 
 
 def nhwc(t: Tensor) -> Tensor:
@@ -411,9 +418,25 @@ class Reference:
         total = counts.sum().to(var.dtype)
         return Pending(y, mean, invstd, var * (total / (total - 1)), scale, bias)
 
-    def conv_norm_add_act(self, x: Tensor, conv: Conv, residual: Tensor | None) -> Tensor | None:
-        """relu(norm(conv(x)) + residual) by running statistics, without a gradient, where a backend has one kernel for it; else None."""
-        return None
+    def conv_affine_act(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        geometry: ConvGeometry,
+        scale: Tensor | None,
+        bias: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> Tensor:
+        """act = relu(conv(x)·scale + bias + residual), without a gradient: what inference asks for. [N, K, P, Q].
+
+        `scale`, None for one, and `bias` are [K]; `residual` is of act's shape, or None; without `relu` the sum itself is act. A kernel
+        rounds once. Here, as in every backend without one, the framework's convolution rounds as well, and one pass does the rest.
+        """
+        dtype = accumulate_dtype(x.dtype)
+        y = nhwc(torch.conv2d(x, weight, None, *geometry))
+        scale = ones(y.shape[1], dtype, y.device) if scale is None else scale.to(dtype)
+        return self.norm_add_act(y, scale, bias.to(dtype), residual, None, None, relu=relu, save_mask=False)[0]
 
     def convolve_backward(
         self,

@@ -1,4 +1,4 @@
-"""What a ResNet's training step must cost: FLOPs and bytes of each kernel, in several designs, and the time they can't beat.
+"""What a ResNet's training step, or its inference, must cost: FLOPs and bytes of each kernel, in several designs, and the floor.
 
 The rules of counting. A kernel moves every tensor that it touches once; nothing stays in a cache from one kernel to the next;
 the halo of a 3x3 window is free. A kernel takes max(FLOPs / rate, bytes / bandwidth), and a step the sum over its kernels: its
@@ -229,11 +229,15 @@ def training_step(network: Network, design: Design, itemsize: int = 2) -> list[K
 
 
 def _head_and_optimizer(network: Network, itemsize: int) -> Iterator[Kernel]:
+    for work, bytes_per_weight in (("fprop", itemsize), ("dgrad", itemsize), ("wgrad", MASTER_BYTES)):
+        yield _classifier(network, itemsize, work, bytes_per_weight)
+    yield optimizer_step(network.parameters, itemsize)
+
+
+def _classifier(network: Network, itemsize: int, work: str = "fprop", bytes_per_weight: int | None = None) -> Kernel:
     weight = network.features * network.classes
     vectors = network.batch * (network.features + network.classes) * itemsize
-    for work, bytes_per_weight in (("fprop", itemsize), ("dgrad", itemsize), ("wgrad", MASTER_BYTES)):
-        yield Kernel("fc", work, 2 * network.batch * weight, weight * bytes_per_weight + vectors)
-    yield optimizer_step(network.parameters, itemsize)
+    return Kernel("fc", work, 2 * network.batch * weight, weight * (bytes_per_weight or itemsize) + vectors)
 
 
 def optimizer_step(parameters: int, itemsize: int) -> Kernel:
@@ -411,6 +415,41 @@ def _conv_backward(layer: Layer, dz: int, epilogue: int, design: Design, sizes: 
             yield Kernel(layer.name, "backward apply", 0, dz + 2 * y)
     yield sizes.dgrad(layer, for_dgrad, epilogue)
     yield sizes.wgrad(layer, for_wgrad)
+
+
+#: Ways to run a network in evaluation mode: norm, ReLU and addition each a kernel; norms folded away, but a bias, which PyTorch adds behind
+#: cuDNN's convolution in a kernel of its own; bias, residual and ReLU as one pass; all of it in the convolution's epilogue.
+INFERENCE = ("eager", "folded", "passes", "epilogue")
+
+
+def inference_step(network: Network, design: str, itemsize: int = 2) -> list[Kernel]:
+    """The kernels of a forward in evaluation mode, by one of `INFERENCE`. `itemsize`: bytes of an activation's element."""
+    return list(_inference(network, design, _Sizes(itemsize)))
+
+
+def _inference(network: Network, design: str, sizes: _Sizes) -> Iterator[Kernel]:
+    def layer_kernels(layer: Layer, residual: bool, relu: bool) -> Iterator[Kernel]:
+        y, fprop = sizes.y(layer), sizes.fprop(layer)
+        if design == "epilogue":
+            yield replace(fprop, bytes=fprop.bytes + y * residual)
+            return
+        yield fprop
+        if design == "passes":
+            yield Kernel(layer.name, "apply", 0, (2 + residual) * y)
+            return
+        yield Kernel(layer.name, "apply" if design == "eager" else "bias", 0, 2 * y)
+        if residual:
+            yield Kernel(layer.name, "add", 0, 3 * y)
+        if relu:
+            yield Kernel(layer.name, "relu", 0, 2 * y)
+
+    yield from layer_kernels(network.stem, False, True)
+    yield Kernel("maxpool", "forward", 0, sizes.y(network.stem) + sizes.pool(network) + network.pool.tensor_bytes(8))  # and an int64 index
+    for block in network.blocks:
+        for layer in block.layers:
+            yield from layer_kernels(layer, layer is block.branch[-1], layer is not block.projection)
+    yield Kernel("avgpool", "forward", 0, sizes.y(network.blocks[-1].branch[-1]))
+    yield _classifier(network, sizes.itemsize)
 
 
 def saved_layers(network: Network, design: Design, itemsize: int = 2) -> dict[str, int]:

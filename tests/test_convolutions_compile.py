@@ -7,35 +7,40 @@ import pytest
 from test_fprop import network_problems
 from test_kernels_compile import LOSES_NAN, run
 
-from fused_resnet.kernels.networks import tasks
+from fused_resnet.kernels.networks import Epilogue, inference, tasks
 from fused_resnet.roofline import resnet
 from fused_resnet.tuning import Task
 
 #: Bytes that a program may have.
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
-#: Each different launch of the tasks in a file, compiled.
+#: Each different launch of the tasks in a file, compiled; of those with an epilogue in its stead.
 COMPILE = """
 import dataclasses, json, sys
 from pathlib import Path
 from fused_resnet.kernels import inspect, networks
 from fused_resnet.tuning import heuristics, table
 seen = set()
-for fields in json.loads(Path(sys.argv[1]).read_text()):
-    task = table.task_of(fields, sys.argv[1])
+for fields, epilogue in json.loads(Path(sys.argv[1]).read_text()):
+    task, allow_tf32 = table.task_of(fields, sys.argv[1]), sys.argv[2] == "tf32"
     for architecture in inspect.ARCHITECTURES:
         tiles = heuristics.configuration(task, divmod(architecture, 10))
-        launch = networks.record(task, tiles, allow_tf32=sys.argv[2] == "tf32")
+        if epilogue:
+            epilogue = networks.Epilogue(*epilogue)
+            launch = networks.record_inference(task, epilogue, tiles, allow_tf32)
+        else:
+            launch = networks.record(task, tiles, allow_tf32)
         key = architecture, *inspect.launch_key(launch)
         if key not in seen:
             seen.add(key)
-            print(json.dumps(dataclasses.asdict(inspect.compile_launch(launch, f"{task}; {tiles}", architecture))))
+            print(json.dumps(dataclasses.asdict(inspect.compile_launch(launch, f"{task} {epilogue or ''}; {tiles}", architecture))))
 """
 
 
-def compiled(wanted: list[Task], precision: str, tmp_path) -> list[dict]:
+def compiled(wanted: list[Task | tuple[Task, Epilogue]], precision: str, tmp_path) -> list[dict]:
     """Each different launch of `wanted` on each architecture, as `inspect.Compiled` has it."""
     path = tmp_path / "tasks.json"
-    path.write_text(json.dumps([asdict(task) for task in dict.fromkeys(wanted)]))
+    pairs = [(task, None) if isinstance(task, Task) else task for task in dict.fromkeys(wanted)]
+    path.write_text(json.dumps([(asdict(task), epilogue) for task, epilogue in pairs]))
     return [json.loads(line) for line in run("-c", COMPILE, str(path), precision).splitlines()]
 
 
@@ -69,6 +74,21 @@ def test_what_the_heuristic_chooses_for_resnets_compiles(dtype, kind, tmp_path):
         assert registers and max(registers) <= 128
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dtype, precision", [("bfloat16", "tf32"), ("float16", "tf32"), ("float32", "tf32"), ("float32", "ieee")])
+def test_folded_networks_compile(dtype, precision, tmp_path):
+    wanted = [pair for name in ("resnet18", "resnet50") for batch in (256, 32, 1) for pair in inference(resnet(name, batch), dtype)]
+    found = compiled(wanted, precision, tmp_path)
+    check(found, precision)
+    assert {c["variant"].partition(" with ")[2].partition(";")[0] for c in found} == {"bias, ReLU", "bias, residual, ReLU", "bias"}
+
+
+def test_a_folded_network_has_these_convolutions():
+    """ResNet-50's 53: 16 blocks end with a residual, 4 have a projection without a ReLU."""
+    epilogues = [epilogue for _, epilogue in inference(resnet("resnet50", 8), "bfloat16")]
+    assert epilogues.count(Epilogue(True, True)) == 16 and epilogues.count(Epilogue(False, False)) == 4 and len(epilogues) == 53
+
+
 def all_tasks(dtype: str):
     """Every kind of work on every convolution of ResNets, wide ResNets and CIFAR nets."""
     for conv in dict.fromkeys(network_problems((1, 32, 256))):
@@ -76,6 +96,8 @@ def all_tasks(dtype: str):
             yield Task("fprop", conv, dtype, source)
             yield Task("dgrad", conv, dtype, source)
             yield Task("dgrad", conv, dtype, source, dact=True)
+        for residual, relu in ((False, True), (True, True), (False, False)):
+            yield Task("fprop", conv, dtype, "act"), Epilogue(residual, relu)
         yield Task("wgrad", conv, dtype, "act")
         yield Task("wgrad", conv, dtype, "norm")
         if max(conv.stride) == 1:

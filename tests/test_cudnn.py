@@ -457,23 +457,57 @@ def test_a_backward_that_did_not_know_of_the_rounding_is_seen(arithmetic, monkey
     assert torch.equal(seen["scale"], forward.scale)
 
 
-def test_inference_of_a_layer_is_one_kernel_where_the_backend_has_one(monkeypatch, device):
+@pytest.mark.parametrize("relu, refuses", [(True, False), (True, True), (False, False)])
+def test_inference_is_one_graph_where_there_is_a_relu(relu, refuses, monkeypatch):
+    """By the forced backend, whatever it has for training. What cuDNN refuses, and what has no ReLU, is a convolution and a pass."""
+    ran = []
+
+    def graph(x, weight, geometry, scale, bias, residual):
+        ran.append(residual is not None)
+        return None if refuses else torch.full_like(residual, 7.0)
+
+    monkeypatch.setattr(backends.convolutions.cudnn, "conv_affine_act", graph)
+    x, weight, residual = (nhwc(torch.randn(shape, device=DEVICE)) for shape in ((2, 8, 4, 4), (8, 4, 1, 1), (2, 8, 4, 4)))
+    arguments = x, weight, ConvGeometry([1, 1], [0, 0], [1, 1], 2), None, torch.randn(8, device=DEVICE), residual, relu
+    act, expected = BACKENDS["cudnn"].conv_affine_act(*arguments), Reference().conv_affine_act(*arguments)
+    assert ran == [True] * relu
+    torch.testing.assert_close(act, torch.full_like(residual, 7.0) if relu and not refuses else expected)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU cuDNN itself is tested")
+def test_a_folded_convolution_has_a_scale_of_one_in_cudnns_graph(monkeypatch):
+    """The graph multiplies; float32 vectors go in, whatever the network's dtype."""
+    given = {}
+
+    class Plan:
+        def run(self, tensors):
+            given.update(tensors)
+
+    options = {"tf32": torch.backends.cudnn.allow_tf32, "deterministic": work.deterministic()}
+    asked = GraphProblem("conv_scale_bias_add_relu", ConvProblem(2, 8, 4, 4, 8, 1, 1), "float16", "norm", **options)
+    monkeypatch.setattr(work, "plans_of", lambda device: {asked: Plan()})
+    x, weight, bias = nhwc(torch.randn(2, 8, 4, 4).half()), torch.randn(8, 8, 1, 1).half(), torch.randn(8).half()
+    act = work.conv_affine_act(x, weight, ConvGeometry([1, 1], [0, 0], [1, 1], 1), None, bias, None, tried=True)
+    assert given["act"] is act and torch.equal(given["scale"], torch.ones(8)) and torch.equal(given["bias"], bias.float())
+
+
+def test_inference_of_a_layer_is_one_call_of_the_backend(monkeypatch, device):
     from fused_resnet.functional import conv_bn_act
 
     seen = []
 
-    def one_kernel(self, x, conv, residual):
-        seen.append((conv.norm.training, residual is not None))
+    def one_kernel(self, x, weight, geometry, scale, bias, residual, relu):
+        seen.append((relu, residual is not None))
         return torch.full((2, 8, 4, 4), 7.0, device=device)
 
-    monkeypatch.setattr(Reference, "conv_norm_add_act", one_kernel)
+    monkeypatch.setattr(Reference, "conv_affine_act", one_kernel)
     x, weight = torch.randn(2, 8, 4, 4, device=device), torch.randn(8, 8, 1, 1, device=device)
     vectors = [torch.rand(8, device=device) + 0.5 for _ in range(4)]
     residual = torch.randn(2, 8, 4, 4, device=device)
     with fused_resnet.backend("eager"):
-        assert (conv_bn_act(x, weight, *vectors, residual, training=False) == 7).all() and seen == [(False, True)]
-        for options in ({"training": True}, {"training": False, "relu": False}):
-            assert not (conv_bn_act(x, weight, *vectors, **options) == 7).all()
+        assert (conv_bn_act(x, weight, *vectors, residual, training=False) == 7).all() and seen == [(True, True)]
+        assert (conv_bn_act(x, weight, *vectors, training=False, relu=False) == 7).all() and seen.pop() == (False, False)
+        assert not (conv_bn_act(x, weight, *vectors, training=True) == 7).all()
         assert conv_bn_act(x.requires_grad_(), weight, *vectors, training=False).requires_grad
         with torch.no_grad():
             assert (conv_bn_act(x, weight, *vectors, training=False) == 7).all()

@@ -12,8 +12,10 @@ from fused_resnet import roofline
 from fused_resnet.roofline import (
     DEPTHS,
     DESIGNS,
+    INFERENCE,
     Design,
     floor_seconds,
+    inference_step,
     resnet,
     saved_bytes,
     saved_layers,
@@ -174,3 +176,41 @@ def test_the_table_of_the_documents_is_what_is_counted(resnet50):
         floors = [f"{BATCH / floor_seconds(kernels, rate, 3e12):,.0f}" for rate in (8e14, 5e14)]
         expected.append([megabytes[0], str(len(kernels)), megabytes[1], *floors])
     assert figures == expected
+
+
+def test_inference_by_hand(resnet50):
+    """MB of an image, of all outputs y by their extents; what the designs differ in, and what all of them move."""
+    # Each stage's inner convolutions, last ones and projection, in values; a stage's first inner 1x1 is at the larger extent.
+    inner, last, projections = 64 * 112**2, 0, 0
+    for blocks, width, extent in ((3, 64, 56), (4, 128, 28), (6, 256, 14), (3, 512, 7)):
+        before = extent if width == 64 else 2 * extent
+        inner += width * (before**2 + (2 * blocks - 1) * extent**2)
+        last += blocks * 4 * width * extent**2
+        projections += 4 * width * extent**2
+    moved = {design: total_bytes(inference_step(resnet50, design)) / BATCH / 2 for design in INFERENCE}
+    assert moved["eager"] == moved["folded"], "a bias is added as a norm is applied"
+    assert moved["passes"] - moved["epilogue"] == 2 * (inner + last + projections)  # written and read once more
+    assert moved["folded"] - moved["passes"] == 2 * inner + 4 * last  # the ReLU; that and the addition
+    assert moved["epilogue"] > inner + last + projections + last  # with each block's residual
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_every_design_of_inference_computes_the_forward(name):
+    network = resnet(name, 8)
+    for design in INFERENCE:
+        kernels = inference_step(network, design)
+        assert total_flops(kernels) == network.forward_flops
+        assert sum(kernel.work == "fprop" for kernel in kernels) == len(network.layers) + 1
+    assert len(inference_step(network, "epilogue")) == len(network.layers) + 3
+
+
+def test_the_table_of_inference_in_the_documents_is_what_is_counted(resnet50):
+    document = (Path(__file__).resolve().parents[1] / "docs" / "drop-in.md").read_text(encoding="utf-8")
+    section = document.partition("\n## Inference")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.count("|") == 6]
+    expected = []
+    for design in INFERENCE:
+        kernels = inference_step(resnet50, design)
+        floors = [f"{BATCH / floor_seconds(kernels, rate, 3e12):,.0f}" for rate in (8e14, 5e14)]
+        expected.append([design, f"{total_bytes(kernels) / BATCH / 1e6:.1f}", str(len(kernels)), *floors])
+    assert [[row[0].partition(":")[0].strip("`"), *row[1:]] for row in rows[2:]] == expected

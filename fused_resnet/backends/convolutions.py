@@ -136,6 +136,23 @@ class FusedConvolutions(Reference, ABC):
 
         return moments_of_sums(y, total, squares, norm.gamma, norm.beta, norm.eps)
 
+    def conv_affine_act(self, x, weight, geometry, scale, bias, residual, relu):
+        choice, act = self._inference_choice(x, weight, geometry), None
+        if choice == CUDNN and relu:  # its graph has one
+            act = cudnn.conv_affine_act(x, weight, geometry, scale, bias, residual)
+        elif choice is not None and choice != CUDNN:
+            from ..kernels.fprop import fprop_affine_act
+
+            act = fprop_affine_act(x, weight, geometry, scale, bias, residual, relu, choice, allow_tf32())
+        return super().conv_affine_act(x, weight, geometry, scale, bias, residual, relu) if act is None else act
+
+    def _inference_choice(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Choice | None:
+        """What does the same convolution in training, of an activation that exists: a tuner has timed it with statistics behind it.
+
+        Where that beats the framework's convolution and a pass that reads y, this beats one and a pass that writes it, too.
+        """
+        return self._choose("fprop", x, weight, geometry, "act")
+
     # ---- backward ----------------------------------------------------------------------------------------------------
 
     def convolve_backward(self, source, act, mask, outputs, dact, need_dx):

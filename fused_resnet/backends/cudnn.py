@@ -45,9 +45,8 @@ class Cudnn(FusedConvolutions, PassesTriton):
         made = work.norm_add_act(x, scale, bias, residual, residual_scale, residual_bias) if save_mask else None
         return made or super().norm_add_act(x, scale, bias, residual, residual_scale, residual_bias, relu=relu, save_mask=save_mask)
 
-    def conv_norm_add_act(self, x, conv, residual):
-        scale, bias = self.running_stats(conv.norm, x.dtype)[3:]
-        return work.conv_norm_add_act(x, conv.weight, conv.geometry, scale, bias, residual)
+    def _inference_choice(self, x, weight, geometry):
+        return CUDNN  # whose graph for it is not that of a convolution with statistics, and refuses by itself
 
     def norm_backward_apply(self, dz, y, mean, invstd, gamma, s1, s2):
         made = work.norm_backward_apply(dz, y, mean, invstd, gamma, s1, s2)

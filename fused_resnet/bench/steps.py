@@ -30,6 +30,7 @@ class Implementation:
     nhwc: bool  #: whether images and weights are channels_last
     compile_mode: str | None = None  #: of torch.compile; None runs without it
     norms: Norms | None = None  #: another maker's batch norms, in the place of PyTorch's
+    folded: bool = False  #: PyTorch's modules without norms, which its convolutions hold: in inference alone, where ours are so always
 
     @property
     def like(self) -> Norms | None:
@@ -56,9 +57,16 @@ IMPLEMENTATIONS = {
     "ours": Implementation("auto", True),
     **{impl: Implementation(name, True) for impl, name in OURS.items()},
     **{impl: Implementation("off", True, norms=norms) for impl, norms in NORMS.items()},
+    "folded": Implementation("off", True, folded=True),
+    "compile_folded": Implementation("off", True, "default", folded=True),
 }
 #: For the gradients that are compared: float16 loses the small ones of an unscaled loss, and overflows at a scaler's first guess.
 LOSS_SCALE = 1024.0
+
+
+def implementations(suite: str) -> tuple[str, ...]:
+    """Those of `IMPLEMENTATIONS` that a suite of networks or blocks can have."""
+    return tuple(impl for impl, how in IMPLEMENTATIONS.items() if suite == "inference" or not how.folded)
 
 
 @dataclass(frozen=True)
@@ -97,10 +105,14 @@ class Step:
         self.module.to(device=device, memory_format=layout)
         if self.how.norms is not None:
             install(self.module, self.how.norms)
-        self.module.train(self.training)
+        self.module = self.prepared(self.module.train(self.training))
         mode = self.how.compile_mode
         self.model = torch.compile(self.module, dynamic=False, mode=mode) if mode else self.module
         self.images = [t.contiguous(memory_format=layout) for t in inputs(batch, subject.shape, device)]
+
+    def prepared(self, module: nn.Module) -> nn.Module:
+        """What is run of the subject, which has its state, its layout and its mode."""
+        return module
 
     def run(self, x: Tensor) -> Tensor:
         """The model's output."""
@@ -191,9 +203,13 @@ class BlockStep(Step):
 
 
 class InferenceStep(Step):
-    """Forward in evaluation mode, with the running statistics, without gradients."""
+    """Forward in evaluation mode, with the running statistics, without gradients. Ours is folded (`fused_resnet.fold`)."""
 
     training = False
+
+    def prepared(self, module: nn.Module) -> nn.Module:
+        """The module; ours without its norms."""
+        return fused_resnet.fold(module) if self.how.folded or self.how.backend != "off" else module
 
     def answer(self) -> list[Tensor]:
         """The scores."""

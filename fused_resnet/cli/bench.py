@@ -15,7 +15,7 @@ from ..bench import kernels, networks
 from ..bench.machine import Ceilings, collect_meta, current_commit, measure_ceilings
 from ..bench.plot import plot_results
 from ..bench.schema import SUITES, Results, Row, results_path, write_results
-from ..bench.steps import IMPLEMENTATIONS
+from ..bench.steps import IMPLEMENTATIONS, implementations
 from ..bench.table import console, rich_table, tables
 from ..bench.timing import terminated_as_interrupted
 from ..roofline import DEPTHS, resnet
@@ -27,7 +27,7 @@ DESCRIPTION = """Times a suite and writes bench/results/<gpu>/<suite>-<date>-<co
              shapes
   blocks     forward and backward of residual blocks
   train      training steps, optimizer included, and the time to the first step
-  inference  forward in evaluation mode
+  inference  forward in evaluation mode, ours with its norms folded
 
 Results are compared with a reference before anything is timed; what is wrong
 gets no figure. Peers take turns. What runs out of memory or time, or can't be
@@ -93,8 +93,8 @@ def bench(args: argparse.Namespace) -> int:
     batch, size = ON_GPU if on_gpu else ON_CPU[args.suite]
     args.batch, args.size = args.batch or [batch], args.size or size
     dtype = DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
-    known = kernels.IMPLEMENTATIONS if args.suite == "kernels" else tuple(IMPLEMENTATIONS)
-    implementations = _implementations(args, known, on_gpu)
+    known = kernels.IMPLEMENTATIONS if args.suite == "kernels" else implementations(args.suite)
+    chosen = _implementations(args, known, on_gpu)
     if args.suite in ("kernels", "blocks") and (others := [name for name in args.model if name not in DEPTHS]):
         raise UsageError("--model", f"expected some of {', '.join(DEPTHS)}, whose shapes are known; got {others[0]!r}")
     for option, value, suites in (("--case", args.case, ("kernels",)), ("--largest", args.largest, ("train", "inference", "blocks"))):
@@ -104,7 +104,7 @@ def bench(args: argparse.Namespace) -> int:
     torch.backends.cudnn.benchmark = on_gpu  # for all peers: the framework's convolutions are chosen by measuring
     torch.manual_seed(0)
     ceilings = measure_ceilings(where, dtype, args.repeats)
-    jobs = list(_jobs(args, where, dtype, ceilings, implementations))
+    jobs = list(_jobs(args, where, dtype, ceilings, chosen))
     with terminated_as_interrupted():
         rows, stopped = _run(jobs, not args.no_progress)
     if not rows:  # stopped before the first case was done
@@ -151,9 +151,9 @@ def _failed(row: Row, on_gpu: bool) -> bool:
     return row.status.startswith("wrong") or (on_gpu and row.impl.startswith("ours") and row.status != "ok" and ":" not in row.case)
 
 
-def _jobs(args, where: torch.device, dtype: torch.dtype, ceilings: Ceilings, implementations: tuple[str, ...]) -> Iterator[Job]:
+def _jobs(args, where: torch.device, dtype: torch.dtype, ceilings: Ceilings, chosen: tuple[str, ...]) -> Iterator[Job]:
     """(what it is called, what measures it) of every case."""
-    common = where, dtype, ceilings, implementations, args.repeats, args.limit
+    common = where, dtype, ceilings, chosen, args.repeats, args.limit
     for batch in args.batch:
         if args.suite == "kernels":
             suite = kernels.Kernels(*common)

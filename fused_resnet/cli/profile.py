@@ -8,7 +8,7 @@ import torch
 from .. import models
 from ..bench.load import LoadError, builder
 from ..bench.machine import current_commit
-from ..bench.steps import IMPLEMENTATIONS, Subject
+from ..bench.steps import Subject, implementations
 from ..bench.table import console, number
 from ..profile.analysis import Profile, ProfileError, read_profile, write_profile
 from ..profile.picture import draw_profiles
@@ -45,8 +45,8 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--model", default="resnet50", metavar="MODEL",
                         help="a network of this package, torchvision:NAME or MODULE:FUNCTION (default: resnet50)")  # fmt: skip
-    parser.add_argument("--impl", type=one_of(*IMPLEMENTATIONS), metavar="IMPL",
-                        help=f"{', '.join(IMPLEMENTATIONS)} (default: ours, for another's network eager_nhwc)")  # fmt: skip
+    parser.add_argument("--impl", type=one_of(*implementations("train")), metavar="IMPL",
+                        help=f"{', '.join(implementations('train'))} (default: ours, for another's network eager_nhwc)")  # fmt: skip
     parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", metavar="D", help="auto (default), cpu, cuda")
     parser.add_argument("--dtype", type=one_of(*DTYPES), metavar="D", help="fp32, fp16, bf16 (default: bf16, fp32 on a CPU)")
     parser.add_argument("--batch", type=positive, metavar="N", help="images in a batch (default: 256, 8 on a CPU)")

@@ -11,7 +11,19 @@ from ..bench.machine import measure_ceilings
 from ..bench.table import console
 from ..bench.trace import trace
 from ..devices import DEVICES
-from ..roofline import DEPTHS, DESIGNS, Kernel, floor_seconds, resnet, saved_layers, total_bytes, total_flops, training_step
+from ..roofline import (
+    DEPTHS,
+    DESIGNS,
+    INFERENCE,
+    Kernel,
+    floor_seconds,
+    inference_step,
+    resnet,
+    saved_layers,
+    total_bytes,
+    total_flops,
+    training_step,
+)
 from .arguments import UsageError, blaming, one_of, positive, positive_number
 
 DESCRIPTION = """Counts FLOPs and bytes of every kernel of a training step, in several designs,
@@ -20,9 +32,10 @@ no GPU and no memory for the network.
 
 The rules: a kernel moves every tensor that it touches once, nothing stays in a
 cache between kernels, and it takes the longer of FLOPs/rate and
-bytes/bandwidth. For ResNet-18 to 152 each step of fusion is a row; any other
-network is traced, and gets three: eager, passes (one pass for element-wise
-operators that follow one another), fused (such passes inside convolutions)."""
+bytes/bandwidth. For ResNet-18 to 152 each step of fusion is a row, and there is
+a table of inference; any other network is traced, and gets three rows: eager,
+passes (one pass for element-wise operators that follow one another), fused
+(such passes inside convolutions)."""
 EXAMPLES = """example:
   fused-resnet roofline
   fused-resnet roofline --model resnet101 --batch 128 --device h200
@@ -78,6 +91,9 @@ def roofline(args: argparse.Namespace) -> int:
     ridge = flops_per_s / bytes_per_s
     out.print(f"{words}: {flops_per_s / 1e12:,.1f} TFLOP/s, {bytes_per_s / 1e12:,.3f} TB/s, ridge {ridge:,.0f} FLOP/byte")
     out.print(_designs_table(kernels, saved, args.batch, flops_per_s, bytes_per_s))
+    if args.model in DEPTHS:
+        steps = {name: inference_step(network, name, dtype.itemsize) for name in INFERENCE}
+        out.print(_inference_table(steps, args.batch, flops_per_s, bytes_per_s))
     if args.layers:
         out.print(_layers_table(kernels, saved, args.batch, flops_per_s, bytes_per_s))
     return 0
@@ -140,6 +156,17 @@ def _designs_table(kernels, saved, batch: int, flops_per_s: float, bytes_per_s: 
             f"{kept[name]:,.1f}", f"{max(0, kept['eager'] - kept[name]):,.1f}",
             f"{1e3 * floor:,.2f}", f"{batch / floor:,.0f}", f"{memory / floor:.0%}",
         )  # fmt: skip
+    return table
+
+
+def _inference_table(steps: dict[str, list[Kernel]], batch: int, flops_per_s: float, bytes_per_s: float) -> Table:
+    table = Table(title="inference, by design", title_justify="left")
+    table.add_column("design")
+    for head in ("MB/image", "launches", "floor, ms", "floor, images/s"):
+        table.add_column(head, justify="right")
+    for name, step in steps.items():
+        floor = floor_seconds(step, flops_per_s, bytes_per_s)
+        table.add_row(name, f"{total_bytes(step) / batch / 1e6:,.1f}", f"{len(step):,}", f"{1e3 * floor:,.2f}", f"{batch / floor:,.0f}")
     return table
 
 

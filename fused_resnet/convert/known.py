@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from ..nn import Block, PreActivation, Stage
 from ..nn.activation import Activation
 from ..nn.chain import run
+from ..nn.folded import is_folded
 from ..nn.modules import Requirement, is_frozen_norm, is_norm_act, is_nothing, observed, runs_fused
 
 
 class _Leaf:
-    """A module that torch.fx takes as one node, as it does PyTorch's own."""
+    """A block that torch.fx takes as one node, as it does PyTorch's own modules. It looks into a folded one, whose modules are plain."""
 
     def trace(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
+        if isinstance(self, Block) and is_folded(self):
+            return self.forward_modules(x)
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from ..backends import resolve
 from ..nn import Block, PreActivation, ResidualNetwork
 from ..nn.chain import conv_norm_act_length, flatten, is_sequence
+from ..nn.folded import conv_act_length
 from ..nn.modules import compute_dtype, observed
 from .known import LayerGetter, TimmResNet, TorchvisionResNet, is_norm_layer, knowledge_of
 from .sequences import holds_layer, may_hold_layer
@@ -72,9 +73,10 @@ def _why_not(module: nn.Module) -> str | None:
     if isinstance(module, _NETWORKS):
         return _stem_reason(module)
     if is_sequence(module):
-        if not may_hold_layer(module):
+        holds = holds_layer(module)
+        if not holds and not may_hold_layer(module):
             return None
-        if holds_layer(module):
+        if holds:
             return "" if fused else "fuse(model) was not called on it"
         watched = any(observed(m) for m in flatten(module))
         return "a member has a hook" if watched else "no nn.Conv2d without bias, nn.BatchNorm2d and nn.ReLU follow each other"
@@ -98,7 +100,7 @@ def _stem_reason(network: nn.Module) -> str | None:
     if "conv1" not in network._modules:
         return None
     queue = flatten(network.children())
-    if conv_norm_act_length(queue, 0):
+    if conv_norm_act_length(queue, 0) or conv_act_length(queue, 0):
         return ""
     watched = any(observed(m) for m in queue[:3])
     return "the stem has a hook" if watched else "the stem is no nn.Conv2d without bias, nn.BatchNorm2d and nn.ReLU"

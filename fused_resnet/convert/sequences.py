@@ -4,13 +4,14 @@ from torch import nn
 
 from ..nn import Block
 from ..nn.chain import conv_norm_act_length, flatten, is_sequence
+from ..nn.folded import conv_act_length
 from .known import is_norm_layer
 
 
 def holds_layer(sequence: nn.Sequential) -> bool:
-    """Whether a sequence holds a convolution, a norm and a ReLU in a row that the operators can stand for now."""
+    """Whether a sequence holds a convolution, a norm and a ReLU in a row that the operators can stand for now, or a folded one."""
     queue = flatten(sequence)
-    return any(conv_norm_act_length(queue, i) for i in range(len(queue)))
+    return any(conv_norm_act_length(queue, i) or conv_act_length(queue, i) for i in range(len(queue)))
 
 
 def may_hold_layer(sequence: nn.Sequential) -> bool:

@@ -8,6 +8,6 @@
 """
 
 from .library import declines
-from .work import dgrad, fprop, refusal, wgrad
+from .work import conv_affine_act, dgrad, fprop, refusal, wgrad
 
-__all__ = ["declines", "dgrad", "fprop", "refusal", "wgrad"]
+__all__ = ["conv_affine_act", "declines", "dgrad", "fprop", "refusal", "wgrad"]

@@ -174,7 +174,7 @@ class Trial:
         """act of inference."""
         scale, bias = self._vector(PROBLEM.k), self._vector(PROBLEM.k) - 1
         residual = self._dy() if self.kind == "norm_add" else None
-        act = _made(work.conv_norm_add_act(self.x, self.weight, self.geometry, scale, bias, residual, tried=True))
+        act = _made(work.conv_affine_act(self.x, self.weight, self.geometry, scale, bias, residual, tried=True))
         y = torch.conv2d(self.x.double(), self.weight.double(), None, *self.geometry)
         z = y * scale.double()[:, None, None] + bias.double()[:, None, None] + (0 if residual is None else residual)
         return {"act": act}, {"act": z.relu()}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..problem import ConvProblem
-from ..reference import ConvGeometry, Source, like_weight
+from ..reference import ConvGeometry, Source, like_weight, ones
 from ..tuning import Task
 from .graphs import GraphProblem
 from .plans import Plan, plans_of
@@ -195,10 +195,11 @@ def norm_backward_apply(
     return dy
 
 
-def conv_norm_add_act(
-    x: Tensor, weight: Tensor, geometry: ConvGeometry, scale: Tensor, bias: Tensor, residual: Tensor | None, tried: bool = False
+def conv_affine_act(
+    x: Tensor, weight: Tensor, geometry: ConvGeometry, scale: Tensor | None, bias: Tensor, residual: Tensor | None,
+    tried: bool = False,
 ) -> Tensor | None:
-    """relu(conv(x)·scale + bias + residual) in one kernel, for inference; None where cuDNN refuses. `tried` as above."""
+    """As `Reference.conv_affine_act` with a ReLU, in one kernel; None where cuDNN refuses. `tried` as above."""  # fmt: skip
     from .probe import fault
 
     conv = problem_of(x, weight, geometry)
@@ -210,7 +211,8 @@ def conv_norm_add_act(
     if isinstance(plan, str):
         return None
     act = _activation(x, conv.n, conv.k, conv.p, conv.q)
-    tensors = {"x": x, "weight": _krsc(weight), "scale": scale, "bias": bias, "act": act}
+    scale = ones(conv.k, torch.float32, x.device) if scale is None else scale.float()
+    tensors = {"x": x, "weight": _krsc(weight), "scale": scale, "bias": bias.float(), "act": act}
     plan.run(tensors if residual is None else tensors | {"residual": residual})
     return act
 

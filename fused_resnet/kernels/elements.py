@@ -38,8 +38,8 @@ def vector(pointer, channels, inside):
 
 @triton.jit
 def preactivation(x, scale, bias, residual, residual_scale, residual_bias):
-    """z = fma(x, scale, bias) + residual, where the residual is None, materialised (residual_scale None) or raw."""
-    z = tl.fma(x, scale, bias)
+    """z = fma(x, scale, bias) + residual; scale is None for one, the residual is None, materialised (residual_scale None) or raw."""
+    z = x + bias if scale is None else tl.fma(x, scale, bias)
     if residual is not None:
         if residual_scale is not None:
             z += tl.fma(residual, residual_scale, residual_bias)

@@ -1,4 +1,7 @@
-"""Forward convolution: the norm, ReLU and residual of its input on load, the statistics of its output before it leaves."""
+"""Forward convolution: the norm, ReLU and residual of its input on load; the statistics of its output before it leaves.
+
+In inference its output's own affine map, residual and ReLU instead.
+"""
 
 from functools import lru_cache
 
@@ -29,7 +32,10 @@ def conv_fprop_norm_act_stats_kernel(
     y_ptr,  # [rows, K], rows = N·P·Q
     act_ptr,  # [N, H, W, C] or None
     mask_ptr,  # [N, H, W, ⌈C/8⌉] uint8, or None
-    count_ptr,  # [parts] int64, one part an M tile
+    out_scale_ptr,  # [K] floating, or None for one
+    out_bias_ptr,  # [K] floating, or None where y is the convolution and nothing else
+    out_residual_ptr,  # [rows, K] or None
+    count_ptr,  # [parts] int64, one part an M tile; None where nobody asks for statistics
     mean_ptr,  # [parts, K] float32, as m2
     m2_ptr,
     one_ptr,  # [1] float32: 1.0
@@ -56,6 +62,7 @@ def conv_fprop_norm_act_stats_kernel(
     LEAD: tl.constexpr,  # with FLAT_C: elements of weight 0 before each filter row, so that windows begin at a multiple of ALIGNED
     ALIGNED: tl.constexpr,  # with FLAT_C: elements
     WHOLE_STEPS: tl.constexpr,  # no step along K passes the last channel
+    OUT_RELU: tl.constexpr,
     PRECISION: tl.constexpr,  # of a float32 product: "tf32" or "ieee"
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -67,12 +74,14 @@ def conv_fprop_norm_act_stats_kernel(
     rounds it once; its statistics are of what it rounded. The program of N tile 0 writes act and the mask that it read in passing,
     which a 1x1 convolution with stride 1 and no padding does once.
 
+    In inference there are no statistics, and y = round(relu(fma(Σ act·weight, out_scale, out_bias) + out_residual)).
+
     K goes tap by tap in blocks of channels, or, where channels are few, over whole filter rows: S·C consecutive elements of an
     image's row. Three channels padded to the 16 that a step has at least would be five times the products; a stem's 7x7x3 = 147
     take 160 this way. LEAD = 1 more before each row lets a 2-byte element travel with its neighbour, 4 bytes at a time.
 
-    Bytes: reads what the windows cover of x, and of the residual, and the weight; writes y, act, the mask, and 8 bytes per M tile
-    and filter. The N tiles of an M tile, and the taps of a window, read the same x again, from L2. FLOPs: 2·rows·K·R·S·C.
+    Bytes: reads what the windows cover of x, and of the residual, the weight, and y's residual; writes y, act, the mask, and 8 bytes
+    per M tile and filter. The N tiles of an M tile, and the taps of a window, read the same x again, from L2. FLOPs: 2·rows·K·R·S·C.
     Floor: max(FLOPs / rate, bytes / bandwidth), as `roofline` counts them. Deterministic.
     """
     m, n = tile(tl.cdiv(K, BLOCK_N))
@@ -158,15 +167,27 @@ def conv_fprop_norm_act_stats_kernel(
         weight_at = (r * weight_r + s * weight_s + c * weight_c)[:, None] + (filters * weight_k)[None, :]
         b = tl.load(weight_ptr + weight_at, mask=inside[:, None] & valid_filter, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_N]
+    if out_bias_ptr is not None:
+        out_residual = None
+        if out_residual_ptr is not None:
+            out_residual_at = start.to(tl.int64) * K + lane[:, None] * K + filters[None, :]
+            out_residual = tl.load(out_residual_ptr + out_residual_at, mask=valid_row & valid_filter, other=0.0).to(tl.float32)
+        out_scale = None
+        if out_scale_ptr is not None:
+            out_scale = vector(out_scale_ptr, filters, filters < K)
+        acc = preactivation(acc, out_scale, vector(out_bias_ptr, filters, filters < K), out_residual, None, None)
+        if OUT_RELU:
+            acc = relu(acc)
     y = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + start.to(tl.int64) * K + lane[:, None] * K + filters[None, :], y, mask=valid_row & valid_filter)
-    count = tl.minimum(rows - start, BLOCK_M)
-    mean, m2 = tile_moments(y.to(tl.float32), valid_row, count.to(tl.float32))
-    part_at = m.to(tl.int64) * K + filters[None, :]
-    tl.store(mean_ptr + part_at, mean, mask=valid_filter)
-    tl.store(m2_ptr + part_at, m2, mask=valid_filter)
-    if n == 0:
-        tl.store(count_ptr + m, count.to(tl.int64))
+    if count_ptr is not None:
+        count = tl.minimum(rows - start, BLOCK_M)
+        mean, m2 = tile_moments(y.to(tl.float32), valid_row, count.to(tl.float32))
+        part_at = m.to(tl.int64) * K + filters[None, :]
+        tl.store(mean_ptr + part_at, mean, mask=valid_filter)
+        tl.store(m2_ptr + part_at, m2, mask=valid_filter)
+        if n == 0:
+            tl.store(count_ptr + m, count.to(tl.int64))
 
 
 @lru_cache
@@ -195,46 +216,93 @@ def fprop(
     Raises ValueError for groups, for a split K axis, for an act that is not there or that no program would write whole (only a 1x1
     convolution with stride 1 and no padding reads each value once), and for sizes that 32 bits can't count within a tile.
     """
-    (n, c, h, w), (k, _, r, s) = source.x.shape, weight.shape
-    stride, padding, dilation, groups = geometry
-    problem = ConvProblem(n, c, h, w, k, r, s, tuple(stride), tuple(padding), tuple(dilation), groups)
-    if groups != 1:
-        raise ValueError(f"geometry: expected groups = 1; got {groups}")
-    if configuration.splits != 1:
-        raise ValueError(f"configuration: expected splits = 1, since statistics are of whole sums; got {configuration.splits}")
+    problem = _problem(source.x, weight, geometry, configuration)
     if write_act and not (source.pending and problem.pointwise):
         raise ValueError(
             f"write_act: expected False, unless a pending source enters a 1x1 convolution with stride 1 and no padding; got {problem}"
         )
     if save_mask and not write_act:
         raise ValueError("save_mask: expected False where write_act is")
-    p, q = problem.p, problem.q
-    rows, parts = n * p * q, ceil_div(n * p * q, configuration.block_m)
-    spanned = 0 if problem.pointwise else min(n, configuration.block_m // (p * q) + 2) * h * w * c
+    act = torch.empty_like(source.x, memory_format=torch.channels_last) if write_act else None
+    mask = packed_mask(source.x) if save_mask else None
+    parts = ceil_div(problem.n * problem.p * problem.q, configuration.block_m)
+    counts = torch.empty(parts, dtype=torch.int64, device=source.x.device)
+    means, m2s = torch.empty((2, parts, problem.k), dtype=torch.float32, device=source.x.device)
+    y = _launch(
+        source, weight, problem, configuration, allow_tf32,
+        act_ptr=act, mask_ptr=mask, count_ptr=counts, mean_ptr=means, m2_ptr=m2s,
+    )  # fmt: skip
+    return y, act, mask, (counts, means, m2s)
+
+
+def fprop_affine_act(
+    x: Tensor,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    scale: Tensor | None,
+    bias: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    configuration: Configuration,
+    allow_tf32: bool,
+) -> Tensor:
+    """`Reference.conv_affine_act` in one kernel, rounded once: relu(conv(x)·scale + bias + residual). Arguments as of `fprop`.
+
+    `scale`, None for one, and `bias` are [K], floating; `residual` [N, K, P, Q] is channels_last, in x's dtype, or None. Raises
+    ValueError as `fprop` does.
+    """
+    return _launch(
+        Source(x), weight, _problem(x, weight, geometry, configuration), configuration, allow_tf32,
+        out_scale_ptr=scale, out_bias_ptr=bias, out_residual_ptr=residual, OUT_RELU=relu,
+    )  # fmt: skip
+
+
+def _problem(x: Tensor, weight: Tensor, geometry: ConvGeometry, configuration: Configuration) -> ConvProblem:
+    """The convolution in numbers, which the kernel can take."""
+    (n, c, h, w), (k, _, r, s) = x.shape, weight.shape
+    stride, padding, dilation, groups = geometry
+    problem = ConvProblem(n, c, h, w, k, r, s, tuple(stride), tuple(padding), tuple(dilation), groups)
+    if groups != 1:
+        raise ValueError(f"geometry: expected groups = 1; got {groups}")
+    if configuration.splits != 1:
+        raise ValueError(f"configuration: expected splits = 1, since an epilogue is of whole sums; got {configuration.splits}")
+    rows = n * problem.p * problem.q
+    spanned = 0 if problem.pointwise else min(n, configuration.block_m // (problem.p * problem.q) + 2) * h * w * c
     if max(spanned, rows + configuration.block_m) >= 2**31:
         raise ValueError(
             f"source: expected fewer than 2**31 elements in the images of a tile, and output pixels; got {spanned} and {rows}"
         )
-    y = torch.empty((n, k, p, q), dtype=source.x.dtype, device=source.x.device, memory_format=torch.channels_last)
-    act = torch.empty_like(source.x, memory_format=torch.channels_last) if write_act else None
-    mask = packed_mask(source.x) if save_mask else None
-    counts = torch.empty(parts, dtype=torch.int64, device=y.device)
-    means, m2s = torch.empty((2, parts, k), dtype=torch.float32, device=y.device)
-    flat = c if c < FEW_CHANNELS and r * s > 1 and dilation[1] == 1 else 0
+    return problem
+
+
+#: What a launch has only where it is asked for.
+OPTIONAL = dict.fromkeys(("act_ptr", "mask_ptr", "out_scale_ptr", "out_bias_ptr", "out_residual_ptr", "count_ptr", "mean_ptr", "m2_ptr"))
+
+
+def _launch(
+    source: Source, weight: Tensor, problem: ConvProblem, configuration: Configuration, allow_tf32: bool, OUT_RELU: bool = False,
+    **asked: Tensor | None,
+) -> Tensor:
+    """y, of a launch with the outputs and the epilogue that are asked for."""  # fmt: skip
+    c, w, k, p, q = problem.c, problem.w, problem.k, problem.p, problem.q
+    rows = problem.n * p * q
+    y = torch.empty((problem.n, k, p, q), dtype=source.x.dtype, device=source.x.device, memory_format=torch.channels_last)
+    stride, padding, dilation = problem.stride, problem.padding, problem.dilation
+    flat = c if c < FEW_CHANNELS and problem.r * problem.s > 1 and dilation[1] == 1 else 0
     # 4 bytes at a time, which a copy that does not wait needs, where a window's step keeps to them and Triton can know it.
     pairs = flat > 0 and y.element_size() == 2 and w % 16 == 0 and stride[1] * c % 2 == 0
     weight_k, weight_c, weight_r, weight_s = weight.stride()
     launch(
-        conv_fprop_norm_act_stats_kernel, parts * ceil_div(k, configuration.block_n), y.device, configuration.warps,
-        configuration.stages,
+        conv_fprop_norm_act_stats_kernel, ceil_div(rows, configuration.block_m) * ceil_div(k, configuration.block_n), y.device,
+        configuration.warps, configuration.stages,
         x_ptr=source.x, scale_ptr=source.scale, bias_ptr=source.bias, residual_ptr=source.residual,
         residual_scale_ptr=source.residual_scale, residual_bias_ptr=source.residual_bias, weight_ptr=weight,
-        y_ptr=y, act_ptr=act, mask_ptr=mask, count_ptr=counts, mean_ptr=means, m2_ptr=m2s, one_ptr=_one(y.device),
-        rows=rows, H=h, W=w, C=c, P=p, Q=q, K=k,
-        weight_k=weight_k, weight_c=weight_c, weight_r=weight_r, weight_s=weight_s, R=r, S=s, STRIDE_H=stride[0],
+        y_ptr=y, one_ptr=_one(y.device), **OPTIONAL | asked,
+        rows=rows, H=problem.h, W=w, C=c, P=p, Q=q, K=k,
+        weight_k=weight_k, weight_c=weight_c, weight_r=weight_r, weight_s=weight_s, R=problem.r, S=problem.s, STRIDE_H=stride[0],
         STRIDE_W=stride[1], PADDING_H=padding[0], PADDING_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
         FLAT_C=flat, LEAD=padding[1] * c % 2 if pairs else 0, ALIGNED=2 if pairs else 1, WHOLE_STEPS=c % configuration.block_k == 0,
-        PRECISION="ieee" if y.dtype == torch.float32 and not allow_tf32 else "tf32",
+        OUT_RELU=OUT_RELU, PRECISION="ieee" if y.dtype == torch.float32 and not allow_tf32 else "tf32",
         BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
     )  # fmt: skip
-    return y, act, mask, (counts, means, m2s)
+    return y

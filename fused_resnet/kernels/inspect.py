@@ -5,7 +5,7 @@
 
 The passes and convolutions run on tensors of PyTorch's device "meta", which have shapes and no memory; their launches are recorded and
 compiled ahead of time. So the table shows the kernels as they are launched: the passes in every variant, tiled as for ResNet-50's shapes,
-and the convolutions of a ResNet-50 as the rules of thumb tile them for each architecture.
+and the convolutions of a ResNet-50, in training and in inference, as the rules of thumb tile them for each architecture.
 """
 
 import sys
@@ -188,13 +188,21 @@ def convolutions(
     for dtype in dtypes:
         for architecture in architectures:
             seen = set()
-            for task in networks.tasks(network, str(dtype).removeprefix("torch.")):
-                configuration = heuristics.configuration(task, divmod(architecture, 10))
-                launch = networks.record(task, configuration)
+            for launch, words in _launches(network, str(dtype).removeprefix("torch."), divmod(architecture, 10)):
                 key = launch_key(launch)
                 if name in launch.kernel.__name__ and key not in seen:
                     seen.add(key)
-                    yield launch, f"{task}; {configuration}", architecture
+                    yield launch, words, architecture
+
+
+def _launches(network: roofline.Network, dtype: str, capability: tuple[int, int]) -> Iterator[tuple[Launch, str]]:
+    """Of a training step's convolutions, then of inference's."""
+    for task in networks.tasks(network, dtype):
+        configuration = heuristics.configuration(task, capability)
+        yield networks.record(task, configuration), f"{task}; {configuration}"
+    for task, epilogue in networks.inference(network, dtype):
+        configuration = heuristics.configuration(task, capability)
+        yield networks.record_inference(task, epilogue, configuration), f"{task} {epilogue}; {configuration}"
 
 
 def compile_convolutions(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Compiled]:

@@ -1,7 +1,8 @@
-"""The launches of a network's convolutions, forward and backward, recorded on meta tensors: nothing runs, no GPU is needed."""
+"""The launches of a network's convolutions, in training and in inference, recorded on meta tensors: nothing runs, no GPU is needed."""
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,37 @@ def record(task: Task, configuration: Configuration, allow_tf32: bool = True) ->
                 output, source, packed_mask(source.x) if residual else None, source.x if task.dact else None,
                 _nhwc(dtype, conv.n, conv.c, *compact) if compact else None, task.compact, applies, applies, configuration, allow_tf32,
             )  # fmt: skip
+    return launches[0]
+
+
+class Epilogue(NamedTuple):
+    """What a folded convolution does to its output, beside a bias."""
+
+    residual: bool
+    relu: bool
+
+    def __str__(self) -> str:
+        return "with bias" + ", residual" * self.residual + ", ReLU" * self.relu
+
+
+def inference(network: Network, dtype: str) -> Iterator[tuple[Task, Epilogue]]:
+    """The convolutions of a folded network: the task that each is tiled as, and its epilogue."""
+    yield Task("fprop", network.stem.conv, dtype, "act"), Epilogue(False, True)
+    for block in network.blocks:
+        for layer in block.layers:
+            yield Task("fprop", layer.conv, dtype, "act"), Epilogue(layer is block.branch[-1], layer is not block.projection)
+
+
+def record_inference(task: Task, epilogue: Epilogue, configuration: Configuration, allow_tf32: bool = True) -> Launch:
+    """As `record`, of a folded network's convolution."""
+    conv, dtype = task.conv, getattr(torch, task.dtype)
+    geometry = ConvGeometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+    residual = _nhwc(dtype, conv.n, conv.k, conv.p, conv.q) if epilogue.residual else None
+    with recording() as launches:
+        fprop.fprop_affine_act(
+            _source(task, dtype).x, _nhwc(dtype, conv.k, conv.c, conv.r, conv.s), geometry, None, torch.empty(conv.k, device="meta"),
+            residual, epilogue.relu, configuration, allow_tf32,
+        )  # fmt: skip
     return launches[0]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from . import folded
 from .activation import Activation
 from .modules import (
     Requirement,
@@ -84,12 +85,13 @@ class Block(nn.Module):
 
     def why_not(self) -> str | None:
         """Why this block runs PyTorch's own modules, in words; None where it need not."""
-        return why_not(self.requirements(), {module: name for name, module in self.named_modules()})
+        wanted = folded.requirements(self) if type(self.branch()[0][1]) is nn.Identity else self.requirements()
+        return why_not(wanted, {module: name for name, module in self.named_modules()})
 
     def advance(self, a: Activation) -> Activation:
         """From the activation before this block to the one behind it, which stays pending."""
         if not self.fusible():
-            return enter(self.forward_modules(a.finish()))
+            return enter(folded.block_forward(self, a.finish()))
         first, *rest = self.branch()
         out, residual, statistics = self._first_convolution(a, first)
         for conv, norm in rest:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .. import ops
 from .activation import Activation
 from .block import Block, enter
+from .folded import conv_act_length, row_forward
 from .modules import (
     batch_statistics,
     compute_dtype,
@@ -40,6 +41,9 @@ def run(modules: Iterable[nn.Module], a: Activation) -> Activation:
         length = conv_norm_act_length(queue, position)
         if length:
             a = _conv_norm_act(a, *queue[position : position + 2])
+            position += length
+        elif length := conv_act_length(queue, position):
+            a = Activation(row_forward(queue[position : position + length], a.finish()))
             position += length
         else:
             a = advance(queue[position], a)

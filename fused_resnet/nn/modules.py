@@ -41,9 +41,17 @@ def is_unobserved(module: nn.Module | None) -> bool:
 
 def is_conv(module: nn.Module | None) -> bool:
     """A convolution that the operators can run: nn.Conv2d itself, without bias, padded with zeros by numbers."""
+    return _is_plain_conv(module) and module.bias is None
+
+
+def is_folded_conv(module: nn.Module | None) -> bool:
+    """The same with a bias, as a convolution that holds a norm has."""
+    return _is_plain_conv(module) and module.bias is not None
+
+
+def _is_plain_conv(module: nn.Module | None) -> bool:
     return (
         type(module) is nn.Conv2d
-        and module.bias is None
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
         and not observed(module)
@@ -194,6 +202,7 @@ def why_not(requirements: Iterable[Requirement], names: Mapping[nn.Module, str])
 _WANTED = {
     is_unobserved: "not free of hooks",
     is_conv: "not an nn.Conv2d without bias, padded with zeros",
+    is_folded_conv: "not an nn.Conv2d with the bias of a norm that it holds, padded with zeros",
     is_norm: "not an nn.BatchNorm2d",
     is_local_norm: "not an nn.BatchNorm2d of one process",
     is_norm_act: "not a BatchNormAct2d with an nn.ReLU",

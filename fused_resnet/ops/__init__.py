@@ -10,23 +10,25 @@ The backend is resolved once per call, before the operator is entered, and hande
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..backends import BACKENDS, resolve
 from ..reference import Conv, ConvGeometry, Norm, Pending, Source, unpack_mask
 from . import norm as _norm  # noqa: F401  (registers the operators)
 from . import norm_act as _norm_act  # noqa: F401
-from .checks import check_conv
+from .checks import check_conv, check_inference
 from .convolve import OPERATORS
-from .library import call
+from .library import call, unwatched
 
 __all__ = [
     "Conv",
     "ConvGeometry",
     "Norm",
     "Pending",
-    "conv_norm_add_act",
+    "conv_affine_act",
     "conv_stats",
     "conv_stats_pair",
+    "inferring",
     "norm_act",
     "norm_act_conv",
     "norm_act_max_pool",
@@ -35,6 +37,7 @@ __all__ = [
     "norm_add_act_conv",
     "norm_add_act_conv_pair",
     "relu_mask",
+    "running_affine",
     "source",
 ]
 
@@ -127,14 +130,36 @@ def norm_add_act_avg_pool(x: Pending, residual: Pending | Tensor | None = None) 
     return call("norm_add_act_avg_pool")(*source(x, residual), _backend(x.y))[0]
 
 
-def conv_norm_add_act(x: Tensor, conv: Conv, residual: Tensor | None = None) -> Tensor | None:
-    """relu(norm(conv(x)) + residual) by running statistics, where the backend has one kernel for it; else None.
+def conv_affine_act(
+    x: Tensor,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    scale: Tensor | None,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
+    """relu(conv(x)·scale + bias + residual): a convolution in inference, in one kernel where the backend has one. [N, K, P, Q].
 
-    For inference alone: no gradient flows, and a compiler does not see it. x and residual are channels_last.
+    `scale`, None for one, and `bias` are [K]; `residual` [N, K, P, Q] is an activation, or None. No operator of PyTorch's stands around
+    it, so that nothing which looks for one sees it: call it only where `inferring` is true.
     """
-    shape = check_conv(x, conv)
-    fits = residual is None or (tuple(residual.shape) == tuple(shape) and residual.dtype == x.dtype and residual.device == x.device)
-    return BACKENDS[_backend(x)].conv_norm_add_act(x, conv, residual) if fits and not conv.norm.training else None
+    check_inference(x, weight, geometry, scale, bias, residual)
+    scale, bias = None if scale is None else scale.contiguous(), bias.contiguous()  # the kernels read them without strides
+    return BACKENDS[_backend(x)].conv_affine_act(x, weight, geometry, scale, bias, residual, relu)
+
+
+def running_affine(x: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
+    """(scale, bias), [K], of the norm behind a convolution of x, by its running statistics."""
+    check_conv(x, conv)
+    return BACKENDS[_backend(x)].running_stats(conv.norm, x.dtype)[3:]
+
+
+def inferring(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether nothing but numbers is wanted of a computation on these: no gradient flows, and no compiler, mode or transform looks on."""
+    if not unwatched(x) or forward_ad._current_level >= 0:
+        return False
+    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *others))
 
 
 def relu_mask(x: Pending, residual: Pending | Tensor | None = None, conv: Conv | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..reference import Conv, Source
+from ..reference import Conv, ConvGeometry, Source
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -81,9 +81,38 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def check_inference(
+    x: Tensor, weight: Tensor, geometry: ConvGeometry, scale: Tensor | None, bias: Tensor, residual: Tensor | None
+) -> None:
+    """The arguments of `conv_affine_act`."""
+    check_activation("x", x)
+    shape = check_weight(x, weight, geometry)
+    check_vector("scale", scale, shape[1], x)
+    check_vector("bias", bias, shape[1], x)
+    if residual is not None:
+        check_activation("residual", residual)
+        if list(residual.shape) != shape:
+            raise ValueError(f"residual: expected shape {shape}, that of the output; got {list(residual.shape)}")
+        _same_kind("residual", residual, x)
+
+
 def check_conv(x: Tensor, conv: Conv) -> list[int]:
     """A convolution of x [N, C, H, W] and its norm -> the shape [N, K, P, Q] of its output."""
-    weight, norm, (stride, padding, dilation, groups) = conv
+    norm = conv.norm
+    n, k, p, q = shape = check_weight(x, conv.weight, conv.geometry)
+    for name in ("gamma", "beta", "running_mean", "running_var"):
+        check_vector(name, getattr(norm, name), k, x)
+    if norm.training:
+        if n * p * q == 1 and not norm.group:  # PyTorch's own words
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
+    elif norm.running_mean is None or norm.running_var is None:
+        raise ValueError("running_mean, running_var: expected tensors where training is False; got None")
+    return shape
+
+
+def check_weight(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> list[int]:
+    """A convolution of x [N, C, H, W] -> the shape [N, K, P, Q] of its output."""
+    stride, padding, dilation, groups = geometry
     if weight.dim() != 4:
         raise ValueError(f"weight: expected a tensor of rank 4, [K, C/groups, R, S]; got shape {list(weight.shape)}")
     _same_kind("weight", weight, x)
@@ -99,13 +128,6 @@ def check_conv(x: Tensor, conv: Conv) -> list[int]:
     q = output_size(w, s, stride[1], padding[1], dilation[1])
     if p < 1 or q < 1:
         raise ValueError(f"x: expected a spatial size that a {r}x{s} window fits into; got {h}x{w} with padding {list(padding)}")
-    for name in ("gamma", "beta", "running_mean", "running_var"):
-        check_vector(name, getattr(norm, name), k, x)
-    if norm.training:
-        if n * p * q == 1 and not norm.group:  # PyTorch's own words
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size([n, k, p, q])}")
-    elif norm.running_mean is None or norm.running_var is None:
-        raise ValueError("running_mean, running_var: expected tensors where training is False; got None")
     return [n, k, p, q]
 
 

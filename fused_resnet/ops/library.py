@@ -80,14 +80,18 @@ def call(name: str) -> Callable[..., Any]:
 
 
 def _undispatched(x: Tensor) -> bool:
-    """Whether an operator on x reaches its implementation and nothing else: no compiler, mode, profiler, subclass or fake is there."""
+    """Whether an operator on x reaches its implementation and nothing else: it is unwatched, and no profiler lists operators."""
+    return unwatched(x) and not torch._C._autograd._profiler_enabled()
+
+
+def unwatched(x: Tensor) -> bool:
+    """Whether x is numbers and nothing else: no compiler, tracer, mode, transform, subclass or fake looks for operators on it."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
         and not x.is_meta
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._autograd._profiler_enabled()
         and torch._C._get_tracing_state() is None
     )
 
