@@ -36,6 +36,10 @@ def test_two_processes_train_as_one(script, seed):
     torchrun(str(ROOT / "tests" / "distributed" / f"{script}.py"), str(seed))
 
 
+def test_the_recipe_of_the_page(torchvision_models, seed):
+    torchrun(str(ROOT / "tests" / "distributed" / "recipe.py"), str(seed))
+
+
 TRAIN = (
     "--model", "resnet20", "--data", "fashion-mnist-mini", "--epochs", "2", "--batch-size", "8", "--limit-train", "8", "--limit-eval", "9",
     "--warmup-epochs", "0", "--lr", "0.001", "--device", "cpu", "--seed", "3", "--no-progress",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..nn import Block, PreActivation, Stage
 from ..nn.activation import Activation
 from ..nn.chain import run
-from ..nn.modules import Requirement, is_frozen_norm, is_norm_act, is_nothing, observed, runs_fused
+from ..nn.modules import Requirement, is_frozen_norm, is_frozen_norm_act, is_norm_act, is_nothing, observed, runs_fused
 
 
 class _Leaf:
@@ -158,4 +158,4 @@ def knowledge_of(cls: type[nn.Module]) -> type | None:
 
 def is_norm_layer(module: nn.Module) -> bool:
     """Any batch norm of two dimensions, ours to fuse or not."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) or is_frozen_norm(module)
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or is_frozen_norm(module) or is_frozen_norm_act(module)
