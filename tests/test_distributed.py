@@ -36,8 +36,10 @@ def test_two_processes_train_as_one(script, seed):
     torchrun(str(ROOT / "tests" / "distributed" / f"{script}.py"), str(seed))
 
 
-def test_the_recipe_of_the_page(torchvision_models, seed):
-    torchrun(str(ROOT / "tests" / "distributed" / "recipe.py"), str(seed))
+@pytest.mark.parametrize("script", ["recipe", "fused"])
+def test_networks_of_torchvision(script, torchvision_models, seed):
+    """The recipe of docs/drop-in.md; what FSDP2 and convert_sync_batchnorm make of a fused network."""
+    torchrun(str(ROOT / "tests" / "distributed" / f"{script}.py"), str(seed))
 
 
 TRAIN = (
