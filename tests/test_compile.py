@@ -126,11 +126,12 @@ def test_a_hook_in_a_compiled_network_falls_back_for_its_block():
 def test_a_compiled_block_is_called_as_a_module():
     """`block.compile()`, one by one, as people do for large networks."""
     ours = network()
-    plain = copy.deepcopy(ours)
+    plain, counter = copy.deepcopy(ours), CompileCounterWithBackend("eager")
     for stage in ours.stages():
         for block in stage:
-            block.compile(fullgraph=True, backend="eager")
+            block.compile(fullgraph=True, backend=counter)
     assert_trains_alike(ours, ours, plain, [images(4)] * 2, "eager", 1e-9)
+    assert counter.frame_count == 4  # once each
 
 
 @pytest.mark.gpu

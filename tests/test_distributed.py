@@ -36,6 +36,12 @@ def test_two_processes_train_as_one(script, seed):
     torchrun(str(ROOT / "tests" / "distributed" / f"{script}.py"), str(seed))
 
 
+@pytest.mark.parametrize("script", ["recipe", "fused"])
+def test_networks_of_torchvision(script, torchvision_models, seed):
+    """The recipe of docs/drop-in.md; what FSDP2 and convert_sync_batchnorm make of a fused network."""
+    torchrun(str(ROOT / "tests" / "distributed" / f"{script}.py"), str(seed))
+
+
 TRAIN = (
     "--model", "resnet20", "--data", "fashion-mnist-mini", "--epochs", "2", "--batch-size", "8", "--limit-train", "8", "--limit-eval", "9",
     "--warmup-epochs", "0", "--lr", "0.001", "--device", "cpu", "--seed", "3", "--no-progress",

@@ -9,6 +9,7 @@ import torch
 from chains import RUNNABLE
 from swapped import assert_same_step, fused_copy, fused_rows, run, shake, why_not
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fused_resnet
 from fused_resnet import BasicBlock, Bottleneck, ConvBNAct2d, PreActBlock
@@ -204,6 +205,105 @@ def test_parametrized_and_biased_convolutions_fall_back(resnet, images):
     assert_same_step(resnet, fused, images)
 
 
+def layer(pool: nn.Module | None = None, **options) -> nn.Module:
+    """Convolution, norm and ReLU, and a pool behind them."""
+    conv = nn.Conv2d(3, 8, 3, **(dict(padding=1, bias=False) | options))
+    return nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(), *([] if pool is None else [pool])).double()
+
+
+NOT_FUSED = {"a bias": dict(bias=True), "reflected": dict(padding_mode="reflect"), "padding by name": dict(padding="same")}
+OTHER_POOLS = {
+    "dilated": nn.MaxPool2d(3, 2, 1, dilation=2), "rounded up": nn.MaxPool2d(3, 2, ceil_mode=True), "oblong": nn.MaxPool2d((3, 2)),
+    "of 17": nn.MaxPool2d(17, 1), "with indices": nn.MaxPool2d(2, return_indices=True), "to two rows": nn.AdaptiveAvgPool2d((2, 1)),
+    "to a column": nn.AdaptiveAvgPool2d((None, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*NOT_FUSED, *OTHER_POOLS])
+def test_what_the_operators_have_no_step_for_stays_pytorchs(kind, images):
+    plain = layer(**NOT_FUSED[kind]) if kind in NOT_FUSED else layer(OTHER_POOLS[kind])
+    fused = fused_copy(plain)
+    assert fused_rows(fused) == ([""] if kind in OTHER_POOLS else [])
+    assert_same_step(plain, fused, images)
+
+
+class Halves(nn.Module):
+    """Gives two tensors, and Sum takes them."""
+
+    def forward(self, x):
+        return x.chunk(2, dim=1)
+
+
+class Sum(nn.Module):
+    def forward(self, halves):
+        return halves[0] + 2 * halves[1]
+
+
+def test_modules_of_a_sequence_may_hand_on_anything(images):
+    plain = shake(nn.Sequential(layer(), Halves(), Sum(), nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU())).double()
+    assert_same_step(plain, fused_copy(plain), images)
+
+
+def test_images_of_any_layout(resnet, images):
+    """Channels first or last, slices, a single image; anything but a float tensor meets the original's own error."""
+    fused = fused_copy(resnet.eval())
+    wide = torch.zeros(4, 6, 40, 72, dtype=torch.float64)
+    wide[:, ::2, :, ::2] = images
+    for x in (images, images.contiguous(memory_format=torch.channels_last), wide[:, ::2, :, ::2], images[1:2], images[:1].expand(3, -1, -1, -1)):
+        assert_same_step(resnet, fused, x)
+        resnet.zero_grad(), fused.zero_grad()
+    for wrong in (images.long(), images[0, 0, 0]):
+        with fused_resnet.backend("off"), pytest.raises((RuntimeError, ValueError)) as expected:
+            resnet(wrong)
+        with fused_resnet.backend("eager"), pytest.raises(expected.type):
+            fused(wrong)
+
+
+def test_inference_mode(resnet, images):
+    fused = fused_copy(resnet.eval())
+    with torch.inference_mode(), fused_resnet.backend("eager"):
+        torch.testing.assert_close(fused(images), resnet(images), rtol=1e-9, atol=1e-9)
+
+
+def test_norms_may_be_exchanged_after_fuse(resnet, images):
+    """By convert_sync_batchnorm, which puts new modules in place: what is fused stays so."""
+    fused = fused_copy(resnet)
+    rows = fused_rows(fused)
+    shared = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
+    assert shared is fused and fused_rows(shared) == rows
+    assert type(shared.layer1[0].bn1) is nn.SyncBatchNorm
+    assert_same_step(resnet, shared, images)
+
+
+def test_one_block_may_be_unfused(resnet, images):
+    fused = fused_copy(resnet)
+    rows = fused_rows(fused)
+    fused_resnet.unfuse(fused.layer1[0])
+    assert fused_rows(fused) == [row for row in rows if row != "layer1.0"]
+    assert why_not(fused) == {"layer1.0": "fuse(model) was not called on it"}
+    assert_same_step(resnet, fused, images)
+
+
+def test_other_ways_to_differentiate_are_errors_and_work_without_operators(resnet, images):
+    """Forward mode and torch.func: PyTorch refuses an autograd function without their rules."""
+    fused = fused_copy(resnet.eval())
+    parameters = {name: p.detach() for name, p in fused.named_parameters()}
+
+    def forward_mode():
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(images, torch.ones_like(images))
+            return torch.autograd.forward_ad.unpack_dual(fused(dual)).tangent
+
+    def functional():
+        return torch.func.grad(lambda p: torch.func.functional_call(fused, p, (images,)).square().sum())(parameters)["conv1.weight"]
+
+    for derivative in (forward_mode, functional):
+        with fused_resnet.backend("eager"), pytest.raises((NotImplementedError, RuntimeError), match=r"autograd\.Function"):
+            derivative()
+        with fused_resnet.backend("off"):
+            assert derivative().norm() > 0
+
+
 def test_double_backward_is_an_error_and_never_a_wrong_number(resnet, images):
     fused = fused_copy(resnet)
     x = images.requires_grad_()
@@ -222,13 +322,15 @@ def test_what_is_exported_has_no_operator_of_ours(resnet, images):
 
 
 def test_compiles_whole(resnet, images):
-    """One graph, and the same numbers; the compiler's own kernels are not at stake."""
-    expected, fused = fused_copy(resnet), fused_copy(resnet)
-    with fused_resnet.backend("eager"):
-        out = torch.compile(fused, backend="aot_eager", fullgraph=True)(images)
-        torch.testing.assert_close(out, expected(images))
-    out.sum().backward()
-    assert all(p.grad is not None for p in fused.parameters())
+    """One graph for the first batch size and one for any other, and the same steps; the compiler's own kernels are not at stake."""
+    torch._dynamo.reset()
+    fused, counter = fused_copy(resnet), CompileCounterWithBackend("eager")
+    fused.compile(backend=counter, fullgraph=True)
+    for count in (4, 4, 3, 2):
+        assert_same_step(resnet, fused, images[:count])
+        resnet.zero_grad(), fused.zero_grad()
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """timm's residual networks, fused: its own model tests, written anew."""
 
+import copy
 import re
 
 import pytest
 import torch
+from chains import calm
 from swapped import assert_same_step, fused_copy, fused_rows, shake, why_not
 
 import fused_resnet
+from fused_resnet.backends import BACKENDS
 
 timm = pytest.importorskip("timm")
 
@@ -120,6 +123,68 @@ def test_grad_checkpointing_gives_the_same_gradients(images):
     fused.set_grad_checkpointing(True)
     plain.eval(), fused.eval()  # timm's own checkpointing tells statistics twice in training
     assert_same_step(plain, fused, images)
+
+
+def test_grad_checkpointing_runs_forward_again_and_tells_statistics_once(images, monkeypatch):
+    """In training as without it. timm's own blocks tell them in both forwards."""
+    plain, calls = make("resnet26d").double(), []
+    eager = BACKENDS["eager"]
+    monkeypatch.setattr(eager, "convolve", lambda *args, _original=eager.convolve: calls.append(1) or _original(*args))
+    fused = fused_copy(plain)
+    assert_same_step(plain, fused, images)
+    without = len(calls)
+    plain.zero_grad()
+    fused = fused_copy(plain)
+    fused.set_grad_checkpointing(True)
+    assert why_not(fused) == {}
+    assert_same_step(plain, fused, images)
+    assert len(calls) - without == 2 * (without - 3) + 2  # the blocks twice, and once what is a sequence of the deep stem
+
+
+@pytest.mark.parametrize("first", ["fuse", "freeze"])
+@pytest.mark.parametrize("name", ["resnet26d", "resnetv2_50d"])
+def test_frozen_norms(name, first, images):
+    """freeze_batch_norm_2d: torchvision's frozen norm, or timm's with its activation. Training leaves their statistics alone."""
+    plain = make(name).double()
+    frozen = timm.layers.freeze_batch_norm_2d(copy.deepcopy(plain))
+    fused = fused_copy(frozen) if first == "freeze" else timm.layers.freeze_batch_norm_2d(fused_copy(plain))
+    assert {type(m).__name__ for m in fused.modules() if hasattr(m, "running_mean")} == {"FrozenBatchNormAct2d" if "v2" in name else "FrozenBatchNorm2d"}
+    assert why_not(fused) == {} and len(fused_rows(fused)) == len(fused_rows(fused_copy(plain)))
+    assert_same_step(frozen, fused, images)
+
+
+def test_norms_that_are_shared(images):
+    """timm's convert_sync_batchnorm: nn.SyncBatchNorm is fused, the norm that holds its activation is not."""
+    fused = timm.layers.convert_sync_batchnorm(fused_copy(make("resnet26d").double()))
+    assert why_not(fused) == {} and "SyncBatchNorm" in {type(m).__name__ for m in fused.modules()}
+    shared = timm.layers.convert_sync_batchnorm(fused_copy(make("resnetv2_50").double()))
+    assert fused_rows(shared) == [] and set(why_not(shared).values()) == {"norm1 is SyncBatchNormAct, not a BatchNormAct2d with an nn.ReLU"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "kwargs"), [("resnet26d", {}), ("resnet18", {"block_args": {"attn_layer": "se"}}), ("resnetblur50", {}), ("resnetv2_50d", {})])
+def test_autocast_with_blocks_that_fall_back(name, kwargs, dtype, images):
+    """Dtypes are those of PyTorch's modules; the gradients' error against float64 is at most twice theirs."""
+    plain = make(name, **kwargs).double()
+    calm(plain)
+    truth = gradients(copy.deepcopy(plain), images, torch.float64, "off")
+    plain.float()
+    errors = {}
+    for backend in ("off", "eager"):
+        found = gradients(fused_copy(plain), images.float(), dtype, backend)
+        errors[backend] = (found - truth).norm() / truth.norm()
+    assert errors["eager"] <= 2 * errors["off"] < 0.3
+
+
+def gradients(model, x, dtype, backend):
+    """Of all parameters, in a row, by a step under autocast; they and the running statistics keep their dtype."""
+    before = {name: t.dtype for name, t in model.state_dict().items()}
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float64), fused_resnet.backend(backend):
+        out = model(x)
+    assert out.dtype == dtype
+    torch.nn.functional.cross_entropy(out if dtype == torch.float64 else out.float(), torch.arange(len(x))).backward()
+    assert {name: t.dtype for name, t in model.state_dict().items()} == before
+    return torch.cat([p.grad.double().flatten() for p in model.parameters()])
 
 
 def test_in_chans_and_stem_pool(images):

@@ -77,6 +77,21 @@ def test_features_by_name(cropped, images):
     assert_same_step(theirs, ours, images)
 
 
+def test_features_from_inside_a_block(cropped, images):
+    """A fused block is one node; unfused, it is looked into, and the others stay fused."""
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    plain, inside = cropped.resnet50(num_classes=3).double(), ["layer1.0.conv2", "layer1.0.bn3", "layer2"]
+    fused = fused_copy(plain)
+    assert "layer1.0" in get_graph_node_names(fused)[0]
+    with pytest.raises(ValueError, match=r"node: 'layer1\.0\.conv2' is not present in model"):
+        create_feature_extractor(fused, inside)
+    fused_resnet.unfuse(fused.layer1[0])
+    ours, theirs = create_feature_extractor(fused, inside), create_feature_extractor(plain, inside)
+    assert set(fused_rows(ours)) == {"layer1.1", "layer2.0"}
+    assert_same_step(theirs, ours, images)
+
+
 def test_a_network_that_was_traced_first_says_why_it_is_not_fused(cropped):
     from torchvision.models.feature_extraction import create_feature_extractor
 

@@ -222,6 +222,34 @@ def test_the_checkpoint_test_sees_a_second_update(monkeypatch):
         test_checkpointing_updates_statistics_once("blocks", False)
 
 
+def test_saved_tensors_may_be_kept_elsewhere():
+    """torch.autograd.graph's hooks see what the operators save: offloaded and brought back, it gives the same step."""
+    kept = []
+
+    def call(model, x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t.numpy().copy(), torch.from_numpy):
+            return model(x)
+
+    ours = network()
+    plain = copy.deepcopy(ours)
+    x = torch.randn(SIZE, dtype=torch.float64)
+    step(ours, x.clone().requires_grad_(), "eager", lambda m, t: call(m, t))
+    assert len(kept) > 4 * nodes(ours)
+    step(plain, x.clone().requires_grad_(), "off")
+    assert_same_state(ours, plain)
+
+
+def test_a_graph_that_is_retained_gives_its_gradients_again():
+    ours = network()
+    with fused_resnet.backend("eager"):
+        loss = ours(torch.randn(SIZE, dtype=torch.float64)).square().sum()
+    loss.backward(retain_graph=True)
+    first = [p.grad for p in ours.parameters()]
+    ours.zero_grad()
+    loss.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(ours.parameters(), first, strict=True))
+
+
 def test_no_grad_forward_still_updates_statistics():
     ours = network()
     plain = copy.deepcopy(ours)

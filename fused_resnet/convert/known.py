@@ -14,7 +14,7 @@ from ..nn import Block, PreActivation, Stage
 from ..nn.activation import Activation
 from ..nn.chain import run
 from ..nn.folded import is_folded
-from ..nn.modules import Requirement, is_frozen_norm, is_norm_act, is_nothing, observed, runs_fused
+from ..nn.modules import Requirement, is_frozen_norm, is_frozen_norm_act, is_norm_act, is_nothing, observed, runs_fused
 
 
 class _Leaf:
@@ -161,4 +161,4 @@ def knowledge_of(cls: type[nn.Module]) -> type | None:
 
 def is_norm_layer(module: nn.Module) -> bool:
     """Any batch norm of two dimensions, ours to fuse or not."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) or is_frozen_norm(module)
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or is_frozen_norm(module) or is_frozen_norm_act(module)

@@ -21,7 +21,8 @@ class BatchStatistics(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """relu(norm(x) + residual), not yet made; or, where x is a tensor, an activation that exists.
+    """relu(norm(x) + residual), not yet made; or, where x is a tensor, an activation that exists. A module that the operators know
+    nothing of may have put anything else in its place.
 
     `statistics` are those that no norm has been told of. They are written once, at the end, so that a network of fifty norms
     does it in a few launches.
@@ -34,7 +35,7 @@ class Activation(NamedTuple):
     def finish(self) -> Tensor:
         """The activation as a tensor [N, C, H, W] in channels_last; its statistics are written."""
         update_running_statistics(self.statistics)
-        return self.x if isinstance(self.x, Tensor) else ops.norm_add_act(self.x, self.residual)
+        return ops.norm_add_act(self.x, self.residual) if isinstance(self.x, Pending) else self.x
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import Pending
 from .activation import Activation
 from .block import Block, enter
 from .folded import conv_act_length, row_forward
@@ -92,7 +93,7 @@ def advance(module: nn.Module, a: Activation) -> Activation:
     """Run `module` on `a`; where it wants to see a tensor, or somebody else does, the activation is made."""
     if isinstance(module, Block) and not observed(module):
         return module.advance(a)
-    if not isinstance(a.x, Tensor):
+    if isinstance(a.x, Pending):
         if a.residual is None and is_max_pool(module):
             pooled = ops.norm_act_max_pool(a.x, module.kernel_size, module.stride, module.padding)
             return Activation(pooled, None, a.statistics)

@@ -73,10 +73,15 @@ def is_frozen_norm(module: nn.Module | None) -> bool:
     return _is(module, "torchvision.ops.misc", "FrozenBatchNorm2d")
 
 
+def is_frozen_norm_act(module: nn.Module | None) -> bool:
+    """timm's FrozenBatchNormAct2d, the same with an activation behind it."""
+    return _is(module, "timm.layers.norm_act", "FrozenBatchNormAct2d")
+
+
 def is_norm_act(module: nn.Module | None) -> bool:
-    """timm's BatchNormAct2d with a ReLU: a norm and its activation in one module."""
+    """timm's BatchNormAct2d with a ReLU, frozen or not: a norm and its activation in one module."""
     return (
-        _is(module, "timm.layers.norm_act", "BatchNormAct2d")
+        (_is(module, "timm.layers.norm_act", "BatchNormAct2d") or is_frozen_norm_act(module))
         and not observed(module)
         and is_relu(module.act)
         and is_nothing(module.drop)
@@ -145,14 +150,19 @@ def conv_and_norm(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype) -> Conv:
     return Conv(conv.weight.to(dtype), norm_of(norm), geometry(conv))
 
 
+def _is_frozen(norm: nn.Module) -> bool:
+    """Whether the statistics are constants in training, too."""
+    return is_frozen_norm(norm) or is_frozen_norm_act(norm)
+
+
 def uses_batch(norm: nn.Module) -> bool:
     """Whether the batch's own statistics normalise."""
-    return (norm.training and not is_frozen_norm(norm)) or norm.running_mean is None
+    return (norm.training and not _is_frozen(norm)) or norm.running_mean is None
 
 
 def batch_statistics(norm: nn.BatchNorm2d | nn.SyncBatchNorm, out: Pending) -> tuple[BatchStatistics, ...]:
     """What `out` tells `norm`'s running statistics: nothing outside training."""
-    if not norm.training or is_frozen_norm(norm) or not norm.track_running_stats:
+    if not norm.training or _is_frozen(norm) or not norm.track_running_stats:
         return ()
     return (BatchStatistics(norm, *moments(out, shared=bool(sharing_group(norm)))),)
 

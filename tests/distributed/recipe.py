@@ -1,0 +1,26 @@
+"""The recipe of docs/drop-in.md for DistributedDataParallel, as it stands there, against PyTorch's modules in one process."""
+
+import torch
+from common import fused_resnet, labels, local_average, mine, processes, worst
+from conftest import TORCHVISION
+from recipes import run_recipe
+from torchvision.models import resnet18
+
+from fused_resnet.backends import BACKENDS
+
+assert TORCHVISION  # imported before torchvision: its binary library need not load
+torch.set_default_dtype(torch.float64)
+with processes() as rank:
+    x = torch.randn(4, 3, 64, 64)
+    torch.manual_seed(1)
+    one = resnet18()
+    calls, eager = [], BACKENDS["eager"]
+    eager.convolve = lambda *args, _original=eager.convolve: calls.append(1) or _original(*args)
+    torch.manual_seed(1)
+    with fused_resnet.backend("eager"):
+        names = run_recipe("DistributedDataParallel", device=torch.device("cpu"), images=mine(x), labels=mine(labels(x)))
+    del eager.convolve
+    assert len(calls) == 17  # 20 convolutions, of which three projections share their block's first
+    expected = local_average(one, x)
+    for kind in ("gradients", "buffers"):
+        assert worst(names["model"].module, expected, kind) < 1e-8, kind
