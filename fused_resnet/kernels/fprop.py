@@ -29,7 +29,7 @@ def conv_fprop_norm_act_stats_kernel(
     y_ptr,  # [rows, K], rows = N·P·Q
     act_ptr,  # [N, H, W, C] or None
     mask_ptr,  # [N, H, W, ⌈C/8⌉] uint8, or None
-    count_ptr,  # [parts] int64, one part an M tile
+    count_ptr,  # [parts] int64, one part an M tile; None, as mean and m2, where nobody wants statistics
     mean_ptr,  # [parts, K] float32, as m2
     m2_ptr,
     one_ptr,  # [1] float32: 1.0
@@ -61,7 +61,7 @@ def conv_fprop_norm_act_stats_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y = round(Σ act·weight) with act = round(relu(fma(x, scale, bias) + residual)), or x; and each M tile's mean and M2 of y.
+    """y = round(Σ act·weight) with act = round(relu(fma(x, scale, bias) + residual)), or x; where asked, M tiles' mean and M2 of y.
 
     GEMM axes: M output pixels, N filters, K taps and channels. One program computes BLOCK_M x BLOCK_N of y, in float32, and
     rounds it once; its statistics are of what it rounded. The program of N tile 0 writes act and the mask that it read in passing,
@@ -160,13 +160,14 @@ def conv_fprop_norm_act_stats_kernel(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_N]
     y = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + start.to(tl.int64) * K + lane[:, None] * K + filters[None, :], y, mask=valid_row & valid_filter)
-    count = tl.minimum(rows - start, BLOCK_M)
-    mean, m2 = tile_moments(y.to(tl.float32), valid_row, count.to(tl.float32))
-    part_at = m.to(tl.int64) * K + filters[None, :]
-    tl.store(mean_ptr + part_at, mean, mask=valid_filter)
-    tl.store(m2_ptr + part_at, m2, mask=valid_filter)
-    if n == 0:
-        tl.store(count_ptr + m, count.to(tl.int64))
+    if mean_ptr is not None:
+        count = tl.minimum(rows - start, BLOCK_M)
+        mean, m2 = tile_moments(y.to(tl.float32), valid_row, count.to(tl.float32))
+        part_at = m.to(tl.int64) * K + filters[None, :]
+        tl.store(mean_ptr + part_at, mean, mask=valid_filter)
+        tl.store(m2_ptr + part_at, m2, mask=valid_filter)
+        if n == 0:
+            tl.store(count_ptr + m, count.to(tl.int64))
 
 
 @lru_cache
@@ -183,12 +184,13 @@ def fprop(
     save_mask: bool,
     configuration: Configuration,
     allow_tf32: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor, Tensor]]:
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
     """The convolution of the activation that `source` stands for -> (y, act, mask, (counts, means, m2s)).
 
     y [N, K, P, Q] is channels_last, in x's dtype. `write_act` asks for the activation itself, as the convolution reads it, and
     `save_mask` for its packed ReLU mask; else they are None. counts [parts] int64, means and m2s [parts, K] float32 are of y as
-    rounded, for `batch_stats.merge_moments`.
+    rounded, for `batch_stats.merge_moments`; without `statistics` they are neither made nor returned: None stands for the three.
     `weight` [K, C, R, S] may have any strides; it is read 16 bytes at a time where C is its fastest axis (channels_last) or S·R = 1.
     `allow_tf32` lets float32 products be TF32.
 
@@ -218,8 +220,10 @@ def fprop(
     y = torch.empty((n, k, p, q), dtype=source.x.dtype, device=source.x.device, memory_format=torch.channels_last)
     act = torch.empty_like(source.x, memory_format=torch.channels_last) if write_act else None
     mask = packed_mask(source.x) if save_mask else None
-    counts = torch.empty(parts, dtype=torch.int64, device=y.device)
-    means, m2s = torch.empty((2, parts, k), dtype=torch.float32, device=y.device)
+    counts = means = m2s = None
+    if statistics:
+        counts = torch.empty(parts, dtype=torch.int64, device=y.device)
+        means, m2s = torch.empty((2, parts, k), dtype=torch.float32, device=y.device)
     flat = c if c < FEW_CHANNELS and r * s > 1 and dilation[1] == 1 else 0
     # 4 bytes at a time, which a copy that does not wait needs, where a window's step keeps to them and Triton can know it.
     pairs = flat > 0 and y.element_size() == 2 and w % 16 == 0 and stride[1] * c % 2 == 0
@@ -237,4 +241,4 @@ def fprop(
         PRECISION="ieee" if y.dtype == torch.float32 and not allow_tf32 else "tf32",
         BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
     )  # fmt: skip
-    return y, act, mask, (counts, means, m2s)
+    return y, act, mask, (counts, means, m2s) if statistics else None
