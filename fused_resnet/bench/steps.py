@@ -30,6 +30,7 @@ class Implementation:
     nhwc: bool  #: whether images and weights are channels_last
     compile_mode: str | None = None  #: of torch.compile; None runs without it
     norms: Norms | None = None  #: another maker's batch norms, in the place of PyTorch's
+    recompute: bool = False  #: what blocks keep between their convolutions is made again
 
     @property
     def like(self) -> Norms | None:
@@ -55,6 +56,8 @@ IMPLEMENTATIONS = {
     "compile_graphs": Implementation("off", True, "reduce-overhead"),
     "ours": Implementation("auto", True),
     **{impl: Implementation(name, True) for impl, name in OURS.items()},
+    "ours:recompute": Implementation("auto", True, recompute=True),
+    "ours:triton_recompute": Implementation("triton", True, recompute=True),
     **{impl: Implementation("off", True, norms=norms) for impl, norms in NORMS.items()},
 }
 #: For the gradients that are compared: float16 loses the small ones of an unscaled loss, and overflows at a scaler's first guess.
@@ -97,6 +100,8 @@ class Step:
         self.module.to(device=device, memory_format=layout)
         if self.how.norms is not None:
             install(self.module, self.how.norms)
+        if self.how.recompute:
+            fused_resnet.recompute(self.module)
         self.module.train(self.training)
         mode = self.how.compile_mode
         self.model = torch.compile(self.module, dynamic=False, mode=mode) if mode else self.module

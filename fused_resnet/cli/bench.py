@@ -88,8 +88,7 @@ def bench(args: argparse.Namespace) -> int:
     batch, size = ON_GPU if on_gpu else ON_CPU[args.suite]
     args.batch, args.size = args.batch or [batch], args.size or size
     dtype = DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
-    known = kernels.IMPLEMENTATIONS if args.suite == "kernels" else tuple(IMPLEMENTATIONS)
-    implementations = _implementations(args, known, on_gpu)
+    implementations = _implementations(args, _known(args.suite), on_gpu)
     if args.suite in ("kernels", "blocks") and (others := [name for name in args.model if name not in DEPTHS]):
         raise UsageError("--model", f"expected some of {', '.join(DEPTHS)}, whose shapes are known; got {others[0]!r}")
     for option, value, suites in (("--case", args.case, ("kernels",)), ("--largest", args.largest, ("train", "inference", "blocks"))):
@@ -119,6 +118,13 @@ def bench(args: argparse.Namespace) -> int:
     if stopped:
         raise KeyboardInterrupt
     return int(any(_failed(row, on_gpu) for row in rows))
+
+
+def _known(suite: str) -> tuple[str, ...]:
+    """The implementations that a suite may time. Without backward nothing is made again."""
+    if suite == "kernels":
+        return kernels.IMPLEMENTATIONS
+    return tuple(impl for impl, how in IMPLEMENTATIONS.items() if suite != "inference" or not how.recompute)
 
 
 def _implementations(args: argparse.Namespace, known: tuple[str, ...], on_gpu: bool) -> tuple[str, ...]:

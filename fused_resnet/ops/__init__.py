@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS, resolve
-from ..reference import Conv, ConvGeometry, Norm, Pending, Source, unpack_mask
+from ..reference import Conv, ConvGeometry, Norm, Pending, Reference, Source, unpack_mask
 from . import norm as _norm  # noqa: F401  (registers the operators)
 from . import norm_act as _norm_act  # noqa: F401
 from .checks import check_conv
@@ -27,6 +27,7 @@ __all__ = [
     "conv_norm_add_act",
     "conv_stats",
     "conv_stats_pair",
+    "implementation",
     "norm_act",
     "norm_act_conv",
     "norm_act_max_pool",
@@ -43,6 +44,11 @@ def _backend(x: Tensor) -> str:
     """The backend for x. Where PyTorch's own modules are the choice, the operators themselves run on ATen."""
     choice = resolve(x.device, x.dtype)
     return "eager" if choice == "off" else choice
+
+
+def implementation(x: Tensor) -> Reference:
+    """What runs the operators on x."""
+    return BACKENDS[_backend(x)]
 
 
 def _flat(source: Source, arity: int, *convs: Conv) -> list:
@@ -134,7 +140,7 @@ def conv_norm_add_act(x: Tensor, conv: Conv, residual: Tensor | None = None) -> 
     """
     shape = check_conv(x, conv)
     fits = residual is None or (tuple(residual.shape) == tuple(shape) and residual.dtype == x.dtype and residual.device == x.device)
-    return BACKENDS[_backend(x)].conv_norm_add_act(x, conv, residual) if fits and not conv.norm.training else None
+    return implementation(x).conv_norm_add_act(x, conv, residual) if fits and not conv.norm.training else None
 
 
 def relu_mask(x: Pending, residual: Pending | Tensor | None = None, conv: Conv | None = None) -> Tensor:
