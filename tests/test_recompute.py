@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -503,6 +504,19 @@ def test_the_designs_by_hand(name):
     expected = read + weights + 2 * values + (2 * 2 * values if name == "passes" else 0)
     assert roofline.total_bytes(steps[1]) - roofline.total_bytes(steps[0]) == expected
     assert len(steps[1]) - len(steps[0]) == 8 * kinds
+
+
+def test_the_table_of_the_documents_is_what_is_counted():
+    document = (Path(__file__).resolve().parents[1] / "docs" / "training-modes.md").read_text(encoding="utf-8")
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in document.splitlines() if line.count("|") == 7]
+    found = {row[0].replace("`", ""): [*row[1:5], row[5].partition(":")[0]] for row in rows if row[4].isdecimal()}
+    net, expected = roofline.resnet("resnet50", 256), {}
+    for name in ("eager", "passes", "passes, recompute", "triton", "triton, recompute"):
+        kernels = roofline.training_step(net, roofline.DESIGNS[name])
+        saved, moved = (f"{b / 256 / 1e6:.1f}" for b in (roofline.saved_bytes(net, roofline.DESIGNS[name]), roofline.total_bytes(kernels)))
+        flops = f"{roofline.total_flops(kernels) / 256 / 1e9:.1f} G"
+        expected[name] = [saved, moved, flops, str(len(kernels)), f"{256 / roofline.floor_seconds(kernels, 8e14, 3e12):,.0f}"]
+    assert found == expected
 
 
 TRAIN = ("train", "--model", "resnet20", "--epochs", "1", "--batch-size", "8", "--limit-train", "16", "--limit-eval", "8", "--device", "cpu", "--no-progress")
