@@ -60,6 +60,8 @@ commit=${3:-$(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/nul
 # max-autotune takes minutes to compile. apex and inplace_abn are rows that say so where they are not installed.
 plain="eager eager_nhwc compile cudnn apex inplace_abn ours ours:passes_cuda ours:passes_triton"
 triton="eager_nhwc ours:triton"  # by itself: its kernels take minutes to compile where the cache has none
+# What makes again what it does not keep, beside what keeps it: its cost in time, and what it saves in memory.
+declare -A again=([plain]=ours:recompute [triton]=ours:triton_recompute [graphs]="" [max]="")
 graphs=compile_graphs
 max=compile_max
 
@@ -163,7 +165,7 @@ case $part in
   blocks)
     for model in resnet50 resnet18; do
       for group in plain triton; do
-        bench "$model-$group" blocks --model "$model" --dtype bf16 --batch 256 --impl ${!group}
+        bench "$model-$group" blocks --model "$model" --dtype bf16 --batch 256 --impl ${!group} ${again[$group]}
       done
     done
     ;;
@@ -181,17 +183,17 @@ case $part in
       for model in resnet50 resnet18 resnet152; do
         if [[ $group == triton ]]; then  # fill its cache, so that no figure has that in it; what it times is thrown away
           step "warm-$model" "$python" -m fused_resnet bench train --model "$model" --dtype bf16 --batch 64 --repeats 3 \
-            --limit 400 --impl ours:triton --device cuda --commit "$commit" --out "$out/warm"
+            --limit 400 --impl ours:triton ours:triton_recompute --device cuda --commit "$commit" --out "$out/warm"
         fi
         # 64 first: every implementation is checked at that batch, so that the compilers find it in their caches later.
         for batch in 64 128 256; do
-          bench "bf16-$model-$batch-$group" train --model "$model" --dtype bf16 --batch "$batch" --repeats 20 --impl ${!group}
+          bench "bf16-$model-$batch-$group" train --model "$model" --dtype bf16 --batch "$batch" --repeats 20 --impl ${!group} ${again[$group]}
         done
       done
     done
     bench fp16-resnet50-256-plain train --model resnet50 --dtype fp16 --batch 256 --repeats 20 --impl $plain
-    for impl in ours eager_nhwc compile eager cudnn ours:passes_cuda ours:passes_triton ours:triton apex inplace_abn compile_graphs \
-      compile_max; do
+    for impl in ours eager_nhwc compile eager cudnn ours:passes_cuda ours:passes_triton ours:triton ours:recompute ours:triton_recompute apex \
+      inplace_abn compile_graphs compile_max; do
       bench "bf16-resnet50-largest-${impl//:/-}" train --limit 180 --model resnet50 --dtype bf16 --batch 64 --impl "$impl" --largest 4096
     done
     ;;

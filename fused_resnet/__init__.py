@@ -6,14 +6,14 @@
     with fused_resnet.backend("passes"):               # optional: force an implementation
         loss = criterion(model(images), labels)
 
-Public: `fuse`, `unfuse`, `report`, `fold`, the modules `ConvBNAct2d`, `BasicBlock`, `Bottleneck`, `PreActBlock`, and `models`,
+Public: `fuse`, `unfuse`, `report`, `recompute`, `fold`, the modules `ConvBNAct2d`, `BasicBlock`, `Bottleneck`, `PreActBlock`, and `models`,
 `functional`, `ops`, `nn`, `backend`, `__version__`. The rest may change.
 """
 
 from . import functional, models, nn, ops
 from ._version import __version__
 from .backends import backend
-from .convert import fuse, report, unfuse
+from .convert import fuse, recompute, report, unfuse
 from .inference import fold
 from .models import BasicBlock, Bottleneck, ConvBNAct2d, PreActBlock
 
@@ -30,6 +30,7 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "recompute",
     "report",
     "unfuse",
 ]

@@ -13,7 +13,7 @@ Conventions (docs/design.md):
 - A packed ReLU mask is uint8 [N, H, W, ceil(C/8)]: bit c % 8 of byte c // 8 tells whether channel c lets a gradient through.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -395,7 +395,15 @@ class Reference:
         return [self._convolution(act, conv) for conv in convs], act, mask
 
     def _convolution(self, act: Tensor, conv: Conv) -> Pending:
-        return self.with_norm(nhwc(torch.conv2d(act, conv.weight, None, *conv.geometry)), conv.norm)
+        return self.with_norm(convolution(act, conv), conv.norm)
+
+    def convolution_again(self, source: Source, conv: Conv, written: bool) -> Callable[[Source], Tensor]:
+        """What makes y of a convolution again, as `convolve` made it: by the same kernel, with the same bits, and without statistics.
+
+        `source` is what `convolve` read, `written` whether it wrote the activation. What is returned reads that activation, as
+        `Source(act)`, or, where none was written, `source` with its x made again. Of `source` only shapes and dtypes are looked at.
+        """
+        return lambda read: convolution(read.x, conv)
 
     def with_norm(self, y: Tensor, norm: Norm, parts: tuple[Tensor, Tensor, Tensor] | None = None) -> Pending:
         """y [N, K, P, Q] with the statistics that `norm` asks for: running, of this batch, or of all that a group shares.
@@ -485,6 +493,11 @@ class Reference:
         # Running statistics are constants, so the norm is an affine map and nothing else.
         scale = output.invstd if gamma is None else output.invstd * gamma
         return (output.dz * scale[:, None, None]).to(y.dtype)
+
+
+def convolution(act: Tensor, conv: Conv) -> Tensor:
+    """y in channels_last, by the framework."""
+    return nhwc(torch.conv2d(act, conv.weight, None, *conv.geometry))
 
 
 def convolution_backward(

@@ -146,6 +146,7 @@ class Design:
     stem: str = APART  #: norm, ReLU and max pool
     tail: str = APART  #: last norm, residual, ReLU and average pool
     boundary: str = APART  #: a block's last norm, residual and ReLU; `FUSED` is in the prologue of the next block's first convolution
+    recompute: bool = False  #: inner outputs of a branch, and activations between, are made again in backward instead of kept
 
 
 _STATS = {"statistics": True}
@@ -155,7 +156,8 @@ _APP = _RED | {"apply": FUSED}
 _STEM = _APP | {"stem": FUSED}
 _TAIL = _STEM | {"tail": FUSED}
 
-#: The rows of the table, from PyTorch's eager mode to everything fused. `passes` and `triton` are this package's backends of these names.
+#: The rows of the table, from PyTorch's eager mode to everything fused. `passes` and `triton` are this package's backends of these names,
+#: without and with `fused_resnet.recompute`.
 DESIGNS = {
     "eager": Design(separate=True),
     "passes": Design(reduce=PASS, stem=PASS, tail=PASS),
@@ -169,6 +171,7 @@ DESIGNS = {
     "+fold": Design(**_TAIL, boundary=FUSED),
     "triton": Design(**_RED, apply=POINTWISE, stem=PASS, tail=PASS, boundary=POINTWISE),
 }
+DESIGNS |= {f"{name}, recompute": replace(DESIGNS[name], recompute=True) for name in ("passes", "triton")}
 
 
 @dataclass(frozen=True)
@@ -369,6 +372,8 @@ def _block_backward(network: Network, i: int, design: Design, sizes: _Sizes) -> 
     y, mask = sizes.y(last), sizes.mask(last)
     projected = sizes.y(projection) if projection else 0
 
+    if design.recompute:
+        yield from _inner_again(block, design, sizes)
     # dz of the block's last norm, which is the residual's gradient too. Behind a fused tail, one value a channel and the mask.
     dz = mask if is_last and design.tail == FUSED else y
     if is_last:
@@ -401,6 +406,14 @@ def _block_backward(network: Network, i: int, design: Design, sizes: _Sizes) -> 
             raw = sizes.x(first) * (2 if before.projection else 1)
             epilogue += sizes.mask(before.branch[-1]) + raw
     yield from _conv_backward(first, sizes.y(first), epilogue, design, sizes)
+
+
+def _inner_again(block: Block, design: Design, sizes: _Sizes) -> Iterator[Kernel]:
+    """What makes the inner outputs of a branch again, from the block's input on. Statistics are known."""
+    for layer in block.branch[:-1]:
+        yield replace(sizes.fprop(layer), work="fprop again")
+        if not design.prologue:
+            yield Kernel(layer.name, "apply again", 0, 2 * sizes.y(layer))
 
 
 def _conv_backward(layer: Layer, dz: int, epilogue: int, design: Design, sizes: _Sizes) -> Iterator[Kernel]:
@@ -468,8 +481,10 @@ def saved_layers(network: Network, design: Design, itemsize: int = 2) -> dict[st
         saved["maxpool"] += network.pool.elements
     for block in network.blocks:
         *inner, last = block.branch
-        if design.separate or not design.prologue:
-            for layer in inner:
+        for layer in inner:
+            if design.recompute:
+                saved[layer.name] = 0
+            elif not design.prologue:
                 saved[layer.name] += sizes.y(layer)
         if design.separate or block is not network.blocks[-1]:  # the last one's is pooled in the pass that makes it
             saved[last.name] += sizes.y(last)

@@ -36,12 +36,17 @@ for fields, epilogue in json.loads(Path(sys.argv[1]).read_text()):
 """
 
 
-def compiled(wanted: list[Task | tuple[Task, Epilogue]], precision: str, tmp_path) -> list[dict]:
+#: As they are where a block's inside is made again: no statistics, and of an activation that the forward's prologue has written.
+AGAIN = COMPILE.replace("networks.record(task, tiles, allow_tf32)", """networks.record(
+                dataclasses.replace(task, source=task.source.replace("norm_add_raw", "act").replace("norm_add", "act")), tiles, statistics=False)""")
+
+
+def compiled(wanted: list[Task | tuple[Task, Epilogue]], precision: str, tmp_path, program: str = COMPILE) -> list[dict]:
     """Each different launch of `wanted` on each architecture, as `inspect.Compiled` has it."""
     path = tmp_path / "tasks.json"
     pairs = [(task, None) if isinstance(task, Task) else task for task in dict.fromkeys(wanted)]
     path.write_text(json.dumps([(asdict(task), epilogue) for task, epilogue in pairs]))
-    return [json.loads(line) for line in run("-c", COMPILE, str(path), precision).splitlines()]
+    return [json.loads(line) for line in run("-c", program, str(path), precision).splitlines()]
 
 
 def check(found: list[dict], precision: str = "tf32"):
@@ -87,6 +92,14 @@ def test_a_folded_network_has_these_convolutions():
     """ResNet-50's 53: 16 blocks end with a residual, 4 have a projection without a ReLU."""
     epilogues = [epilogue for _, epilogue in inference(resnet("resnet50", 8), "bfloat16")]
     assert epilogues.count(Epilogue(True, True)) == 16 and epilogues.count(Epilogue(False, False)) == 4 and len(epilogues) == 53
+
+
+@pytest.mark.timeout(600)
+def test_what_is_made_again_compiles(tmp_path):
+    """Of ResNet-50 the convolutions of a block but the last, as tiled for the norm, ReLU and residual of their input."""
+    network = resnet("resnet50", 256)
+    inner = {layer.conv for block in network.blocks for layer in block.branch[:-1]}
+    check(compiled([t for t in tasks(network, "bfloat16") if t.kind == "fprop" and t.conv in inner], "tf32", tmp_path, AGAIN))
 
 
 def all_tasks(dtype: str):

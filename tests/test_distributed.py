@@ -31,7 +31,7 @@ def torchrun(*command: str, processes: int = 2, **environment: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("script", ["ddp", "sync_bn", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("script", ["ddp", "sync_bn", "recompute", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(script, seed):
     torchrun(str(ROOT / "tests" / "distributed" / f"{script}.py"), str(seed))
 

@@ -5,14 +5,14 @@ What it does not choose runs as in `Reference`: the framework's convolution and 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import cudnn
 from ..cudnn.work import as_cudnn_reads, problem_of
-from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Pending, Reference, Source, convolution_backward
+from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Pending, Reference, Source, convolution, convolution_backward
 from ..roofline import pays_to_apply_norm
 from ..tuning import CUDNN, Choice, Task
 
@@ -94,10 +94,7 @@ class FusedConvolutions(Reference, ABC):
         source = self.as_read(source, convs, kept=write_act or source.residual is not None)
         act, mask, pendings = source.x, None, []
         if source.pending:
-            pointwise = is_pointwise(convs[0].weight, convs[0].geometry)
-            configuration = self._prologue(source, convs) if pointwise or not write_act else None
-            if configuration == CUDNN and write_act:  # which it can't
-                configuration = None
+            configuration = self._first(source, convs, write_act)
             if configuration is not None:
                 pending, act, mask = self._fprop(source, convs[0], configuration, write_act)
                 pendings.append(pending)
@@ -113,6 +110,29 @@ class FusedConvolutions(Reference, ABC):
             else:
                 pendings.append(self._fprop(Source(act), conv, configuration, False)[0])
         return pendings, act, mask
+
+    def _first(self, source: Source, convs: Sequence[Conv], write_act: bool) -> Choice | None:
+        """As `_prologue`, where the activation may have to be written: by a 1x1 convolution alone, and not by cuDNN."""
+        if write_act and not is_pointwise(convs[0].weight, convs[0].geometry):
+            return None
+        configuration = self._prologue(source, convs)
+        return None if write_act and configuration == CUDNN else configuration
+
+    def convolution_again(self, source: Source, conv: Conv, written: bool) -> Callable[[Source], Tensor]:
+        configuration = self._first(source, [conv], written) if source.pending else None
+        if configuration is None:  # a pass wrote the activation, if it was not there
+            configuration = self._choose("fprop", source.x, conv.weight, conv.geometry, "act")
+
+        def again(read: Source) -> Tensor:
+            if configuration is None:
+                return convolution(read.x, conv)
+            if configuration == CUDNN:
+                return cudnn.fprop(read, conv.weight, conv.geometry)[0]
+            from ..kernels.fprop import fprop
+
+            return fprop(read, conv.weight, conv.geometry, False, False, configuration, allow_tf32(), statistics=False)[0]
+
+        return again
 
     def _fprop(
         self, source: Source, conv: Conv, configuration: Choice, write_act: bool

@@ -31,6 +31,7 @@ class Implementation:
     compile_mode: str | None = None  #: of torch.compile; None runs without it
     norms: Norms | None = None  #: another maker's batch norms, in the place of PyTorch's
     folded: bool = False  #: PyTorch's modules without norms, which its convolutions hold: in inference alone, where ours are so always
+    recompute: bool = False  #: what blocks keep between their convolutions is made again
 
     @property
     def like(self) -> Norms | None:
@@ -56,6 +57,8 @@ IMPLEMENTATIONS = {
     "compile_graphs": Implementation("off", True, "reduce-overhead"),
     "ours": Implementation("auto", True),
     **{impl: Implementation(name, True) for impl, name in OURS.items()},
+    "ours:recompute": Implementation("auto", True, recompute=True),
+    "ours:triton_recompute": Implementation("triton", True, recompute=True),
     **{impl: Implementation("off", True, norms=norms) for impl, norms in NORMS.items()},
     "folded": Implementation("off", True, folded=True),
     "compile_folded": Implementation("off", True, "default", folded=True),
@@ -66,7 +69,7 @@ LOSS_SCALE = 1024.0
 
 def implementations(suite: str) -> tuple[str, ...]:
     """Those of `IMPLEMENTATIONS` that a suite of networks or blocks can have."""
-    return tuple(impl for impl, how in IMPLEMENTATIONS.items() if suite == "inference" or not how.folded)
+    return tuple(impl for impl, how in IMPLEMENTATIONS.items() if not (how.recompute if suite == "inference" else how.folded))
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class Step:
         self.module.to(device=device, memory_format=layout)
         if self.how.norms is not None:
             install(self.module, self.how.norms)
+        if self.how.recompute:
+            fused_resnet.recompute(self.module)
         self.module = self.prepared(self.module.train(self.training))
         mode = self.how.compile_mode
         self.model = torch.compile(self.module, dynamic=False, mode=mode) if mode else self.module

@@ -11,9 +11,11 @@ hand to one another, partial sums and split-K results, is counted apart.
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -39,6 +41,13 @@ class Moved:
     name: str
     bytes: int
     workspace: int = 0  #: bytes of partial results, which are not in `bytes`
+
+
+class Traffic(NamedTuple):
+    """What a training step moves, and what it holds between forward and backward."""
+
+    moved: list[Moved]
+    saved: int  #: bytes of activations, masks and taps that are alive once the loss is
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -69,13 +78,31 @@ class _Framework(TorchDispatchMode):
 
     def __init__(self, batch: int):
         super().__init__()
-        self.batch, self.moved = batch, []
+        self.batch, self.moved, self.made = batch, [], {}
+
+    def alive(self) -> int:
+        """Bytes of the activations that somebody still holds."""
+        return sum(size for storage, size in self.made.values() if not storage.expired())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = self._run(func, args, kwargs)
+        if not (func.is_view or (args and isinstance(args[0], nn.Parameter))):  # a cast weight is no activation
+            for t in tree_leaves(result):
+                if isinstance(t, Tensor) and self._is_activation(t):
+                    storage = t.untyped_storage()
+                    self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def _is_activation(self, t: Tensor) -> bool:
+        return t.dim() == 4 and t.shape[0] == self.batch
+
+    def _run(self, func, args, kwargs):
         packet = func.overloadpacket
         if packet in CONVOLUTIONS:
             shapes = func(*tree_map_only(Tensor, lambda t: t.to("meta"), args))
-            result = tree_map_only(Tensor, lambda t: torch.empty_like(t, device=args[0].device), shapes)
+            # A GPU's convolution of channels_last is channels_last; that of the device "meta" need not be.
+            layout = torch.preserve_format if packet is ATEN.convolution_backward else torch.channels_last
+            result = tree_map_only(Tensor, lambda t: torch.empty_like(t, device=args[0].device, memory_format=layout), shapes)
             self.moved += _of_convolution(packet, args, result)
             return result
         result = func(*args, **(kwargs or {}))
@@ -83,7 +110,7 @@ class _Framework(TorchDispatchMode):
             return result
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         written = [t for t in tree_leaves(result) if isinstance(t, Tensor) and not any(t is r for r in read)]
-        if packet in PRODUCTS or any(t.dim() == 4 and t.shape[0] == self.batch for t in (*read, *written)):
+        if packet in PRODUCTS or any(map(self._is_activation, (*read, *written))):
             self.moved.append(Moved(str(packet), sum(map(_bytes, (*read, *written)))))
         return result
 
@@ -125,7 +152,7 @@ def counted(name: str) -> Reference:
     return Counted()
 
 
-def training_step(make: Callable[[], nn.Module], shape: tuple[int, int, int, int], dtype: torch.dtype, name: str) -> list[Moved]:
+def training_step(make: Callable[[], nn.Module], shape: tuple[int, int, int, int], dtype: torch.dtype, name: str) -> Traffic:
     """What a training step of a network moves on images of `shape` [N, C, H, W] under autocast to `dtype`, by the backend `name`.
 
     `name`: triton or passes_triton. SGD with momentum is counted by the rules of `roofline`. The casts of weights are not counted.
@@ -139,11 +166,15 @@ def training_step(make: Callable[[], nn.Module], shape: tuple[int, int, int, int
             images = nhwc(torch.empty(shape))
         labels = torch.zeros(shape[0], dtype=torch.long)
         with recording() as launches, framework, backend("counted"), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            torch.nn.functional.cross_entropy(model(images).float(), labels).backward()
+            loss = torch.nn.functional.cross_entropy(model(images).float(), labels)
+            moved = [*map(_of_launch, launches)]
+            launches.clear()  # they hold what they were given
+            saved = framework.alive()
+            loss.backward()
     finally:
         del BACKENDS["counted"]
     optimizer = optimizer_step(sum(p.numel() for p in model.parameters()), dtype.itemsize)
-    return [*map(_of_launch, launches), *framework.moved, Moved(optimizer.work, optimizer.bytes)]
+    return Traffic([*moved, *map(_of_launch, launches), *framework.moved, Moved(optimizer.work, optimizer.bytes)], saved)
 
 
 def by_name(moved: Iterable[Moved]) -> dict[str, tuple[int, int, int]]:

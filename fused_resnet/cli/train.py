@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import backend, backends, data, models
+from .. import backend, backends, data, models, recompute
 from ..train import (
     CHECKPOINT,
     CURVES,
@@ -79,6 +79,9 @@ def add_parser(commands) -> None:
         "--backend", type=one_of(*backends.choices()), metavar="B",
         help=f"one of {', '.join(backends.choices())} (default: FUSED_RESNET_BACKEND, else auto)",
     )  # fmt: skip
+    parser.add_argument(
+        "--recompute", action="store_true", help="make again in backward what blocks would keep between their convolutions: memory for time"
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=train)
 
@@ -99,6 +102,8 @@ def _train(args: argparse.Namespace, where: torch.device) -> int:
         chosen = chosen_backend(where, config.precision, options.get("backend"))
         if config.sync_bn and launched() and chosen == "off" and where.type != "cuda":
             raise UsageError("--sync-bn", "PyTorch's own modules synchronise on GPUs alone; expected --backend eager beside it on a CPU")
+        if "recompute" in options and chosen == "off":
+            raise UsageError("--recompute", "PyTorch's own modules keep what they need; expected another --backend beside it, or a GPU")
         with blaming("--data", data.DataError):
             images = data.load(
                 config.data,
@@ -108,7 +113,8 @@ def _train(args: argparse.Namespace, where: torch.device) -> int:
             )
         torch.backends.cudnn.benchmark = True  # shapes do not change
         torch.manual_seed(config.seed)
-        trainer = Trainer(build_model(config.model, images), images, config, where)
+        model = build_model(config.model, images)
+        trainer = Trainer(recompute(model) if "recompute" in options else model, images, config, where)
         if state is not None:
             with blaming("--resume", CheckpointError):
                 trainer.load_state(state)

@@ -11,6 +11,7 @@ from ..nn.chain import conv_norm_act_length, flatten, is_sequence
 from ..nn.folded import conv_act_length
 from ..nn.modules import compute_dtype, observed
 from .known import LayerGetter, TimmResNet, TorchvisionResNet, is_norm_layer, knowledge_of
+from .recompute import has_inside
 from .sequences import holds_layer, may_hold_layer
 from .swap import Fused
 
@@ -25,6 +26,7 @@ class Row(NamedTuple):
     fused: bool
     implementation: str  #: the backend that runs it; "off" stands for PyTorch's own modules
     reason: str  #: why it is not fused; "" where it is
+    recompute: bool = False  #: whether `recompute` is on, and what runs the block heeds it
 
 
 class Report(NamedTuple):
@@ -33,9 +35,13 @@ class Report(NamedTuple):
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        head = Row("module", "class", "fused", "by", "why not")
-        cells = [head] + [row._replace(name=row.name or "(model)", fused="yes" if row.fused else "no") for row in self.rows]
-        widths = [max(len(str(cell[i])) for cell in cells) for i in range(len(head))]
+        cells = [("module", "class", "fused", "by", "why not", "recomputes")]
+        for row in self.rows:
+            fused, again = ("yes" if yes else "no" for yes in (row.fused, row.recompute))
+            cells.append((row.name or "(model)", row.kind, fused, row.implementation, row.reason, again))
+        if not any(row.recompute for row in self.rows):
+            cells = [cell[:-1] for cell in cells]
+        widths = [max(len(str(cell[i])) for cell in cells) for i in range(len(cells[0]))]
         lines = ["  ".join(str(c).ljust(w) for c, w in zip(cell, widths, strict=True)).rstrip() for cell in cells]
         fused = sum(row.fused for row in self.rows)
         return "\n".join([*lines, f"{fused} of {len(self.rows)} fused"])
@@ -61,7 +67,8 @@ def report(model: nn.Module) -> Report:
         implementation = "off" if reason else _implementation(module)
         if implementation == "off" and not reason:
             reason = "the backend in force leaves tensors of this device and dtype to PyTorch"
-        rows.append(Row(name, _original(module).__name__, not reason, implementation, reason))
+        again = not reason and has_inside(module) and module.recompute
+        rows.append(Row(name, _original(module).__name__, not reason, implementation, reason, again))
     return Report(tuple(rows))
 
 

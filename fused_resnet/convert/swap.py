@@ -65,7 +65,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Raises TypeError where `model` is no nn.Module, or is TorchScript's.
     """
-    _check(model)
+    check(model)
     for module in reversed(list(model.modules())):  # members before what holds them: a sequence is judged by its members
         if isinstance(module, Fused | torch.jit.ScriptModule):
             continue
@@ -80,21 +80,23 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undo `fuse`, in place; the model is returned. What was never fused stays as it is.
+    """Undo `fuse`, in place, and `recompute` with it; the model is returned. What was never fused stays as it is.
 
     Raises TypeError where `model` is no nn.Module, and where a fused module was given yet another class since then.
     """
-    _check(model)
+    check(model)
     fused = [(name, module) for name, module in model.named_modules() if isinstance(module, Fused)]
     for name, module in fused:
         if "original" not in vars(type(module)):
             raise TypeError(f"model: expected {name or 'it'} to have the class that fuse gave it; got {type(module).__name__}")
     for _, module in fused:
         module.__class__ = module.original
+        vars(module).pop("recompute", None)
     return model
 
 
-def _check(model: nn.Module) -> None:
+def check(model: nn.Module) -> None:
+    """Raise TypeError where `model` is no module whose class can be exchanged."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):

@@ -68,7 +68,7 @@ def conv_fprop_norm_act_stats_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y = round(Σ act·weight) with act = round(relu(fma(x, scale, bias) + residual)), or x; and each M tile's mean and M2 of y.
+    """y = round(Σ act·weight) with act = round(relu(fma(x, scale, bias) + residual)), or x; where asked, M tiles' mean and M2 of y.
 
     GEMM axes: M output pixels, N filters, K taps and channels. One program computes BLOCK_M x BLOCK_N of y, in float32, and
     rounds it once; its statistics are of what it rounded. The program of N tile 0 writes act and the mask that it read in passing,
@@ -204,12 +204,13 @@ def fprop(
     save_mask: bool,
     configuration: Configuration,
     allow_tf32: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor, Tensor]]:
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
     """The convolution of the activation that `source` stands for -> (y, act, mask, (counts, means, m2s)).
 
     y [N, K, P, Q] is channels_last, in x's dtype. `write_act` asks for the activation itself, as the convolution reads it, and
     `save_mask` for its packed ReLU mask; else they are None. counts [parts] int64, means and m2s [parts, K] float32 are of y as
-    rounded, for `batch_stats.merge_moments`.
+    rounded, for `batch_stats.merge_moments`; without `statistics` they are neither made nor returned: None stands for the three.
     `weight` [K, C, R, S] may have any strides; it is read 16 bytes at a time where C is its fastest axis (channels_last) or S·R = 1.
     `allow_tf32` lets float32 products be TF32.
 
@@ -226,13 +227,15 @@ def fprop(
     act = torch.empty_like(source.x, memory_format=torch.channels_last) if write_act else None
     mask = packed_mask(source.x) if save_mask else None
     parts = ceil_div(problem.n * problem.p * problem.q, configuration.block_m)
-    counts = torch.empty(parts, dtype=torch.int64, device=source.x.device)
-    means, m2s = torch.empty((2, parts, problem.k), dtype=torch.float32, device=source.x.device)
+    counts = means = m2s = None
+    if statistics:
+        counts = torch.empty(parts, dtype=torch.int64, device=source.x.device)
+        means, m2s = torch.empty((2, parts, problem.k), dtype=torch.float32, device=source.x.device)
     y = _launch(
         source, weight, problem, configuration, allow_tf32,
         act_ptr=act, mask_ptr=mask, count_ptr=counts, mean_ptr=means, m2_ptr=m2s,
     )  # fmt: skip
-    return y, act, mask, (counts, means, m2s)
+    return y, act, mask, (counts, means, m2s) if statistics else None
 
 
 def fprop_affine_act(

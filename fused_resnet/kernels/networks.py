@@ -43,8 +43,8 @@ def tasks(network: Network, dtype: str) -> Iterator[Task]:
         source = "norm_add_raw" if block.projection else "norm_add"
 
 
-def record(task: Task, configuration: Configuration, allow_tf32: bool = True) -> Launch:
-    """The convolution of a task, of tensors in the layouts that a network has."""
+def record(task: Task, configuration: Configuration, allow_tf32: bool = True, statistics: bool = True) -> Launch:
+    """The convolution of a task, of tensors in the layouts that a network has; fprop without `statistics` where it is made again."""
     conv, dtype = task.conv, getattr(torch, task.dtype)
     geometry = ConvGeometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
     weight, source = _nhwc(dtype, conv.k, conv.c, conv.r, conv.s), _source(task, dtype)
@@ -52,7 +52,7 @@ def record(task: Task, configuration: Configuration, allow_tf32: bool = True) ->
     with recording() as launches:
         if task.kind == "fprop":
             writes = residual and pointwise
-            fprop.fprop(source, weight, geometry, writes, writes, configuration, allow_tf32)
+            fprop.fprop(source, weight, geometry, writes, writes, configuration, allow_tf32, statistics)
         elif task.kind == "wgrad":
             wgrad.wgrad(source, _nhwc(dtype, conv.n, conv.k, conv.p, conv.q), weight, geometry, configuration, allow_tf32)
         else:

@@ -1,6 +1,7 @@
 """The residual block: convolutions with norms, a shortcut around them, and the rule by which activations stay pending."""
 
 from abc import abstractmethod
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from .modules import (
     runs_modules,
     why_not,
 )
+from .recompute import Recomputation, recomputation
 
 
 class Block(nn.Module):
@@ -32,6 +34,8 @@ class Block(nn.Module):
 
     #: Whether the input is added to the branch's output. A plain network's block (He et al. 2015, section 3.3) has no shortcut.
     shortcut = True
+    #: Whether what backward needs of the inside of the branch is made again instead of kept; `fused_resnet.recompute` sets it.
+    recompute = False
 
     relu: nn.ReLU
     downsample: nn.Module | None
@@ -93,13 +97,18 @@ class Block(nn.Module):
         if not self.fusible():
             return enter(folded.block_forward(self, a.finish()))
         first, *rest = self.branch()
-        out, residual, statistics = self._first_convolution(a, first)
-        for conv, norm in rest:
-            out = ops.norm_act_conv(out, conv_and_norm(conv, norm, out.y.dtype))
-            statistics += batch_statistics(norm, out)
+        again = recomputation(self.recompute)
+        with again or nullcontext():
+            out, residual, statistics = self._first_convolution(a, first, again)
+            for conv, norm in rest:
+                x, conv = out, conv_and_norm(conv, norm, out.y.dtype)
+                out = ops.norm_act_conv(x, conv)
+                if again is not None:
+                    again.ran(x, conv, out)
+                statistics += batch_statistics(norm, out)
         return Activation(out, residual, a.statistics + statistics)
 
-    def _first_convolution(self, a: Activation, first: tuple[nn.Conv2d, nn.BatchNorm2d]):
+    def _first_convolution(self, a: Activation, first: tuple[nn.Conv2d, nn.BatchNorm2d], again: Recomputation | None):
         """Make the activation before this block while the first convolution (and the projection) reads it."""
         exists = isinstance(a.x, Tensor)
         if exists:  # under autocast, PyTorch's modules may have made it in float32
@@ -110,9 +119,11 @@ class Block(nn.Module):
             _, conv2, norm2 = projection
             shortcut = conv_and_norm(conv2, norm2, dtype)
             if exists:
-                out, residual = ops.conv_stats_pair(a.x, conv, shortcut)
+                (out, residual), act = ops.conv_stats_pair(a.x, conv, shortcut), a.x
             else:
-                out, residual, _ = ops.norm_add_act_conv_pair(a.x, a.residual, conv, shortcut)
+                out, residual, act = ops.norm_add_act_conv_pair(a.x, a.residual, conv, shortcut)
+            if again is not None:
+                again.ran(a.x, conv, out, a.residual, act)
             return out, residual, batch_statistics(norm, out) + batch_statistics(norm2, residual)
         if exists:
             out, act = ops.conv_stats(a.x, conv), a.x
@@ -120,6 +131,8 @@ class Block(nn.Module):
             out, act = ops.norm_add_act_conv(a.x, a.residual, conv)
         else:  # nobody but this convolution reads the activation
             out, act = ops.norm_act_conv(a.x, conv), None
+        if again is not None:
+            again.ran(a.x, conv, out, a.residual, act)
         statistics = batch_statistics(norm, out)
         if not self.shortcut or self.downsample is None:
             return out, act if self.shortcut else None, statistics

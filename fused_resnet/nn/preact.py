@@ -1,6 +1,7 @@
 """The pre-activation block of He et al. 2016: norm and ReLU before each convolution, the shortcut free of both."""
 
 from abc import abstractmethod
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from .modules import (
     runs_fused,
     why_not,
 )
+from .recompute import recomputation
 
 
 class PreActivation(nn.Module):
@@ -27,6 +29,9 @@ class PreActivation(nn.Module):
 
     A projection reads the first activation, as the first convolution does. Subclasses hold the modules, and say with `layers` which.
     """
+
+    #: As of `Block`.
+    recompute = False
 
     @abstractmethod
     def layers(self) -> list[tuple[nn.Module, nn.Module]]:
@@ -69,16 +74,23 @@ class PreActivation(nn.Module):
         following = [norm for norm, _ in rest] + [None]
         pool, projection = self.shortcut_modules()
         residual, first = x, _conv(conv, following[0], x)
-        if projection is None:
-            out = ops.conv_stats(act, first)
-        elif pool is None:
-            out, residual = ops.conv_stats_pair(act, first, _conv(projection, None, x))
-        else:
-            out = ops.conv_stats(act, first)
-            residual = enter(torch.conv2d(pool(act), projection.weight.to(x.dtype), None, *geometry(projection))).x
-        for (norm, conv), after in zip(rest, following[1:], strict=True):
-            statistics += batch_statistics(norm, out)
-            out = ops.norm_act_conv(out, _conv(conv, after, x))
+        again = recomputation(self.recompute)
+        with again or nullcontext():
+            if projection is None:
+                out = ops.conv_stats(act, first)
+            elif pool is None:
+                out, residual = ops.conv_stats_pair(act, first, _conv(projection, None, x))
+            else:
+                out = ops.conv_stats(act, first)
+                residual = enter(torch.conv2d(pool(act), projection.weight.to(x.dtype), None, *geometry(projection))).x
+            if again is not None:
+                again.ran(act, first, out, act=act)
+            for (norm, conv), after in zip(rest, following[1:], strict=True):
+                statistics += batch_statistics(norm, out)
+                before, layer = out, _conv(conv, after, x)
+                out = ops.norm_act_conv(before, layer)
+                if again is not None:
+                    again.ran(before, layer, out)
         update_running_statistics(statistics)
         return ops.norm_add_act(out, residual, relu=False)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends import BACKENDS, resolve
-from ..reference import Conv, ConvGeometry, Norm, Pending, Source, unpack_mask
+from ..reference import Conv, ConvGeometry, Norm, Pending, Reference, Source, unpack_mask
 from . import norm as _norm  # noqa: F401  (registers the operators)
 from . import norm_act as _norm_act  # noqa: F401
 from .checks import check_conv, check_inference
@@ -28,6 +28,7 @@ __all__ = [
     "conv_affine_act",
     "conv_stats",
     "conv_stats_pair",
+    "implementation",
     "inferring",
     "norm_act",
     "norm_act_conv",
@@ -46,6 +47,11 @@ def _backend(x: Tensor) -> str:
     """The backend for x. Where PyTorch's own modules are the choice, the operators themselves run on ATen."""
     choice = resolve(x.device, x.dtype)
     return "eager" if choice == "off" else choice
+
+
+def implementation(x: Tensor) -> Reference:
+    """What runs the operators on x."""
+    return BACKENDS[_backend(x)]
 
 
 def _flat(source: Source, arity: int, *convs: Conv) -> list:
@@ -146,13 +152,13 @@ def conv_affine_act(
     """
     check_inference(x, weight, geometry, scale, bias, residual)
     scale, bias = None if scale is None else scale.contiguous(), bias.contiguous()  # the kernels read them without strides
-    return BACKENDS[_backend(x)].conv_affine_act(x, weight, geometry, scale, bias, residual, relu)
+    return implementation(x).conv_affine_act(x, weight, geometry, scale, bias, residual, relu)
 
 
 def running_affine(x: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
     """(scale, bias), [K], of the norm behind a convolution of x, by its running statistics."""
     check_conv(x, conv)
-    return BACKENDS[_backend(x)].running_stats(conv.norm, x.dtype)[3:]
+    return implementation(x).running_stats(conv.norm, x.dtype)[3:]
 
 
 def inferring(x: Tensor, *others: Tensor | None) -> bool:

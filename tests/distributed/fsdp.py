@@ -90,7 +90,8 @@ def mixed_precision_and_resharding() -> None:
     assert all(b.dtype != torch.bfloat16 for b in ours.buffers())
 
 
-with processes():
-    trains_as_one_process()
-    inner_modules_fall_back_for_their_block()
-    mixed_precision_and_resharding()
+if __name__ == "__main__":
+    with processes():
+        trains_as_one_process()
+        inner_modules_fall_back_for_their_block()
+        mixed_precision_and_resharding()

@@ -122,10 +122,11 @@ def planted_faults_are_seen() -> None:
         assert worst(ours.module, one, "gradients") > 1e-3, name
 
 
-with processes():
-    same_as_one_process()
-    kernels_share_too()
-    one_value_each()
-    a_group_of_one_and_eval_mode_keep_to_themselves()
-    planted_faults_are_seen()
-    compiled_in_one_graph()
+if __name__ == "__main__":
+    with processes():
+        same_as_one_process()
+        kernels_share_too()
+        one_value_each()
+        a_group_of_one_and_eval_mode_keep_to_themselves()
+        planted_faults_are_seen()
+        compiled_in_one_graph()
