@@ -8,7 +8,7 @@ from .nn.activation import blend, moments
 from .nn.block import to_nhwc
 from .nn.modules import autocast_dtype
 from .ops import Conv, ConvGeometry, Norm
-from .ops.checks import check_vector
+from .ops.checks import check_vectors
 
 
 def conv_bn_act(
@@ -49,8 +49,7 @@ def conv_bn_act(
         Norm(gamma, beta, *running, training, eps),
         ConvGeometry(_pair(stride), _pair(padding), _pair(dilation), groups),
     )
-    for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
-        check_vector(name, vector, weight.shape[0], x)
+    check_vectors(("running_mean", "running_var"), (running_mean, running_var), weight.shape[0], x)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, gamma, beta, residual))
     if relu and not (training or differentiable or torch.compiler.is_compiling()):
         act = ops.conv_norm_add_act(x, conv, residual)
