@@ -10,7 +10,6 @@ and put together behind it; where nobody watches the dispatcher, neither is done
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,12 +52,12 @@ class Operator:
     residual: bool  #: a residual may be added; the activation (and its mask) are outputs
     convs: int  #: how many convolutions read the activation
 
-    @cached_property
+    @property
     def source_arity(self) -> int:
         """How many arguments stand for a `Source`."""
         return 1 + self.pending * len(PENDING) + self.residual * len(RESIDUAL)
 
-    @cached_property
+    @property
     def may_skip_act(self) -> bool:
         """Whether the activation, which nobody else reads, need not be written. The argument `write_act` then asks for it."""
         return self.pending and not self.residual
