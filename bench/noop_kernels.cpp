@@ -59,6 +59,15 @@ Tensor addmm(const Tensor&, const Tensor& a, const Tensor& b, const at::Scalar&,
 }
 Tensor mm(const Tensor& a, const Tensor& b) { return at::empty({a.size(0), b.size(1)}, a.options()); }
 
+// Running statistics, which batch_norm above would have written: ours are written by these, each a launch.
+std::vector<Tensor> foreach_mul(at::TensorList tensors, at::ArrayRef<at::Scalar>) {
+  std::vector<Tensor> results;
+  for (const Tensor& t : tensors) results.push_back(at::empty_like(t));
+  return results;
+}
+void foreach_lerp_(at::TensorList, at::TensorList, const at::Scalar&) {}
+void foreach_add_(at::TensorList, const at::Scalar&) {}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(aten, CPU, m) {
@@ -75,4 +84,7 @@ TORCH_LIBRARY_IMPL(aten, CPU, m) {
   m.impl("mean.dim", mean);
   m.impl("addmm", addmm);
   m.impl("mm", mm);
+  m.impl("_foreach_mul.ScalarList", foreach_mul);
+  m.impl("_foreach_lerp_.Scalar", foreach_lerp_);
+  m.impl("_foreach_add_.Scalar", foreach_add_);
 }

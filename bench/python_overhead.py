@@ -42,8 +42,9 @@ class NoKernels(Reference):
 
     def _convolution(self, act, conv):
         weight, norm, (stride, padding, dilation, _) = conv
-        sizes = zip(act.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-        y = empty_nhwc(act, (act.shape[0], weight.shape[0], *(output_size(*size) for size in sizes)))
+        (n, _, h, w), (k, _, r, s) = act.shape, weight.shape
+        p, q = output_size(h, r, stride[0], padding[0], dilation[0]), output_size(w, s, stride[1], padding[1], dilation[1])
+        y = empty_nhwc(act, (n, k, p, q))
         return Pending(y, *self.batch_stats(y, norm.gamma, norm.beta, norm.eps))
 
     def _convolution_backward(self, act, output, need_dx):
@@ -56,8 +57,8 @@ class NoKernels(Reference):
         return torch.empty_like(x), packed(x) if save_mask else None
 
     def norm_backward_reduce(self, d, dact, x, mean, invstd, scale, bias, residual, residual_mean, residual_invstd, mask, relu):
-        s1, s2, residual_s2 = mean.new_empty(3, mean.shape[0]).unbind()
-        return torch.empty_like(x), s1, s2, None if residual_mean is None else residual_s2
+        residual_s2 = None if residual_mean is None else torch.empty_like(mean)
+        return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), residual_s2
 
     def norm_backward_apply(self, dz, y, mean, invstd, gamma, s1, s2):
         return torch.empty_like(y)

@@ -7,7 +7,7 @@ from .nn.activation import blend, moments
 from .nn.block import to_nhwc
 from .nn.modules import autocast_dtype
 from .ops import Conv, ConvGeometry, Norm
-from .ops.checks import check_vector
+from .ops.checks import check_vectors
 
 
 def conv_bn_act(
@@ -48,8 +48,7 @@ def conv_bn_act(
         Norm(gamma, beta, *running, training, eps),
         ConvGeometry(_pair(stride), _pair(padding), _pair(dilation), groups),
     )
-    for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
-        check_vector(name, vector, weight.shape[0], x)
+    check_vectors(("running_mean", "running_var"), (running_mean, running_var), weight.shape[0], x)
     if not training and ops.inferring(x, weight, gamma, beta, residual):
         return ops.conv_affine_act(x, weight, conv.geometry, *ops.running_affine(x, conv), residual, relu)
     out = ops.conv_stats(x, conv)

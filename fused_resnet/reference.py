@@ -37,9 +37,9 @@ class Pending(NamedTuple):
 class ConvGeometry(NamedTuple):
     """How a convolution moves over its input: each field as `torch.nn.functional.conv2d` takes it."""
 
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
     groups: int
 
 

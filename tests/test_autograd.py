@@ -1,5 +1,7 @@
 """The operators as citizens of autograd: gradcheck, odd gradients, threads, double backward. For opcheck see test_opcheck.py."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,6 +127,24 @@ def test_an_unused_activation_costs_no_gradient():
     used, _ = ops.conv_stats_pair(x, ops.Conv(weight, norm, geometry), ops.Conv(weight2, norm, geometry))
     ops.norm_add_act(used).sum().backward()
     assert weight.grad is not None and weight2.grad is None
+
+
+def test_hooks_of_saved_tensors_see_all_that_outlives_a_forward():
+    """A hook that puts tensors elsewhere, or a checkpoint that drops them, frees a pending activation: no node holds it by other means."""
+    (weight, gamma, beta), _ = layer(k=4, c=4, size=1)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    conv = ops.Conv(weight, ops.Norm(gamma, beta, None, None, True, 1e-5), ops.ConvGeometry([1, 1], [0, 0], [1, 1], 1))
+
+    def forward():
+        first = ops.conv_stats(x, conv)
+        second, _ = ops.norm_add_act_conv(first, x, conv)
+        return ops.norm_act_conv(second, conv), [weakref.ref(t) for pending in (first, second) for t in pending]
+
+    out, held = forward()
+    assert all(ref() is not None for ref in held[:3])  # the graph holds them, and this test sees it
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda _: None):
+        out, held = forward()
+    assert out.y.grad_fn is not None and [ref() for ref in held] == [None] * len(held)
 
 
 @pytest.mark.parametrize("strides", ["contiguous", "channels_last"])

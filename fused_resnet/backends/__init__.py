@@ -86,13 +86,12 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
     if choice == "off":
         return choice
     candidates = FAMILIES.get(choice, (choice,))
-    reasons = {}
     for name in candidates:
-        reasons[name] = _reason(name, device, dtype)
-        if reasons[name] is None:
+        if _reason(name, device, dtype) is None:
             return name
     if choice == "auto":
         return "off"
+    reasons = {name: _reason(name, device, dtype) for name in candidates}
     why = next(iter(reasons.values())) if len(reasons) == 1 else "; ".join(f"{name}: {why}" for name, why in reasons.items())
     raise RuntimeError(f"backend {choice!r} was asked for and can't run here: {why}")
 

@@ -33,17 +33,21 @@ class _Transparent:
         return self.original.forward(self, x)
 
 
-def _pairs(block: nn.Module, first: str, second: str) -> list[tuple[nn.Module, nn.Module]]:
-    """A block's modules first1, second1, first2, …: two pairs of them in a basic block, three in a bottleneck."""
+CONV_BN = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+NORM_CONV = (("norm1", "conv1"), ("norm2", "conv2"), ("norm3", "conv3"))
+
+
+def _pairs(block: nn.Module, names: tuple[tuple[str, str], ...]) -> list[tuple[nn.Module, nn.Module]]:
+    """A block's modules of these names: two pairs of them in a basic block, three in a bottleneck."""
     modules = block._modules
-    return [(modules[f"{first}{i}"], modules[f"{second}{i}"]) for i in (1, 2, 3) if f"{second}{i}" in modules]
+    return [(modules[first], modules[second]) for first, second in names if second in modules]
 
 
 class TorchvisionBlock(_Leaf, Block):
     """torchvision's BasicBlock or Bottleneck."""
 
     def branch(self) -> list[tuple[nn.Module, nn.Module]]:
-        return _pairs(self, "conv", "bn")
+        return _pairs(self, CONV_BN)
 
 
 class TimmBlock(TorchvisionBlock):
@@ -61,7 +65,7 @@ class TimmPreActBlock(_Leaf, PreActivation):
     """timm's PreActBasic or PreActBottleneck, whose norms hold their ReLU."""
 
     def layers(self) -> list[tuple[nn.Module, nn.Module]]:
-        return _pairs(self, "norm", "conv")
+        return _pairs(self, NORM_CONV)
 
     def shortcut_modules(self) -> tuple[nn.Module | None, nn.Module | None]:
         if self.downsample is None:

@@ -12,7 +12,7 @@ from ..ops import Pending
 
 
 class BatchStatistics(NamedTuple):
-    """What one forward tells a norm's running statistics."""
+    """What one forward tells the running statistics of a norm that tracks them."""
 
     norm: nn.BatchNorm2d | nn.SyncBatchNorm
     mean: Tensor  #: [C]
@@ -49,16 +49,19 @@ def update_running_statistics(statistics: tuple[BatchStatistics, ...]) -> None:
         return
     groups = defaultdict(list)
     for s in statistics:
-        if s.norm.track_running_stats and s.norm.running_mean is not None:
-            groups[s.norm.momentum].append(s)
+        buffers = s.norm._buffers
+        if buffers["running_mean"] is not None:
+            groups[s.norm.momentum].append((s, buffers))
     for momentum, members in groups.items():
-        torch._foreach_add_([s.norm.num_batches_tracked for s in members], 1)
+        torch._foreach_add_([buffers["num_batches_tracked"] for _, buffers in members], 1)
         if momentum is not None:
-            running = [(s.norm.running_mean, s.norm.running_var) for s in members]
-            blend(running, [(s.mean, s.var, s.correction) for s in members], momentum)
-        for s in members if momentum is None else ():  # the weight stays where it is: a GPU need not wait, nor a graph break
-            for running, value in ((s.norm.running_mean, s.mean), (s.norm.running_var, s.var * s.correction)):
-                running.lerp_(value.to(running.dtype), s.norm.num_batches_tracked.to(running.dtype).reciprocal())
+            running = [(buffers["running_mean"], buffers["running_var"]) for _, buffers in members]
+            blend(running, [s[1:] for s, _ in members], momentum)
+            continue
+        for (_, mean, var, correction), buffers in members:
+            # The weight stays where it is: a GPU need not wait, nor a graph break.
+            for running, value in ((buffers["running_mean"], mean), (buffers["running_var"], var * correction)):
+                running.lerp_(value.to(running.dtype), buffers["num_batches_tracked"].to(running.dtype).reciprocal())
 
 
 def moments(out: Pending, shared: bool = False) -> tuple[Tensor, Tensor, float]:
@@ -72,7 +75,8 @@ def moments(out: Pending, shared: bool = False) -> tuple[Tensor, Tensor, float]:
 @torch.no_grad()
 def blend(running: Sequence[tuple[Tensor, Tensor]], batches: Sequence[tuple[Tensor, Tensor, float]], weight: float) -> None:
     """running = (1 − weight)·running + weight·batch in place, of pairs (mean, variance). A batch's are `moments`."""
-    unbiased = torch._foreach_mul([var for _, var, _ in batches], [correction for *_, correction in batches])
-    targets = [mean for mean, _ in running] + [var for _, var in running]
-    values = [*(mean for mean, *_ in batches), *unbiased]
-    torch._foreach_lerp_(targets, [v.to(t.dtype) for v, t in zip(values, targets, strict=True)], weight)
+    means, variances, corrections = zip(*batches, strict=True)
+    values = [*means, *torch._foreach_mul(variances, corrections)]
+    running_means, running_variances = zip(*running, strict=True)
+    targets = running_means + running_variances
+    torch._foreach_lerp_(targets, [v if v.dtype == t.dtype else v.to(t.dtype) for v, t in zip(values, targets, strict=True)], weight)

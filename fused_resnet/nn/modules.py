@@ -4,7 +4,12 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from ..backends import resolve
 from ..ops import Conv, ConvGeometry, Norm, Pending
@@ -16,21 +21,20 @@ Requirement = tuple[Callable[[nn.Module | None], bool], nn.Module | None]
 #: Kinds of devices that have autocast. Asked once: the compiler of PyTorch 2.11 can't trace the question.
 _AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 
-_GLOBAL_HOOKS = (
-    nn_module._global_forward_hooks,
-    nn_module._global_forward_pre_hooks,
-    nn_module._global_backward_hooks,
-    nn_module._global_backward_pre_hooks,
-)
-
 
 def observed(module: nn.Module) -> bool:
     """Whether somebody wants to see this very module called with tensors: a hook, or another call or forward in its place."""
-    return (
-        bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
         or module._compiled_call_impl is not None
         or "forward" in module.__dict__
-        or any(_GLOBAL_HOOKS)
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
     )
 
 
@@ -41,12 +45,12 @@ def is_unobserved(module: nn.Module | None) -> bool:
 
 def is_conv(module: nn.Module | None) -> bool:
     """A convolution that the operators can run: nn.Conv2d itself, without bias, padded with zeros by numbers."""
-    return _is_plain_conv(module) and module.bias is None
+    return _is_plain_conv(module) and module._parameters.get("bias") is None
 
 
 def is_folded_conv(module: nn.Module | None) -> bool:
     """The same with a bias, as a convolution that holds a norm has."""
-    return _is_plain_conv(module) and module.bias is not None
+    return _is_plain_conv(module) and module._parameters.get("bias") is not None
 
 
 def _is_plain_conv(module: nn.Module | None) -> bool:
@@ -135,24 +139,34 @@ def sharing_group(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> str:
 
 def norm_of(norm: nn.Module) -> Norm:
     """A norm as an operator takes it."""
+    gamma, beta = held(norm, "weight"), held(norm, "bias")
+    if type(norm) is nn.BatchNorm2d and norm.training:  # the usual one
+        return Norm(gamma, beta, None, None, True, norm.eps)
     training = uses_batch(norm)
-    running = (None, None) if training else (norm.running_mean, norm.running_var)
-    return Norm(norm.weight, norm.bias, *running, training, norm.eps, sharing_group(norm))
+    mean, var = (None, None) if training else (norm.running_mean, norm.running_var)
+    return Norm(gamma, beta, mean, var, training, norm.eps, sharing_group(norm))
 
 
 def geometry(conv: nn.Conv2d) -> ConvGeometry:
     """How a convolution moves over its input."""
-    return ConvGeometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+    return ConvGeometry(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def conv_and_norm(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype) -> Conv:
     """The two modules as an operator takes them, the weight in `dtype`."""
-    return Conv(conv.weight.to(dtype), norm_of(norm), geometry(conv))
+    weight = held(conv, "weight")
+    return Conv(weight if weight.dtype == dtype else weight.to(dtype), norm_of(norm), geometry(conv))
+
+
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """module.<name>, a parameter: where a module keeps those, it is found sooner than by nn.Module's own search."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _is_frozen(norm: nn.Module) -> bool:
     """Whether the statistics are constants in training, too."""
-    return is_frozen_norm(norm) or is_frozen_norm_act(norm)
+    return type(norm) is not nn.BatchNorm2d and (is_frozen_norm(norm) or is_frozen_norm_act(norm))
 
 
 def uses_batch(norm: nn.Module) -> bool:
@@ -162,7 +176,7 @@ def uses_batch(norm: nn.Module) -> bool:
 
 def batch_statistics(norm: nn.BatchNorm2d | nn.SyncBatchNorm, out: Pending) -> tuple[BatchStatistics, ...]:
     """What `out` tells `norm`'s running statistics: nothing outside training."""
-    if not norm.training or _is_frozen(norm) or not norm.track_running_stats:
+    if not norm.training or not getattr(norm, "track_running_stats", False):  # a frozen norm of torchvision has no such attribute
         return ()
     return (BatchStatistics(norm, *moments(out, shared=bool(sharing_group(norm)))),)
 

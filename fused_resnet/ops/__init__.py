@@ -17,8 +17,8 @@ from ..reference import Conv, ConvGeometry, Norm, Pending, Reference, Source, un
 from . import norm as _norm  # noqa: F401  (registers the operators)
 from . import norm_act as _norm_act  # noqa: F401
 from .checks import check_conv, check_inference
-from .convolve import OPERATORS
-from .library import call, unwatched
+from .convolve import OPERATORS, Made
+from .library import call, is_plain
 
 __all__ = [
     "Conv",
@@ -54,13 +54,6 @@ def implementation(x: Tensor) -> Reference:
     return BACKENDS[_backend(x)]
 
 
-def _flat(source: Source, arity: int, *convs: Conv) -> list:
-    args = list(source[:arity])
-    for conv in convs:
-        args += [conv.weight, *conv.norm, *conv.geometry]
-    return args
-
-
 def source(x: Pending, residual: Pending | Tensor | None = None) -> Source:
     """The activation relu(norm(x) + residual), still to be made. `residual` is an activation, or pending itself."""
     of_x = (x.y, x.mean, x.invstd, x.scale, x.bias)
@@ -69,50 +62,37 @@ def source(x: Pending, residual: Pending | Tensor | None = None) -> Source:
     return Source(*of_x, residual)
 
 
-def _convolve(name: str, given: Source, *convs: Conv) -> tuple[Tensor, ...]:
-    operator = OPERATORS[name]
-    # Whether a backend keeps the activation depends on sizes; a graph for any size has to know it.
-    write_act = [_any_size(given.x)] if operator.may_skip_act else []
-    return call(name)(*_flat(given, operator.source_arity, *convs), *write_act, _backend(given.x))
-
-
-def _any_size(x: Tensor) -> bool:
-    """Whether a compiler is at work that leaves a size of x open."""
-    if not torch.compiler.is_compiling():
-        return False
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return not all(has_static_value(size) for size in x.shape)
+def _convolve(name: str, given: Source, *convs: Conv) -> Made:
+    return OPERATORS[name](given, convs, _backend(given.x))
 
 
 def conv_stats(x: Tensor, conv: Conv) -> Pending:
     """The convolution of an activation x that exists, with the statistics of its output."""
-    return Pending(*_convolve("conv_stats", Source(x), conv))
+    return _convolve("conv_stats", Source(x), conv)[0][0]
 
 
 def conv_stats_pair(x: Tensor, conv: Conv, conv2: Conv) -> tuple[Pending, Pending]:
     """Two convolutions of one activation, conv1 and the projection of a block: one node, so that autograd never adds."""
-    results = _convolve("conv_stats_pair", Source(x), conv, conv2)
-    return Pending(*results[:6]), Pending(*results[6:])
+    return tuple(_convolve("conv_stats_pair", Source(x), conv, conv2)[0])
 
 
 def norm_act_conv(x: Pending, conv: Conv) -> Pending:
     """The convolution of relu(norm(x)), which nobody else reads, with the statistics of its output."""
-    return Pending(*_convolve("norm_act_conv", source(x), conv)[:6])
+    return _convolve("norm_act_conv", source(x), conv)[0][0]
 
 
 def norm_add_act_conv(x: Pending, residual: Pending | Tensor | None, conv: Conv) -> tuple[Pending, Tensor]:
     """act = relu(norm(x) + residual), written once, and its convolution -> (Pending, act)."""
-    results = _convolve("norm_add_act_conv", source(x, residual), conv)
-    return Pending(*results[:6]), results[6]
+    (pending,), act, _ = _convolve("norm_add_act_conv", source(x, residual), conv)
+    return pending, act
 
 
 def norm_add_act_conv_pair(
     x: Pending, residual: Pending | Tensor | None, conv: Conv, conv2: Conv
 ) -> tuple[Pending, Pending, Tensor]:
     """act = relu(norm(x) + residual), written once, and two convolutions of it -> (Pending, Pending, act)."""
-    results = _convolve("norm_add_act_conv_pair", source(x, residual), conv, conv2)
-    return Pending(*results[:6]), Pending(*results[6:12]), results[12]
+    pendings, act, _ = _convolve("norm_add_act_conv_pair", source(x, residual), conv, conv2)
+    return *pendings, act
 
 
 def norm_add_act(x: Pending, residual: Pending | Tensor | None = None, relu: bool = True) -> Tensor:
@@ -163,7 +143,7 @@ def running_affine(x: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
 
 def inferring(x: Tensor, *others: Tensor | None) -> bool:
     """Whether nothing but numbers is wanted of a computation on these: no gradient flows, and no compiler, mode or transform looks on."""
-    if not unwatched(x) or forward_ad._current_level >= 0:
+    if not is_plain(x) or forward_ad._current_level >= 0:
         return False
     return not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *others))
 

@@ -1,11 +1,16 @@
 """What the operators expect of their arguments. Every error names the argument, what it was, and what was expected."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..reference import Conv, ConvGeometry, Source
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+VECTORS = ("mean", "invstd", "scale", "bias")
+RESIDUAL_VECTORS = tuple(f"residual_{name}" for name in VECTORS)
+NORM_VECTORS = ("gamma", "beta", "running_mean", "running_var")
 
 
 def check_activation(name: str, t: Tensor, like: Tensor | None = None) -> None:
@@ -46,16 +51,19 @@ def _same_kind(name: str, t: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name}: expected a tensor on {like.device}, the device of x; got one on {t.device}")
 
 
-def check_vector(name: str, t: Tensor | None, size: int, x: Tensor) -> None:
-    """A per-channel vector: a floating [size] on the device of x, or None."""
-    if t is None:
-        return
-    if list(t.shape) != [size]:
-        raise ValueError(f"{name}: expected shape [{size}], one value per channel; got {list(t.shape)}")
-    if not t.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating dtype; got {t.dtype}")
-    if t.device != x.device:
-        raise ValueError(f"{name}: expected a tensor on {x.device}, the device of x; got one on {t.device}")
+def check_vectors(names: Sequence[str], vectors: Sequence[Tensor | None], size: int, x: Tensor) -> None:
+    """Per-channel vectors: each a floating [size] on the device of x, or None."""
+    device, shape = x.device, (size,)
+    for i, t in enumerate(vectors):  # seen at every call of an operator: one line where all is well
+        if t is None or (t.shape == shape and t.device == device and t.dtype in FLOATS):
+            continue
+        name = names[i]
+        if t.shape != shape:
+            raise ValueError(f"{name}: expected shape [{size}], one value per channel; got {list(t.shape)}")
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"{name}: expected a floating dtype; got {t.dtype}")
+        if t.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, the device of x; got one on {t.device}")
 
 
 def check_source(source: Source) -> None:
@@ -64,16 +72,18 @@ def check_source(source: Source) -> None:
     check_activation("x", x)
     if not source.pending:
         return
-    for name in ("mean", "invstd", "scale", "bias"):
-        check_vector(name, getattr(source, name), x.shape[1], x)
+    channels = x.shape[1]
+    check_vectors(VECTORS, source[1:5], channels, x)
     if source.residual is None:
         return
     check_activation("residual", source.residual, like=x)
-    given = [getattr(source, f"residual_{name}") for name in ("mean", "invstd", "scale", "bias")]
-    if any(t is None for t in given) and not all(t is None for t in given):
+    given = source[6:]
+    absent = sum([t is None for t in given])
+    if absent == len(given):
+        return
+    if absent:
         raise ValueError("residual_mean, residual_invstd, residual_scale, residual_bias: expected all four, or none")
-    for name, t in zip(("mean", "invstd", "scale", "bias"), given, strict=True):
-        check_vector(f"residual_{name}", t, x.shape[1], x)
+    check_vectors(RESIDUAL_VECTORS, given, channels, x)
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
@@ -87,8 +97,7 @@ def check_inference(
     """The arguments of `conv_affine_act`."""
     check_activation("x", x)
     shape = check_weight(x, weight, geometry)
-    check_vector("scale", scale, shape[1], x)
-    check_vector("bias", bias, shape[1], x)
+    check_vectors(("scale", "bias"), (scale, bias), shape[1], x)
     if residual is not None:
         check_activation("residual", residual)
         if list(residual.shape) != shape:
@@ -100,8 +109,7 @@ def check_conv(x: Tensor, conv: Conv) -> list[int]:
     """A convolution of x [N, C, H, W] and its norm -> the shape [N, K, P, Q] of its output."""
     norm = conv.norm
     n, k, p, q = shape = check_weight(x, conv.weight, conv.geometry)
-    for name in ("gamma", "beta", "running_mean", "running_var"):
-        check_vector(name, getattr(norm, name), k, x)
+    check_vectors(NORM_VECTORS, norm[:4], k, x)
     if norm.training:
         if n * p * q == 1 and not norm.group:  # PyTorch's own words
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")

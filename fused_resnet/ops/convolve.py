@@ -1,10 +1,14 @@
-"""The operators that end in convolutions, and `norm_add_act`, which ends in none: one family, one implementation.
+"""The operators that end in convolutions: one family, one implementation.
 
 A member is told apart by three facts: whether its input is pending, whether a residual may come with it (then the activation
 is an output), and how many convolutions read the activation. From these follow its schema, its fake, and its autograd formula,
 so that a rule such as the gradient convention stands in one place. See docs/operators/.
+
+Work is described by `Call`s and `ConvOutput`s. A schema knows only flat arguments, so what passes the dispatcher is flattened before
+and put together behind it; where nobody watches the dispatcher, neither is done.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +18,29 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Pending, Source, accumulate_dtype
 from .checks import check_conv, check_source
-from .library import call, channels_last, define, empty_nhwc, nothing
+from .library import channels_last, define, empty_nhwc, is_watched, nothing, overload
 
 PENDING = ("mean", "invstd", "scale", "bias")
 RESIDUAL = ("residual", "residual_mean", "residual_invstd", "residual_scale", "residual_bias")
-#: How many arguments stand for a convolution with its norm: of an operator, and of its backward.
-CONV_ARITY, OUTPUT_ARITY = 12, 15
+NO_RESIDUAL = (None,) * len(RESIDUAL)
+#: How many arguments stand for a convolution with its norm, and how many results; how many of a backward stand for an output.
+CONV_ARITY, PENDING_ARITY, OUTPUT_ARITY = 12, len(Pending._fields), 15
+
+
+#: What an operator makes: a Pending of each convolution; the activation that they read; its packed mask. What there is none of is None,
+#: or an empty tensor where it came through the dispatcher.
+Made = tuple[Sequence[Pending], Tensor | None, Tensor | None]
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of an operator."""
+
+    source: Source
+    convs: Sequence[Conv]
+    backend: str
+    write_act: bool = False  #: the activation is asked for, though nobody else reads it
+    made: Made | None = None  #: what it made, once it ran
 
 
 @dataclass(frozen=True)
@@ -51,7 +72,7 @@ class Operator:
                 f"Tensor? running_var{i}", f"bool training{i}", f"float eps{i}", f"str group{i}", *geometry_schema(i),
             ]  # fmt: skip
         args += ["bool write_act"] if self.may_skip_act else []
-        results = ["Tensor"] * (len(Pending._fields) * self.convs + self.pending + self.residual)
+        results = ["Tensor"] * (PENDING_ARITY * self.convs + self.pending + self.residual)
         return f"{self.name}({', '.join(args)}, str backend) -> ({', '.join(results)})"
 
     @property
@@ -77,161 +98,248 @@ class Operator:
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    def unpack(self, args: tuple) -> tuple[Source, list[Conv]]:
-        """The operator's flat arguments, backend excluded, as its source and its convolutions."""
+    def __call__(self, source: Source, convs: Sequence[Conv], backend: str) -> Made:
+        """Run it, as a node of autograd where a gradient is wanted: behind the dispatcher where somebody watches that."""
+        call = Call(source, convs, backend)
+        if not is_watched(source.x):
+            return self._as_node(call, self.run, _apply) if torch.is_grad_enabled() else self.run(call)
+        # Whether a backend keeps the activation depends on sizes; a graph for any size has to know it.
+        call.write_act = self.may_skip_act and _any_size(source.x)
+        return self._put_together(overload(self.name)(*self._flat(call)))
+
+    def run(self, call: Call) -> Made:
+        """Check and run."""
+        source, convs = call.source, call.convs
+        check_source(source)
+        for conv in convs:
+            check_conv(source.x, conv)
+        return BACKENDS[call.backend].convolve(source, convs, self._writes_act(call))
+
+    def fake(self, call: Call) -> Made:
+        """The shapes and layouts of `run`, with the same checks."""
+        source, x = call.source, call.source.x
+        check_source(source)
+        pendings, act, mask = [], None, None
+        for conv in call.convs:
+            shape = check_conv(x, conv)
+            vectors = (x.new_empty(shape[1], dtype=accumulate_dtype(x.dtype)) for _ in range(PENDING_ARITY - 1))
+            pendings.append(Pending(empty_nhwc(x, shape), *vectors))
+        if self.pending and self._writes_act(call):
+            act = empty_nhwc(x, x.shape)
+        if source.residual is not None:
+            n, c, h, w = x.shape
+            mask = x.new_empty((n, h, w, (c + 7) // 8), dtype=torch.uint8)
+        return pendings, act, mask
+
+    def _writes_act(self, call: Call) -> bool:
+        """Whether the activation is a tensor after `run`: where it is a result, is asked for, or the backend keeps it for backward."""
+        return not self.may_skip_act or call.write_act or BACKENDS[call.backend].keeps_act(call.source, call.convs)
+
+    # ---- through the dispatcher --------------------------------------------------------------------------------------
+
+    def define(self) -> None:
+        """Register the operator and its backward, with flat arguments and results."""
+        define(self.backward_schema, self._flat_gradients, self._fake_gradients)
+        define(
+            self.schema, self._flattened(self.run), self._flattened(self.fake),
+            self._flattened(self._autograd),
+        )  # fmt: skip
+
+    def _flattened(self, run: Callable[[Call], Made]) -> Callable[..., tuple[Tensor, ...]]:
+        """`run` with the schema's arguments and results, which are tensors, of a fixed number."""
+
+        def flattened(*args):
+            call = self._call(args)
+            (pendings, act, mask), x = run(call), call.source.x
+            results = [t for pending in pendings for t in pending]
+            if self.pending:
+                results.append(nothing(x, x.dtype) if act is None else act)
+            if self.residual:
+                results.append(nothing(x, torch.uint8) if mask is None else mask)
+            return tuple(results)
+
+        return flattened
+
+    def _below_autograd(self, call: Call) -> Made:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._put_together(overload(self.name)(*self._flat(call)))
+
+    def _flat(self, call: Call) -> list:
+        """The schema's arguments."""
+        args = list(call.source[: self.source_arity])
+        for weight, norm, geometry in call.convs:
+            args += [weight, *norm, *geometry]
+        return [*args, *([call.write_act] if self.may_skip_act else []), call.backend]
+
+    def _call(self, args: Sequence[Any]) -> Call:
+        """The inverse of `_flat`."""
         source, rest = Source(*args[: self.source_arity]), args[self.source_arity :]
         convs = []
         for i in range(self.convs):
             weight, *norm_and_geometry = rest[CONV_ARITY * i : CONV_ARITY * (i + 1)]
             convs.append(Conv(weight, Norm(*norm_and_geometry[:7]), ConvGeometry(*norm_and_geometry[7:])))
-        return source, convs
+        return Call(source, convs, args[-1], write_act=bool(self.may_skip_act and args[-2]))
 
-    def forward(self, *args) -> tuple[Tensor, ...]:
-        """Check and run."""
-        *args, backend = args
-        source, convs = self.unpack(tuple(args))
-        check_source(source)
-        for conv in convs:
-            check_conv(source.x, conv)
-        pendings, act, mask = BACKENDS[backend].convolve(source, convs, self._writes_act(source, convs, *args[-1:], backend))
-        results = [t for pending in pendings for t in pending]
-        if self.pending:
-            results.append(nothing(source.x, source.x.dtype) if act is None else act)
-        if self.residual:
-            results.append(nothing(source.x, torch.uint8) if mask is None else mask)
-        return tuple(results)
-
-    def fake(self, *args) -> tuple[Tensor, ...]:
-        """The shapes and layouts of `forward`, with the same checks."""
-        *args, backend = args
-        source, convs = self.unpack(tuple(args))
-        check_source(source)
-        x, results = source.x, []
-        for conv in convs:
-            shape = check_conv(x, conv)
-            results.append(empty_nhwc(x, shape))
-            results += [x.new_empty(shape[1], dtype=accumulate_dtype(x.dtype)) for _ in range(5)]
-        if self.pending:
-            written = self._writes_act(source, convs, *args[-1:], backend)
-            results.append(empty_nhwc(x, x.shape) if written else nothing(x, x.dtype))
-        if self.residual:
-            n, c, h, w = x.shape
-            absent = source.residual is None
-            results.append(nothing(x, torch.uint8) if absent else x.new_empty((n, h, w, (c + 7) // 8), dtype=torch.uint8))
-        return tuple(results)
-
-    def _writes_act(self, source: Source, convs: list[Conv], asked: Any, backend: str) -> bool:
-        """Whether the activation is a tensor after `forward`: where it is a result, is asked for, or the backend keeps it for backward.
-
-        `asked` is the last argument before the backend: `write_act`, where the operator has it.
-        """
-        return not self.may_skip_act or asked or BACKENDS[backend].keeps_act(source, convs)
+    def _put_together(self, results: Sequence[Tensor]) -> Made:
+        """The operator's flat results."""
+        pendings = [Pending(*results[PENDING_ARITY * i :][:PENDING_ARITY]) for i in range(self.convs)]
+        return pendings, results[PENDING_ARITY * self.convs] if self.pending else None, results[-1] if self.residual else None
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
-    def backward_op(self, *args) -> tuple[Tensor, ...]:
-        """Unpack and run; what is not needed is an empty tensor, since an operator's results are tensors."""
-        *args, dact, need_dx, backend = args
-        source, (act, mask), rest = Source(*args[: self.source_arity]), *self._split(args)
+    def gradients(
+        self,
+        source: Source,
+        act: Tensor | None,
+        mask: Tensor | None,
+        outputs: Sequence[ConvOutput],
+        dact: Tensor | None,
+        need_dx: bool,
+        backend: str,
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """((dx, s1, s2, residual_s2), [dw of each convolution]); None for what is not needed."""
+        outputs = [output.shared() if output.group else output for output in outputs]
+        return BACKENDS[backend].convolve_backward(source, _present(act), _present(mask), outputs, dact, need_dx)
+
+    def backward(self, source, act, mask, outputs, dact, need_dx, backend):
+        """`gradients`, behind the dispatcher where somebody watches that, or may ask for a second derivative, which is an error there."""
+        if not torch.is_grad_enabled() and not is_watched(source.x):
+            return self.gradients(source, act, mask, outputs, dact, need_dx, backend)
+        args = [*source[: self.source_arity], *(nothing(source.x, torch.uint8) if t is None else t for t in (act, mask))]
+        for output in outputs:
+            *tensors, training, geometry, need_dw, group = output
+            args += [*tensors, training, *geometry, need_dw, group]
+        results = overload(f"{self.name}_backward")(*args, dact, need_dx, backend)
+        needed = self._needed(source, outputs, need_dx)
+        results = [t if wanted else None for t, wanted in zip(results, needed, strict=True)]
+        return results[:4], results[4:]
+
+    def _needed(self, source: Source, outputs: Sequence[ConvOutput], need_dx: bool) -> list[bool]:
+        """Which of dx, s1, s2, residual_s2, and of the convolutions' dws, there is."""
+        sums = need_dx and self.pending
+        dws = [output.need_dw and output.dz is not None for output in outputs]
+        return [need_dx, sums, sums, need_dx and source.residual_mean is not None, *dws]
+
+    def _flat_gradients(self, *args) -> tuple[Tensor, ...]:
+        """`gradients` with the schema's arguments and results; what is not needed is an empty tensor."""
+        source, act, mask, outputs, *rest = self._backward_call(args)
+        sums, dws = self.gradients(source, act, mask, outputs, *rest)
+        given = zip((*sums, *dws), self._result_dtypes(source, outputs), strict=True)
+        return tuple(nothing(source.x, dtype) if t is None else t for t, dtype in given)
+
+    def _fake_gradients(self, *args) -> tuple[Tensor, ...]:
+        """The shapes and layouts of `_flat_gradients`."""
+        source, _, _, outputs, _, need_dx, _ = self._backward_call(args)
+        x, dtypes = source.x, self._result_dtypes(source, outputs)
+        vectors = (x.new_empty(x.shape[1], dtype=dtype) for dtype in dtypes[1:4])
+        results = [empty_nhwc(x, x.shape), *vectors, *(torch.empty_like(output.weight) for output in outputs)]
+        needed = self._needed(source, outputs, need_dx)
+        return tuple(t if wanted else nothing(x, t.dtype) for t, wanted in zip(results, needed, strict=True))
+
+    def _backward_call(self, args: Sequence[Any]) -> tuple:
+        """The arguments of `gradients`, from the schema's."""
+        source, (act, mask, *rest) = Source(*args[: self.source_arity]), args[self.source_arity :]
         outputs = []
         for i in range(self.convs):
-            given = rest[OUTPUT_ARITY * i : OUTPUT_ARITY * (i + 1)]
-            *tensors, training, stride, padding, dilation, groups, need_dw, group = given
-            output = ConvOutput(*tensors, training, ConvGeometry(stride, padding, dilation, groups), need_dw, group)
-            outputs.append(output.shared() if group else output)
-        sums, dws = BACKENDS[backend].convolve_backward(
-            source, act if act.numel() else None, mask if mask.numel() else None, outputs, dact, need_dx
-        )
-        results = [nothing(source.x, t) if r is None else r for r, t in zip(sums, self._sum_dtypes(source), strict=True)]
-        results += [nothing(o.weight, o.weight.dtype) if dw is None else dw for dw, o in zip(dws, outputs, strict=True)]
-        return tuple(results)
-
-    def backward_fake(self, *args) -> tuple[Tensor, ...]:
-        """The shapes and layouts of `backward_op`."""
-        *args, dact, need_dx, backend = args
-        source, _, rest = Source(*args[: self.source_arity]), *self._split(args)
-        x = source.x
-        given = (need_dx, need_dx and self.pending, need_dx and self.pending, need_dx and source.residual_mean is not None)
-        results = []
-        for i, (wanted, dtype) in enumerate(zip(given, self._sum_dtypes(source), strict=True)):
-            shape = x.shape if i == 0 else x.shape[1:2]
-            results.append((empty_nhwc(x, shape) if i == 0 else x.new_empty(shape, dtype=dtype)) if wanted else nothing(x, dtype))
-        for i in range(self.convs):
-            at = OUTPUT_ARITY * i
-            dz, weight, need_dw = rest[at], rest[at + 6], rest[at + 13]
-            wanted = need_dw and dz is not None
-            results.append(torch.empty_like(weight) if wanted else nothing(weight, weight.dtype))
-        return tuple(results)
-
-    def _split(self, args: list) -> tuple[list, list]:
-        """(act and mask, the rest) of the backward's arguments behind the source."""
-        return args[self.source_arity : self.source_arity + 2], args[self.source_arity + 2 :]
+            *tensors, training, stride, padding, dilation, groups, need_dw, group = rest[OUTPUT_ARITY * i :][:OUTPUT_ARITY]
+            outputs.append(ConvOutput(*tensors, training, ConvGeometry(stride, padding, dilation, groups), need_dw, group))
+        return source, act, mask, outputs, *args[-3:]
 
     @staticmethod
-    def _sum_dtypes(source: Source) -> tuple[torch.dtype, ...]:
-        return source.x.dtype, *(accumulate_dtype(source.x.dtype),) * 3
+    def _result_dtypes(source: Source, outputs: Sequence[ConvOutput]) -> list[torch.dtype]:
+        dtype = source.x.dtype
+        return [dtype, *[accumulate_dtype(dtype)] * 3, *(output.weight.dtype for output in outputs)]
 
     # ---- autograd ----------------------------------------------------------------------------------------------------
 
-    def setup_context(self, ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        """Save, for each convolution, y with its statistics; the raw input; a raw residual; act; one bit a value of mask."""
-        ctx.set_materialize_grads(False)  # an unused act must not cost a tensor of zeros
-        *args, ctx.backend = inputs
-        source, convs = self.unpack(tuple(args))
-        outputs = [Pending(*output[6 * i : 6 * i + 6]) for i in range(self.convs)]
-        act = output[6 * self.convs] if self.pending else source.x
-        mask = output[-1] if self.residual else None
-        ctx.mark_non_differentiable(
-            *(t for o in outputs for t in (o.var, o.scale, o.bias)),
-            *([act] if self.pending and not self.residual else []),
-            *([mask] if self.residual else []),
-        )
-        raw = source.residual_mean is not None
-        kept = source if raw else source._replace(residual=None)
-        saved = [*kept, act, mask]
-        ctx.statics = []
-        for o, conv in zip(outputs, convs, strict=True):
-            saved += [o.y, o.mean, o.invstd, conv.weight, conv.norm.gamma]
-            ctx.statics.append((conv.norm.training, *conv.geometry, conv.norm.group))
-        ctx.has_residual = source.residual is not None
-        ctx.parameter_dtypes = [
-            tuple(None if p is None else p.dtype for p in (conv.norm.gamma, conv.norm.beta)) for conv in convs
-        ]
-        ctx.save_for_backward(*saved)
+    def _as_node(self, call: Call, run: Callable[[Call], Made], apply: Callable[..., Any]) -> Made:
+        """`run` as a node of autograd."""
+        source, parameters = call.source, []
+        for weight, norm, _ in call.convs:
+            parameters += weight, norm.gamma, norm.beta
+        results = apply(self, call, run, *source[:3], *source[5:8], *parameters)
+        made, act, mask = call.made
+        pendings = []
+        for i, (*_, var, scale, bias) in enumerate(made):
+            y, mean, invstd = results[3 * i : 3 * i + 3]
+            pendings.append(Pending(y, mean, invstd, var, scale, bias))
+        return pendings, results[-1] if self.residual else act, mask
 
-    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple:
-        """The gradients of the flat arguments, from those of the flat results."""
-        tensors = ctx.saved_tensors  # read once: a checkpoint makes them anew each time
-        source, (act, mask, *saved) = Source(*tensors[:10]), tensors[10:]
-        needs = ctx.needs_input_grad
-        dact = channels_last(grads[6 * self.convs]) if self.residual else None
-        outputs, parameter_grads = [], []
-        for i in range(self.convs):
-            dz, s1, s2 = grads[6 * i : 6 * i + 3]
-            at = self.source_arity + CONV_ARITY * i
-            *statics, group = ctx.statics[i]
-            outputs += [channels_last(dz), s1, s2, *saved[5 * i : 5 * i + 5], *statics, needs[at], group]
-            parameter_grads.append(
-                [None if g is None or not needed else g.to(dtype)
-                 for g, needed, dtype in zip((s2, s1), needs[at + 1 : at + 3], ctx.parameter_dtypes[i], strict=True)]
-            )  # fmt: skip
-        need_dx = any(needs[: self.source_arity])
-        if dact is None and all(output is None for output in outputs[::OUTPUT_ARITY]):
+    def _autograd(self, call: Call) -> Made:
+        """What the dispatcher finds where autograd is due."""
+        parameters = [t for weight, norm, _ in call.convs for t in (weight, norm.gamma, norm.beta)]
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*call.source, *parameters):
+            return self._as_node(call, self._below_autograd, Node.apply)
+        return self._below_autograd(call)
+
+
+class Node(torch.autograd.Function):
+    """An operator as a node of autograd.
+
+    Its arguments are the operator, its call, what runs it, and the tensors that a gradient is defined for: x, mean, invstd, the
+    residual's three, and of each convolution weight, gamma, beta. Results are those with a gradient: of each convolution y, mean, invstd;
+    act where it is a result. All else is read from the call and left there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, call: Call, run: Callable[[Call], Made], *_: Tensor | None) -> tuple[Tensor, ...]:
+        """Run and save: for each convolution y with its statistics; the raw input; a raw residual; act; one bit a value of mask."""
+        ctx.set_materialize_grads(False)  # an unused act must not cost a tensor of zeros
+        source = call.source
+        pendings, act, mask = call.made = run(call)
+        saved = list(source) if source.residual_mean is not None else [*source[:5], *NO_RESIDUAL]
+        saved += act if operator.pending else None, mask
+        results, statics = [], []
+        for pending, (weight, norm, geometry) in zip(pendings, call.convs, strict=True):
+            of_y = pending[:3]
+            results += of_y
+            saved += of_y
+            saved += weight, norm.gamma
+            statics.append((norm.training, geometry, norm.group))
+        ctx.save_for_backward(*saved)
+        ctx.known = operator, call.backend, source.residual is not None, statics
+        return (*results, act) if operator.residual else tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of the arguments. Autograd casts them to the arguments' dtypes."""
+        operator, backend, has_residual, statics = ctx.known
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad  # read once: a checkpoint makes what is saved anew each time
+        source, act, mask = Source(*saved[:10]), saved[10], saved[11]
+        dact = channels_last(grads[-1]) if operator.residual else None
+        outputs = []
+        for i, (training, geometry, group) in enumerate(statics):
+            dz, s1, s2 = grads[3 * i : 3 * i + 3]
+            of_conv = saved[12 + 5 * i : 17 + 5 * i]
+            outputs.append(ConvOutput(channels_last(dz), s1, s2, *of_conv, training, geometry, needs[9 + 3 * i], group))
+        if dact is None and all(output.dz is None for output in outputs):
             return (None,) * len(needs)
-        mask = nothing(act, torch.uint8) if mask is None else mask
-        results = call(f"{self.name}_backward")(*source[: self.source_arity], act, mask, *outputs, dact, need_dx, ctx.backend)
-        (dx, s1, s2, residual_s2), dws = results[:4], results[4:]
-        dx, s1, s2 = (dx, s1, s2) if need_dx else (None, None, None)
-        result = [dx]
-        if self.pending:
-            result += [s1, s2, None, None]
-        if self.residual:  # a residual shares dz, and where it is raw, s1
-            raw = source.residual_mean is not None
-            result += [dx if ctx.has_residual else None, s1 if raw else None, residual_s2 if raw else None, None, None]
-        for i in range(self.convs):
-            used, wanted = outputs[OUTPUT_ARITY * i] is not None, needs[self.source_arity + CONV_ARITY * i]
-            result += [dws[i] if used and wanted else None, *parameter_grads[i], *(None,) * (CONV_ARITY - 3)]
-        return (*result, *(None,) * (len(needs) - len(result)))
+        (dx, s1, s2, residual_s2), dws = operator.backward(
+            source, act if operator.pending else source.x, mask, outputs, dact, any(needs[3:9]), backend
+        )
+        # A residual shares dz, and where it is raw, s1.
+        result = [None, None, None, dx, s1, s2, dx if has_residual else None, None if residual_s2 is None else s1, residual_s2]
+        for i, (output, dw) in enumerate(zip(outputs, dws, strict=True)):
+            need_dgamma, need_dbeta = needs[10 + 3 * i : 12 + 3 * i]
+            result += dw, output.s2 if need_dgamma else None, output.s1 if need_dbeta else None
+        return tuple(result)
+
+
+#: `Node.apply` for plain tensors, where no transform of torch.func is: all that it does in Python is to look for one.
+_apply = super(torch.autograd.Function, Node).apply
+
+
+def _any_size(x: Tensor) -> bool:
+    """Whether a compiler is at work that leaves a size of x open."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not all(has_static_value(size) for size in x.shape)
+
+
+def _present(t: Tensor | None) -> Tensor | None:
+    return t if t is not None and t.numel() else None
 
 
 def suffixes(convs: int) -> list[str]:
@@ -256,5 +364,4 @@ OPERATORS = {
 }
 
 for _operator in OPERATORS.values():
-    define(_operator.backward_schema, _operator.backward_op, _operator.backward_fake)
-    define(_operator.schema, _operator.forward, _operator.fake, _operator.setup_context, _operator.backward)
+    _operator.define()

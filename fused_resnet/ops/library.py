@@ -8,28 +8,41 @@ from torch import Tensor
 
 NAMESPACE = "fused_resnet"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+PLAIN = (Tensor, torch.nn.Parameter)
+# What is asked at each call, twice, found once.
+_modes = torch._C._len_torch_dispatch_stack
+_transforms, _is_transformed = torch._C._functorch.peek_interpreter_stack, torch._C._functorch.is_functorch_wrapped_tensor
+_profiles, _traces = torch._C._autograd._profiler_enabled, torch._C._get_tracing_state
 _DIRECT: dict[str, Callable[..., Any]] = {}
 
 
 def define(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], differentiable: Callable[..., Any] | None = None
+) -> None:
+    """Define a functional operator: one implementation for all devices, its fake, and what runs it as a node of autograd.
+
+    `define` and `impl` rather than `custom_op`, which costs several microseconds more at each call. Without `differentiable`, as a
+    backward operator is, differentiating through it is an error and never a missing gradient.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, differentiable or _differentiable(name, _below_autograd(name), None, _refuse(name)), "Autograd")
+
+
+def define_with_formula(
     schema: str,
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
-    """Define a functional operator with one implementation for all devices, its fake and its autograd formula.
-
-    `define` and `impl` rather than `custom_op`, which costs several microseconds more at each call. Without a formula, as a
-    backward operator has none, differentiating through it is an error and never a missing gradient.
-    """
+    """`define` of an operator that `call` finds, by its autograd formula over the schema's flat arguments."""
     name = schema.partition("(")[0]
-    LIBRARY.define(schema)
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    backward = backward or _refuse(name)
-    LIBRARY.impl(name, _differentiable(name, _below_autograd(name), setup_context, backward), "Autograd")
-    _DIRECT[name] = _differentiable(name, implementation, setup_context, backward)
+    formula = setup_context, backward or _refuse(name)
+    define(schema, implementation, fake, _differentiable(name, _below_autograd(name), *formula))
+    _DIRECT[name] = _differentiable(name, implementation, *formula)
 
 
 def _below_autograd(name: str) -> Callable[..., Any]:
@@ -74,25 +87,26 @@ def call(name: str) -> Callable[..., Any]:
     direct = _DIRECT[name]
 
     def run(*args: Any) -> Any:
-        return direct(*args) if _undispatched(args[0]) else overload(name)(*args)
+        return overload(name)(*args) if is_watched(args[0]) else direct(*args)
 
     return run
 
 
-def _undispatched(x: Tensor) -> bool:
-    """Whether an operator on x reaches its implementation and nothing else: it is unwatched, and no profiler lists operators."""
-    return unwatched(x) and not torch._C._autograd._profiler_enabled()
+def is_watched(x: Tensor) -> bool:
+    """Whether an operator on x has to pass the dispatcher, since somebody sees it pass: x is not plain, or a profiler lists operators."""
+    return _profiles() or not is_plain(x)
 
 
-def unwatched(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Whether x is numbers and nothing else: no compiler, tracer, mode, transform, subclass or fake looks for operators on it."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not x.is_meta
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
+    return not (
+        torch.compiler.is_compiling()
+        or type(x) not in PLAIN
+        or x.is_meta
+        or _modes() > 0
+        or _transforms() is not None
+        or _is_transformed(x)
+        or _traces() is not None
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..reference import Source, accumulate_dtype
 from .checks import check_pool, check_source
-from .library import call, channels_last, define, empty_nhwc, nothing
+from .library import call, channels_last, define_with_formula, empty_nhwc, nothing
 
 SOURCE = "Tensor x, Tensor mean, Tensor invstd, Tensor scale, Tensor bias"
 RESIDUAL = (
@@ -203,39 +203,39 @@ def _norm_add_act_avg_pool_backward_fake(dout, *args):
     return _sums_like(source.x, source.residual_mean is not None)
 
 
-define(
+define_with_formula(
     f"norm_add_act_backward(Tensor dact, {SOURCE}, {RESIDUAL}, Tensor mask, bool relu, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _norm_add_act_backward,
     _norm_add_act_backward_fake,
 )
-define(
+define_with_formula(
     f"norm_add_act({SOURCE}, {RESIDUAL}, bool relu, str backend) -> (Tensor, Tensor)",
     _norm_add_act,
     _norm_add_act_fake,
     _norm_add_act_setup,
     _norm_add_act_formula,
 )
-define(
+define_with_formula(
     f"norm_act_max_pool_backward(Tensor dout, Tensor index, {SOURCE}, int kernel_size, int stride, int padding, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _norm_act_max_pool_backward,
     _norm_act_max_pool_backward_fake,
 )
-define(
+define_with_formula(
     f"norm_act_max_pool({SOURCE}, int kernel_size, int stride, int padding, str backend) -> (Tensor, Tensor)",
     _norm_act_max_pool,
     _norm_act_max_pool_fake,
     _norm_act_max_pool_setup,
     _norm_act_max_pool_formula,
 )
-define(
+define_with_formula(
     f"norm_add_act_avg_pool_backward(Tensor dout, {SOURCE}, {RESIDUAL}, Tensor mask, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _norm_add_act_avg_pool_backward,
     _norm_add_act_avg_pool_backward_fake,
 )
-define(
+define_with_formula(
     f"norm_add_act_avg_pool({SOURCE}, {RESIDUAL}, str backend) -> (Tensor, Tensor)",
     _norm_add_act_avg_pool,
     _norm_add_act_avg_pool_fake,

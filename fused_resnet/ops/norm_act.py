@@ -10,14 +10,13 @@ from torch import Tensor
 
 from ..backends import BACKENDS
 from ..reference import Norm, accumulate_dtype
-from .checks import check_activation, check_vector
-from .library import call, channels_last, define, empty_nhwc
+from .checks import NORM_VECTORS, check_activation, check_vectors
+from .library import call, channels_last, define_with_formula, empty_nhwc
 
 
 def _check(x: Tensor, norm: Norm) -> None:
     check_activation("x", x)
-    for name in ("gamma", "beta", "running_mean", "running_var"):
-        check_vector(name, getattr(norm, name), x.shape[1], x)
+    check_vectors(NORM_VECTORS, norm[:4], x.shape[1], x)
     if norm.training and x.numel() == x.shape[1]:  # PyTorch's own words
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     if not norm.training and (norm.running_mean is None or norm.running_var is None):
@@ -77,13 +76,13 @@ def _backward_fake(dact, x, *_):
     return empty_nhwc(x, x.shape), s1, s2
 
 
-define(
+define_with_formula(
     "norm_act_backward(Tensor dact, Tensor x, Tensor mean, Tensor invstd, Tensor scale, Tensor bias, Tensor? gamma, bool training,"
     " str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
-define(
+define_with_formula(
     "norm_act(Tensor x, Tensor? gamma, Tensor? beta, Tensor? running_mean, Tensor? running_var, bool training, float eps,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _norm_act,
