@@ -166,12 +166,14 @@ def held(module: nn.Module, name: str) -> Tensor | None:
 
 def _is_frozen(norm: nn.Module) -> bool:
     """Whether the statistics are constants in training, too."""
-    return type(norm) is not nn.BatchNorm2d and (is_frozen_norm(norm) or is_frozen_norm_act(norm))
+    return is_frozen_norm(norm) or is_frozen_norm_act(norm)
 
 
 def uses_batch(norm: nn.Module) -> bool:
     """Whether the batch's own statistics normalise."""
-    return (norm.training and not _is_frozen(norm)) or norm.running_mean is None
+    if norm.training and (type(norm) is nn.BatchNorm2d or not _is_frozen(norm)):
+        return True
+    return norm.running_mean is None
 
 
 def batch_statistics(norm: nn.BatchNorm2d | nn.SyncBatchNorm, out: Pending) -> tuple[BatchStatistics, ...]:
