@@ -5,7 +5,7 @@
 #
 # PART  test      build the native library, and run tests/ on the GPU
 #       sanitize  every pass under compute-sanitizer's memcheck, racecheck, synccheck and initcheck; the operator tests, of the CUDA passes
-#                 and of the Triton convolutions, under the first three
+#                 and of the Triton convolutions, those of inference too, under the first three
 #       kernels   time every pass on ResNet-18's and ResNet-50's shapes against PyTorch's eager mode, torch.compile and cuDNN
 #       convolutions
 #                 time every operator that ends in a convolution, forward and backward, on ResNet-50's and ResNet-18's shapes against the
@@ -139,6 +139,8 @@ case $part in
       step "convolutions-$tool" "$(sanitizer)" --tool "$tool" --error-exitcode 9 --target-processes application-only \
         --kernel-name kns=conv_ "$python" -m pytest tests/test_operators.py -x -q -o addopts= \
         -k "triton and not passes_triton and float16 and training"
+      step "inference-$tool" "$(sanitizer)" --tool "$tool" --error-exitcode 9 --target-processes application-only \
+        --kernel-name kns=conv_ "$python" -m pytest tests/test_conv_affine_act.py -x -q -o addopts= -k "test_the_kernel_agrees and float16"
     done
     ;;
   kernels)

@@ -219,6 +219,7 @@ def test_a_missing_sanitizer_is_a_failure(tmp_path, python):
         f"sanitize-{step}.failed"
         for step in (
             *(f"convolutions-{tool}" for tool in ("memcheck", "racecheck", "synccheck")),
+            *(f"inference-{tool}" for tool in ("memcheck", "racecheck", "synccheck")),
             "initcheck", "memcheck", "operators-memcheck", "operators-racecheck", "operators-synccheck", "racecheck", "synccheck",
         )
     ]
@@ -227,11 +228,17 @@ def test_a_missing_sanitizer_is_a_failure(tmp_path, python):
 
 def test_the_sanitized_operator_tests_are_there():
     """An expression that chooses nothing would pass unseen. Here `emulated` stands for the GPU's library."""
-    cuda, triton = re.findall(r'-k "([^"]*float16[^"]*)"', SCRIPT.read_text())
-    for expression in (cuda.replace("passes_cuda", "emulated" if DEVICE.type == "cpu" else "passes_cuda"), triton):
-        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_operators.py", "-k", expression]
+    wanted = {
+        "tests/test_operators.py": r"test_error_is_at_most_twice_eagers\[.*float16.*training",
+        "tests/test_conv_affine_act.py": r"test_the_kernel_agrees\[.*float16",
+    }
+    chosen = re.findall(r'-m pytest (\S+)[^"]*-k "([^"]*float16[^"]*)"', SCRIPT.read_text())
+    assert [path for path, _ in chosen] == ["tests/test_operators.py"] * 2 + ["tests/test_conv_affine_act.py"]
+    for path, expression in chosen:
+        expression = expression.replace("passes_cuda", "emulated" if DEVICE.type == "cpu" else "passes_cuda")
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", path, "-k", expression]
         done = subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True, check=False)
-        assert len(re.findall(r"test_error_is_at_most_twice_eagers\[.*float16.*training", done.stdout)) > 5, done.stdout
+        assert len(re.findall(wanted[path], done.stdout)) > 5, done.stdout
 
 
 def test_every_program_that_it_calls_is_there():
