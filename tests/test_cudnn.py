@@ -356,7 +356,7 @@ def pending(ratio: float, channels: int = 64) -> tuple[Source, torch.Tensor]:
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 10.0, 100.0, 1000.0])
 def test_rounded_coefficients_cost_less_than_eagers_rounding_of_the_raw_output(ratio):
     """z of the unrounded raw output in float64, against eager's float16 (x and z rounded) and against cuDNN's prologue."""
-    source, exact = pending(ratio)
+    source, exact = pending(ratio, channels=512)  # the quotient is 1.8; of 64 channels' draws one in a hundred is above 2
     truth = exact * source.scale.double()[:, None, None] + source.bias.double()[:, None, None]
     eager = affine(source.x, source.scale, source.bias).half().double()
     read = work.as_cudnn_reads(source)
