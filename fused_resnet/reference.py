@@ -438,8 +438,10 @@ class Reference:
     ) -> Tensor:
         """act = relu(conv(x)·scale + bias + residual), without a gradient: what inference asks for. [N, K, P, Q].
 
-        `scale`, None for one, and `bias` are [K]; `residual` is of act's shape, or None; without `relu` the sum itself is act. A kernel
-        rounds once. Here, as in every backend without one, the framework's convolution rounds as well, and one pass does the rest.
+        x [N, C, H, W] and `residual`, of act's shape or None, are channels_last, with the weight [K, C/groups, R, S] of one dtype, act's;
+        `scale`, None for one, and `bias` are [K], floating; without `relu` the sum itself is act. Arguments are not checked here, but in
+        `ops`. A kernel rounds once. Here, as in every backend without one, the framework's convolution rounds as well, and one pass does
+        the rest.
         """
         dtype = accumulate_dtype(x.dtype)
         y = nhwc(torch.conv2d(x, weight, None, *geometry))

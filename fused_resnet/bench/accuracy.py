@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backends.convolutions import allow_tf32
-from ..reference import accumulate_dtype
+from ..reference import Source, accumulate_dtype
 
 #: The largest error, over the scale, of a result whose terms or elements were stored in that dtype. Products of float32 lose more to their
 #: order than to being stored.
@@ -61,9 +61,13 @@ def of_statistics(y: Tensor, mean: Tensor, invstd: Tensor, precision: torch.dtyp
     return [Terms.of(wide / count, precision), Terms.of(centred.mul_(wide).mul_((invstd**3 / count)[:, None, None]), precision)]
 
 
-def of_sums(dz: Tensor, precision: torch.dtype, *pairs: tuple[Tensor, Tensor, Tensor]) -> list[Terms]:
-    """The terms of Σ dz, and of Σ dz·x̂ for each (x, mean, invstd)."""
-    wide = _wide(dz)
+def of_sums(dz: Tensor, precision: torch.dtype, source: Source | None = None) -> list[Terms]:
+    """The terms of Σ dz, and, of a source, of Σ dz·x̂ and of the same of a raw residual."""
+    wide, pairs = _wide(dz), []
+    if source is not None:
+        pairs.append((source.x, source.mean, source.invstd))
+        if source.residual_mean is not None:
+            pairs.append((source.residual, source.residual_mean, source.residual_invstd))
     products = [(_wide(x) - mean[:, None, None]).mul_(invstd[:, None, None]).mul_(wide) for x, mean, invstd in pairs]
     return [Terms.of(t, precision) for t in (wide, *products)]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..problem import NormProblem
-from ..reference import Reference, accumulate_dtype, nhwc, pack_mask
+from ..reference import Reference, Source, accumulate_dtype, nhwc, pack_mask
 from ..roofline import Kernel, Network
 from . import accuracy
 from .accuracy import Terms
@@ -58,7 +58,7 @@ class Inputs:
 
     def sum_terms(self, expected: Results) -> list[Terms | None]:
         """The terms of (dz, Σ dz, Σ dz·x̂)."""
-        return [None, *accuracy.of_sums(expected[0], self.dtype, (self.x, self.mean, self.invstd))]
+        return [None, *accuracy.of_sums(expected[0], self.dtype, Source(self.x, self.mean, self.invstd))]
 
     def tensor(self, height: int | None = None, offset: float = 0.0) -> Tensor:
         """[n, c, h, w], or [n, c, height, height]."""

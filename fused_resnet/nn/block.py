@@ -19,6 +19,7 @@ from .modules import (
     is_nothing,
     is_relu,
     is_unobserved,
+    met,
     runs_modules,
     why_not,
 )
@@ -85,10 +86,7 @@ class Block(nn.Module):
 
     def fusible(self) -> bool:
         """Whether the operators can stand for the modules of this block, and none of them is watched."""
-        for fits, module in self.requirements():  # noqa: SIM110  (a generator costs the host as much as what it asks)
-            if not fits(module):
-                return False
-        return True
+        return met(self.requirements())
 
     def why_not(self) -> str | None:
         """Why this block runs PyTorch's own modules, in words; None where it need not."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .modules import Requirement, compute_dtype, geometry, is_conv, is_folded_conv, is_norm, is_nothing, is_relu
+from .modules import Requirement, compute_dtype, geometry, is_conv, is_folded_conv, is_norm, is_nothing, is_relu, met
 
 #: What stands, in a folded block, where a block has what the first asks for.
 _INSTEAD = {is_conv: is_folded_conv, is_norm: is_nothing}
@@ -24,7 +24,7 @@ def requirements(block: nn.Module) -> list[Requirement]:
 
 def is_folded(block: nn.Module) -> bool:
     """Whether `requirements` are met."""
-    return all(fits(module) for fits, module in requirements(block))
+    return met(requirements(block))
 
 
 def block_forward(block: nn.Module, x: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def uses_batch(norm: nn.Module) -> bool:
 
 def batch_statistics(norm: nn.BatchNorm2d | nn.SyncBatchNorm, out: Pending) -> tuple[BatchStatistics, ...]:
     """What `out` tells `norm`'s running statistics: nothing outside training."""
-    if not norm.training or not getattr(norm, "track_running_stats", False):  # a frozen norm of torchvision has no such attribute
+    if not norm.training or not getattr(norm, "track_running_stats", False):  # a frozen norm has no such attribute
         return ()
     return (BatchStatistics(norm, *moments(out, shared=bool(sharing_group(norm)))),)
 
@@ -186,9 +186,12 @@ def batch_statistics(norm: nn.BatchNorm2d | nn.SyncBatchNorm, out: Pending) -> t
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast has convolutions of x run in; None where it is off, or leaves x as it is."""
     kind = x.device.type
-    if kind in _AUTOCAST and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return None
+    return torch.get_autocast_dtype(kind) if autocasts(kind) and x.dtype != torch.float64 else None
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for a kind of device, "cuda" or another."""
+    return kind in _AUTOCAST and torch.is_autocast_enabled(kind)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -212,6 +215,14 @@ def runs_modules(x: Tensor, dtype: torch.dtype) -> bool:
 def runs_fused(x: Tensor) -> bool:
     """Whether the operators take x, which may be anything that a module is called with; else PyTorch's own modules do."""
     return isinstance(x, Tensor) and x.is_floating_point() and not runs_modules(x, compute_dtype(x))
+
+
+def met(requirements: Iterable[Requirement]) -> bool:
+    """Whether all requirements are met."""
+    for fits, module in requirements:  # noqa: SIM110  (a generator costs the host as much as what it asks)
+        if not fits(module):
+            return False
+    return True
 
 
 def why_not(requirements: Iterable[Requirement], names: Mapping[nn.Module, str]) -> str | None:

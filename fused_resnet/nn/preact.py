@@ -17,6 +17,7 @@ from .modules import (
     conv_and_norm,
     geometry,
     is_conv,
+    met,
     norm_of,
     runs_fused,
     why_not,
@@ -57,7 +58,7 @@ class PreActivation(nn.Module):
 
     def fusible(self) -> bool:
         """Whether the operators can stand for the modules of this block, and none of them is watched."""
-        return all(fits(module) for fits, module in self.requirements())
+        return met(self.requirements())
 
     def why_not(self) -> str | None:
         """Why this block runs PyTorch's own modules, in words; None where it need not."""

@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .. import ops
 from ..ops import Conv, Pending
 from ..reference import Reference, Source
+from .modules import autocasts
 
 #: Of a tensor: its storage, and what it is of that. No two tensors that are alive have the same.
 Key = tuple[int, int, torch.Size]
@@ -189,6 +190,5 @@ def _key(tensor: Tensor) -> Key:
 def _as_in_forward(make: Callable[[Tensor], Tensor], read: Tensor) -> Tensor:
     """make(read) in the dtypes of the forward, whatever autocast the backward runs under."""
     kind = read.device.type
-    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if cast else nullcontext():
+    with torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext():
         return make(read)
