@@ -96,7 +96,7 @@ class Block(nn.Module):
     def advance(self, a: Activation) -> Activation:
         """From the activation before this block to the one behind it, which stays pending."""
         if not self.fusible():
-            return enter(folded.block_forward(self, a.finish()))
+            return Activation(folded.block_forward(self, a.finish()))  # in its own layout: whoever needs another converts
         first, *rest = self.branch()
         again = recomputation(self.recompute)
         with again or nullcontext():
