@@ -18,6 +18,7 @@ from ..nn import Activation, Block
 from ..nn.activation import BatchStatistics, update_running_statistics
 from ..nn.block import to_nhwc
 from ..nn.chain import advance
+from ..nn.folded import inferring
 from ..nn.modules import (
     autocast_dtype,
     batch_statistics,
@@ -30,6 +31,7 @@ from ..nn.modules import (
     observed,
 )
 from ..ops import Conv, Norm, Pending
+from ..ops.checks import output_size
 from .kinds import is_conv_like, is_norm_like, is_relu_like, norm_forward, why_no_conv
 from .trace import IN_PLACE, NORM_OF, Traced, calls, type_of
 
@@ -40,6 +42,25 @@ class Lazy(NamedTuple):
     x: Pending
     residual: Tensor | Pending | None = None
     relu: bool = False
+
+
+class LazyConv(NamedTuple):
+    """relu(conv(x) + residual), or without relu, not yet made: where only numbers are wanted, of a convolution with a bias."""
+
+    x: Tensor
+    conv: nn.Conv2d
+    residual: Tensor | None = None
+    relu: bool = False
+
+    def make(self) -> Tensor:
+        """The convolution, in one call of the backend."""
+        x, conv = self.x, self.conv
+        return ops.conv_affine_act(x, conv.weight.to(x.dtype), geometry(conv), None, conv.bias, self.residual, self.relu)
+
+
+def is_lazy(value: Any) -> bool:
+    """Whether a value is not yet made."""
+    return type(value) is Lazy or type(value) is LazyConv
 
 
 class Ref(NamedTuple):
@@ -67,6 +88,8 @@ class Run:
         value = self.values[index]
         if type(value) is Lazy:
             value = self.values[index] = ops.norm_add_act(*value)
+        elif type(value) is LazyConv:
+            value = self.values[index] = value.make()
         return value
 
     def make_all(self) -> None:
@@ -96,7 +119,9 @@ class Plan:
     def __init__(self, traced: Traced):
         self.traced = traced
         self.pairs: list[Pair] = []
+        self.folds: list[Pair] = []  #: those, and some that the operators can't run
         self.alone: list[nn.Module] = []  #: convolutions of an activation that is made on the way, without a norm
+        self.affine: list[nn.Module] = []  #: convolutions with a bias and without a norm, which is one call in inference
         self.refused: dict[nn.Module, str] = {}  #: convolutions that no step fuses, and why
         self.calls: list[nn.Module] = []  #: modules that are called as they are
         self.blocks: list[Block] = []
@@ -110,7 +135,7 @@ class Plan:
     @property
     def fuses(self) -> bool:
         """Whether an operator has anything to do in it."""
-        return bool(self.pairs or self.blocks)
+        return bool(self.pairs or self.blocks) or any(not conv.training for conv in self.affine)
 
     def run(self, args: Sequence[Tensor]) -> Any:
         """What the forward makes of these tensors."""
@@ -151,11 +176,12 @@ class Plan:
     def _conv_before(self, node: Node) -> Node | None:
         """The convolution whose output `node` alone reads, where that is a norm; the convolution then runs where the norm stands."""
         before = self._only_input(node)
-        conv = None if before is None else self._module(before)
-        if not is_conv_like(conv) or self._only_input(before) is None:
+        conv, norm = None if before is None else self._module(before), self._module(node)
+        if not (isinstance(conv, nn.Conv2d) and is_norm_like(norm)) or self._only_input(before) is None:
             return None
-        norm = self._module(node)
-        if not is_norm_like(norm):
+        if len(before.users) == 1:
+            self.folds.append(Pair(conv, norm))
+        if not is_conv_like(conv):
             return None
         if len(before.users) != 1:
             self.refused[conv] = "its output is read by others than the norm"
@@ -240,6 +266,9 @@ class Plan:
                 return step._replace(run=run_conv)
             else:
                 self.refused.setdefault(module, self._why_alone(node))
+                if module.bias is not None and self._only_input(node) is not None:
+                    self.affine.append(module)
+                    return step._replace(run=run_affine)
         return step
 
     def _why_alone(self, node: Node) -> str:
@@ -335,7 +364,7 @@ def run_read(step: Step, run: Run) -> Any:
 def run_relu(step: Step, run: Run) -> Any:
     """Left to whoever reads it, if nobody else reads what it reads."""
     value = run.values[step.args[0].index]
-    if step.alone and type(value) is Lazy and not value.relu:
+    if step.alone and is_lazy(value) and not value.relu:
         return value._replace(relu=True)
     return run_call(step, run)
 
@@ -344,14 +373,25 @@ def run_add(step: Step, run: Run) -> Any:
     """Left to whoever reads it, where one of the two is norm(x) that nobody else reads; the first, if it is added to in place."""
     values = [run.values[ref.index] for ref in step.args]
     in_place = step.call == "add_" or getattr(step.call, "__name__", "") in ("iadd", "add_")
-    free = [alone and type(v) is Lazy and v.residual is None and not v.relu for alone, v in zip(step.alone, values, strict=True)]
+    free = [alone and is_lazy(v) and v.residual is None and not v.relu for alone, v in zip(step.alone, values, strict=True)]
     main = 0 if free[0] else 1
     if free[main] and not (in_place and main):
-        other = values[1 - main].x if free[1 - main] else run.tensor(step.args[1 - main].index)
-        y, added = values[main].x.y, other.y if type(other) is Pending else other
-        if isinstance(added, Tensor) and (added.shape, added.dtype, added.device) == (y.shape, y.dtype, y.device):
-            return Lazy(values[main].x, to_nhwc(other) if isinstance(other, Tensor) else other)
+        value, other = values[main], values[1 - main]
+        raw = type(value) is Lazy and type(other) is Lazy and free[1 - main]
+        other = other.x if raw else run.tensor(step.args[1 - main].index)
+        added = other.y if raw else other
+        if isinstance(added, Tensor) and (added.shape, added.dtype, added.device) == like(value):
+            return value._replace(residual=other if raw else to_nhwc(other))
     return run_call(step, run)
+
+
+def like(value: Lazy | LazyConv) -> tuple[torch.Size, torch.dtype, torch.device]:
+    """Shape, dtype and device of what it will be."""
+    if type(value) is Lazy:
+        return value.x.y.shape, value.x.y.dtype, value.x.y.device
+    x, conv = value.x, value.conv
+    sizes = zip(x.shape[2:], conv.kernel_size, *geometry(conv)[:3], strict=True)
+    return torch.Size((x.shape[0], conv.out_channels, *(output_size(*size) for size in sizes))), x.dtype, x.device
 
 
 def run_norm_act(step: Step, run: Run) -> Any:
@@ -390,6 +430,14 @@ def run_conv(step: Step, run: Run) -> Any:
     weight = conv.weight.to(value.x.y.dtype)
     zeros, ones = conv.weight.new_zeros(conv.out_channels), conv.weight.new_ones(conv.out_channels)
     return ops.norm_act_conv(value.x, Conv(weight, Norm(None, None, zeros, ones, False, 0.0), geometry(conv))).y
+
+
+def run_affine(step: Step, run: Run) -> Any:
+    """A convolution with a bias, which takes along what follows it where only numbers are wanted."""
+    x, conv = run.tensor(step.args[0].index), step.call
+    if conv.training or not takes(x, conv) or not inferring(x, (conv,)):
+        return run_call(step, run)
+    return LazyConv(to_nhwc(x.to(autocast_dtype(x) or x.dtype)), conv)
 
 
 def run_pair(step: Step, run: Run) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..backends import resolve
-from ..nn import Block, PreActivation, ResidualNetwork, Stage
+from ..nn import Block, ResidualNetwork, Stage
 from ..nn.chain import conv_norm_act_length, flatten, is_sequence
 from ..nn.folded import conv_act_length
 from ..nn.modules import compute_dtype, observed
@@ -16,7 +16,7 @@ from .kinds import why_no_conv
 from .known import LayerGetter, TimmResNet, TorchvisionResNet, is_norm_layer, knowledge_of
 from .recompute import has_inside
 from .sequences import holds_layer, holds_stem, may_hold_layer, stem_length
-from .structure import Structured, is_leaf, plans_of
+from .structure import Structured, is_block, is_leaf, plans_of
 from .swap import Fused
 from .trace import original_of, trace
 
@@ -91,7 +91,7 @@ def report(model: nn.Module) -> Report:
         reason = None if module in spoken_for else _why_not(module)
         if reason is None:
             continue
-        if isinstance(module, Block | PreActivation) or knows(module):
+        if is_block(module) or knows(module):
             spoken_for.update(module.modules())
         elif isinstance(module, Structured):
             traced, plan = plans_of(module).current()
@@ -123,7 +123,7 @@ def _judged(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """(convolution, why it is not fused or "") of those in a module."""
     if isinstance(module, _CONVS):
         yield module, NOT_CALLED
-    elif isinstance(module, Block | PreActivation):
+    elif is_block(module):
         yield from _of_block(module)
     elif isinstance(module, Structured):
         yield from _of_structure(module)
@@ -157,6 +157,9 @@ def _of_structure(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     yield from plan.refused.items()  # some of which other calls of the same module fuse
     yield from ((pair.conv, "") for pair in plan.pairs)
     yield from ((conv, "") for conv in plan.alone)
+    for conv in plan.affine:
+        if not conv.training and not any(p.requires_grad for p in conv.parameters()):
+            yield conv, ""
 
 
 def _of_row(queue: list[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
@@ -172,7 +175,7 @@ def _of_row(queue: list[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
 def _why_not(module: nn.Module) -> str | None:
     """Why a module is not fused; "" where it is, None where it is none that the report speaks of."""
     fused = isinstance(module, Fused)
-    if isinstance(module, Block | PreActivation):
+    if is_block(module):
         return module.why_not() or ""
     if isinstance(module, _NETWORKS):
         return _stem_reason(module)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import Block, PreActivation
+from ..nn import Block, PreActivation, ResidualNetwork, Stage
 from ..nn.modules import observed, runs_fused
 from .kinds import is_batch_norm, is_conv_like
 from .plan import Plan
@@ -28,11 +28,13 @@ class Plans:
     def __reduce__(self) -> Any:
         return Plans, ()
 
-    def current(self) -> tuple[Traced, Plan | None]:
+    def current(self) -> tuple[Traced, Plan | None] | None:
         """The forward as it would run now."""
         for found in self.known:
             if found[0].holds():
                 return found
+        if torch.compiler.is_compiling():  # which can't trace within: what has changed runs as it stands
+            return None
         with _lock:
             traced = trace(self.owner, is_leaf)
             found = traced, None if traced.graph is None else Plan(traced)
@@ -53,9 +55,8 @@ class Structured:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's."""
-        plan = None
-        if not vars(self).get("_is_replica", False):  # of DataParallel, which lives for one forward
-            traced, plan = plans_of(self).current()
+        replica = vars(self).get("_is_replica", False)  # of DataParallel, which lives for one forward
+        traced, plan = (None if replica else plans_of(self).current()) or (None, None)
         if plan is not None and plan.fuses:
             given = arguments(traced.parameters, args, kwargs)
             if given is not None and runs_fused(given[0]):
@@ -79,7 +80,7 @@ def arguments(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> tu
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a trace takes a module as one step, and does not look into it."""
-    if observed(module) or isinstance(module, Block | PreActivation | torch.jit.ScriptModule):
+    if observed(module) or is_block(module) or isinstance(module, torch.jit.ScriptModule):
         return True
     cls = type(module)
     if hasattr(cls, "fuse_original"):
@@ -89,6 +90,11 @@ def is_leaf(module: nn.Module) -> bool:
     if cls.forward is nn.Sequential.forward:
         return holds_convolution(module)
     return cls.__module__.startswith("torch.nn.") or holds_convolution(module) or not is_traceable(module)
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module runs as a residual block."""
+    return isinstance(module, Block | PreActivation) and not isinstance(module, Structured)
 
 
 def looked_into(module: nn.Module) -> bool:
@@ -111,6 +117,8 @@ def may_be_looked_into(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule | nn.ModuleList | nn.ModuleDict) or not holds_convolution(module):
         return False
     if type(module).__module__.startswith("torch.nn.") and type(module).forward is not nn.Sequential.forward:
+        return False
+    if isinstance(module, ResidualNetwork | Stage) or (is_block(module) and (module.fusible() or module.why_not() is None)):  # ours
         return False
     found = plans_of(module).current()[1] is not None
     if not found:

@@ -121,7 +121,7 @@ def is_of_use(module: nn.Module) -> bool:
     """Whether a module may run on the operators."""
     if isinstance(module, Structured):
         plan = plans_of(module).current()[1]
-        return plan is not None and plan.fuses
+        return plan is not None and (plan.fuses or bool(plan.affine))
     return isinstance(module, Fused | Block | PreActivation | Stage)
 
 

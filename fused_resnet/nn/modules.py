@@ -38,6 +38,12 @@ def observed(module: nn.Module) -> bool:
     )
 
 
+def is_row(module: nn.Module | None) -> bool:
+    """Whether a module is nn.Sequential, or of a subclass that calls its members as that does; also after `fuse`."""
+    cls = getattr(type(module), "fuse_original", type(module))
+    return isinstance(module, nn.Sequential) and cls.forward is nn.Sequential.forward and cls.__call__ is nn.Module.__call__
+
+
 def is_unobserved(module: nn.Module | None) -> bool:
     """A module that nobody watches, or none."""
     return module is None or not observed(module)
