@@ -88,7 +88,7 @@ def test_passes_says_what_it_lacks(monkeypatch):
         assert "not torch.float64" in backend.declines(CPU, torch.float64)
         assert "'mps'" in backend.declines(torch.device("mps"), torch.float32)
     assert "'cpu'" in cuda.declines(CPU, torch.float32)
-    monkeypatch.setattr("fused_resnet.native.load", lambda: "not built: nvcc was not found")
+    monkeypatch.setattr("fused_resnet.native.CUDA.load", lambda: "not built: nvcc was not found")
     assert cuda.declines(torch.device("cuda"), torch.float32) == "native library not built: nvcc was not found"
     assert "bfloat16" in triton.declines(CPU, torch.bfloat16) or torch.cuda.is_available()
     monkeypatch.setenv("TRITON_INTERPRET", "0")
