@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chains import DEVICE
+from chains import DEVICE, LANGUAGES
 
 from fused_resnet import native, native_kernels
 from fused_resnet.backends import BACKENDS
@@ -204,11 +204,10 @@ def vectors(count, channels=16):
     return [torch.rand(channels, device=DEVICE) for _ in range(count)]
 
 
-@pytest.fixture
-def operators():
-    """The native library's operators: on a CPU, of the build for the host, which has the same checks."""
-    backend = BACKENDS["passes_cuda" if DEVICE.type == "cuda" else "emulated"]
-    return backend.operators if (reason := backend.declines(DEVICE, torch.float16)) is None else pytest.skip(reason)
+@pytest.fixture(params=[name for name in LANGUAGES if name != "passes_triton"])
+def operators(request):
+    """A native library's operators: on a CPU, those for CPUs, and of the CUDA kernels the build for the host, which has the same checks."""
+    return BACKENDS[request.param].operators
 
 
 def calls() -> dict[str, dict]:

@@ -314,13 +314,15 @@ FUSED_RESNET_INLINE unsigned load_mask(const uint8_t* from, Cut cut) {
 
 // Whole bytes of a mask in every block. Two sizes: wide ones keep several sums in flight, and the narrow ones take what is left.
 constexpr int kNarrow = kLanes < 8 ? 8 / kLanes : 1;  // vectors
-constexpr int kWide = 2 * kNarrow;
+constexpr int kWide = 2;
 
 // Calls body(Constant<vectors>, channel, how many) for the blocks of a row.
 template <typename Body>
 FUSED_RESNET_INLINE void over_channels(int channels, Body&& body) {
   int channel = 0;
-  for (; channel + kWide * kLanes <= channels; channel += kWide * kLanes) body(Constant<kWide>{}, channel, Whole{});
+  if constexpr (kWide > kNarrow) {
+    for (; channel + kWide * kLanes <= channels; channel += kWide * kLanes) body(Constant<kWide>{}, channel, Whole{});
+  }
   for (; channel + kNarrow * kLanes <= channels; channel += kNarrow * kLanes) body(Constant<kNarrow>{}, channel, Whole{});
   if (channel < channels) body(Constant<kNarrow>{}, channel, Cut{channels - channel});
 }

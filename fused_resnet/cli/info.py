@@ -20,6 +20,7 @@ EXAMPLES = """example:
   fused-resnet info --json > info.json
 """
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+VARIABLES = ("FUSED_RESNET_BACKEND", "FUSED_RESNET_CACHE", "FUSED_RESNET_CPU_ISA", "FUSED_RESNET_DATA")
 
 
 def add_parser(commands) -> None:
@@ -60,9 +61,7 @@ def collect() -> dict[str, Any]:
             name: {str(dtype).removeprefix("torch."): backend.declines(device, dtype) for dtype in DTYPES}
             for name, backend in backends.BACKENDS.items()
         },
-        "environment": {
-            name: os.environ.get(name) for name in ("FUSED_RESNET_BACKEND", "FUSED_RESNET_CACHE", "FUSED_RESNET_CPU_ISA", "FUSED_RESNET_DATA")
-        },
+        "environment": {name: os.environ.get(name) for name in VARIABLES},
         "cache": str(environment.cache_dir()),
     }
 
