@@ -59,13 +59,14 @@ CPU = Library("fused_resnet_cpu", "fused_resnet_cpu", "native_cpu_absent.txt")
 def use_instruction_set(name: str | None = None) -> str:
     """Let the library for CPUs, which is loaded, use `name` of `INSTRUCTION_SETS`; None for the best that this machine has.
 
-    Returns the name of what is used from now on. Raises ValueError for an unknown name, RuntimeError where this machine lacks it.
+    Returns the name of what is used from now on. Raises `VariableError` for an unknown name, or one that this
+    machine lacks.
     """
     if name is not None and name not in INSTRUCTION_SETS:
-        raise ValueError(f"FUSED_RESNET_CPU_ISA: expected one of {', '.join(INSTRUCTION_SETS)}; got {name!r}")
+        raise environment.VariableError(f"FUSED_RESNET_CPU_ISA: expected one of {', '.join(INSTRUCTION_SETS)}; got {name!r}")
     number = CPU.operators.use_instruction_set(-1 if name is None else INSTRUCTION_SETS.index(name))
     if number < 0:
-        raise RuntimeError(f"FUSED_RESNET_CPU_ISA: this machine, or this build, lacks {name}")
+        raise environment.VariableError(f"FUSED_RESNET_CPU_ISA: this machine, or this build, lacks {name}")
     return INSTRUCTION_SETS[number]
 
 

@@ -13,6 +13,7 @@ import torch
 
 from fused_resnet import native
 from fused_resnet.backends import BACKENDS
+from fused_resnet.environment import VariableError
 from fused_resnet.reference import Reference
 
 pytestmark = pytest.mark.skipif(native.CPU.load() is not None, reason=f"native library for CPUs: {native.CPU.load()}")
@@ -80,7 +81,7 @@ def instruction_sets():
     for name in native.INSTRUCTION_SETS:
         try:
             names.append(native.use_instruction_set(name))
-        except RuntimeError as error:
+        except VariableError as error:
             assert name in str(error)
     yield names
     native.use_instruction_set(native.cpu_instruction_set())

@@ -90,6 +90,9 @@ def test_wheel_without_compilers_says_what_is_missing(source):
     version = re.search(r'__version__ = "(.+)"', (source / "fused_resnet/_version.py").read_text())[1]
     assert (metadata["Name"], metadata["Version"]) == ("fused-resnet", version)
     assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    for page in ("README.md", "CHANGELOG.md"):
+        assert (source / page).read_text().strip() in metadata.get_payload(decode=True).decode()
     assert metadata["License-Expression"] == "MIT"
     required = {line.replace('"', "'") for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert required == {"torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "numpy", "rich", "matplotlib"}
@@ -178,5 +181,6 @@ def test_source_distribution_holds_what_the_native_build_needs(source):
     (archive,) = source.parent.glob("fused_resnet-*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    needed = {"CMakeLists.txt", "setup.py", "LICENSE", *(p.relative_to(source).as_posix() for p in (source / "csrc").rglob("*") if p.is_file())}
+    sources = {p.relative_to(source).as_posix() for p in (source / "csrc").rglob("*") if p.is_file()}
+    needed = {"CMakeLists.txt", "setup.py", "LICENSE", "CHANGELOG.md"} | sources
     assert needed - names == set()
