@@ -139,7 +139,7 @@ def test_a_forced_backend_that_can_not_run_says_why(capsys, answers):
         answers(name, lambda device, dtype: "it rains")
     line = refused(capsys, "train", "--backend", "passes", "--device", "cpu")
     assert "argument --backend:" in line
-    assert "passes_cuda: it rains; passes_triton: it rains" in line
+    assert "passes_cuda: it rains; passes_cpu: it rains; passes_triton: it rains" in line
 
 
 @pytest.mark.parametrize("name", ["info", "train", "demo"])
