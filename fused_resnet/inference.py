@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from .convert import fuse, unfuse
-from .convert.kinds import is_norm_like, keeps
+from .convert.kinds import frozen_eps, is_norm_like, keeps
 from .convert.known import LayerGetter, TimmPreActBlock, TimmResNet, TorchvisionResNet
 from .convert.structure import Structured, plans_of
+from .convert.trace import is_norm_and_act
 from .nn import Block, ResidualNetwork
 from .nn.modules import is_row, observed
 
@@ -43,7 +44,7 @@ def fold(model: nn.Module) -> nn.Module:
     holders = _holders(folded)
     for conv, norm in _once(pair for module in list(folded.modules()) for pair in _pairs(module)):
         _replace(holders, conv, fold_norm(conv, norm))
-        _replace(holders, norm, norm.act if type(norm).__name__ == "BatchNormAct2d" else nn.Identity())
+        _replace(holders, norm, norm.act if is_norm_and_act(norm) else nn.Identity())
     return _fused(unfuse(folded))  # by what it is now
 
 
@@ -61,7 +62,8 @@ def foldable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
 @torch.no_grad()
 def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
     """One convolution, in eval mode, that gives norm(conv(x)): conv with or without a bias, norm by its running statistics."""
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    eps = norm.eps if hasattr(norm, "eps") else frozen_eps(norm)
+    scale = (norm.running_var.double() + eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight
     bias = -norm.running_mean * scale if conv.bias is None else (conv.bias - norm.running_mean) * scale

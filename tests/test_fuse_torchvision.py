@@ -121,7 +121,8 @@ def test_segmentation(name, cropped, images):
         if isinstance(module, nn.Dropout):  # draws in the order of memory, which differs
             module.p = 0.0
     fused = fused_copy(plain)
-    assert {"backbone", "backbone.layer4.0", "classifier"} <= set(fused_rows(fused))
+    assert {"", "backbone", "backbone.layer4.0"} <= set(fused_rows(fused))
+    assert unfused(fused) == dict.fromkeys(("classifier.4", "aux_classifier.4"), "no batch norm follows it")
     assert_same_step(plain, fused, images)
 
 

@@ -1,9 +1,14 @@
 """What modules are, by what their classes do: a subclass that keeps the methods of PyTorch's is as good as PyTorch's own."""
 
+import copy
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.modules import is_frozen_norm, observed
-from .trace import type_of
+from ..nn.modules import norm_of, observed
+from ..ops import Norm
+from .trace import is_norm_and_act, type_of
 
 
 def keeps(module: nn.Module | None, base: type, *methods: str) -> bool:
@@ -37,17 +42,52 @@ def holds_tensor(module: nn.Module, name: str) -> bool:
 
 def is_norm_like(module: nn.Module | None) -> bool:
     """A batch norm that the operators can run."""
-    if module is None or observed(module):
-        return False
-    return is_batch_norm(module) or is_frozen_norm(module)
+    return module is not None and not observed(module) and (is_batch_norm(module) or frozen_eps(module) is not None)
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """nn.BatchNorm2d, nn.SyncBatchNorm, or timm's, which has an activation as well."""
-    cls = type_of(module)
-    if (cls.__module__, cls.__name__) == ("timm.layers.norm_act", "BatchNormAct2d"):
+    """nn.BatchNorm2d, nn.SyncBatchNorm, or timm's with an activation."""
+    if is_norm_and_act(module):
         return True
-    return (keeps(module, nn.BatchNorm2d, "_check_input_dim") or cls is nn.SyncBatchNorm) and holds_tensor(module, "weight")
+    return (keeps(module, nn.BatchNorm2d, "_check_input_dim") or type_of(module) is nn.SyncBatchNorm) and holds_tensor(module, "weight")
+
+
+def frozen_eps(module: nn.Module) -> float | None:
+    """The eps of a norm whose statistics, scale and shift are buffers, as many libraries have one; None for any other module."""
+    buffers = module._buffers
+    if set(buffers) - {"num_batches_tracked"} != _FROZEN or any(buffers[name] is None for name in _FROZEN):
+        return None
+    if module._parameters or any(type_of(member) is not nn.Identity for member in module._modules.values()):
+        return None
+    return _eps_of(type_of(module), float(vars(module).get("eps", 1e-5)), module)
+
+
+_FROZEN = {"weight", "bias", "running_mean", "running_var"}
+_frozen: dict[tuple[type, float], float | None] = {}
+
+
+def _eps_of(cls: type, eps: float, module: nn.Module) -> float | None:
+    """eps, where a copy of the module with other numbers is found to compute (x − mean)·weight/√(var + eps) + bias."""
+    if (cls, eps) not in _frozen:
+        probe = copy.deepcopy(module).cpu().double()
+        with torch.no_grad():
+            size = probe.weight.numel()
+            for step, buffer in enumerate((probe.weight, probe.bias, probe.running_mean, probe.running_var), 1):
+                buffer.copy_(torch.linspace(0.001 * step, 0.5 + step, size, dtype=torch.float64))
+            x = torch.linspace(-2, 2, 6 * size, dtype=torch.float64).reshape(2, size, 1, 3)
+            expected = F.batch_norm(x, probe.running_mean, probe.running_var, probe.weight, probe.bias, False, 0.0, eps)
+            try:
+                fits = torch.allclose(probe(x), expected, rtol=1e-12, atol=1e-12)
+            except Exception:  # whatever a module of these buffers does to other shapes
+                fits = False
+        _frozen[cls, eps] = eps if fits else None
+    return _frozen[cls, eps]
+
+
+def taken(norm: nn.Module) -> Norm:
+    """A norm as an operator takes it."""
+    eps = None if isinstance(norm, nn.modules.batchnorm._BatchNorm) or is_norm_and_act(norm) else frozen_eps(norm)
+    return norm_of(norm) if eps is None else Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, False, eps)
 
 
 def is_relu_like(module: nn.Module | None) -> bool:
@@ -57,4 +97,8 @@ def is_relu_like(module: nn.Module | None) -> bool:
 
 def norm_forward(norm: nn.Module, x: Tensor) -> Tensor:
     """The norm alone, of a module that may have an activation behind it."""
-    return nn.BatchNorm2d.forward(norm, x) if not keeps(norm, nn.BatchNorm2d) and isinstance(norm, nn.BatchNorm2d) else norm(x)
+    if not is_norm_and_act(norm):
+        return norm(x)
+    if isinstance(norm, nn.BatchNorm2d):
+        return nn.BatchNorm2d.forward(norm, x)
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)

@@ -22,17 +22,15 @@ from ..nn.folded import inferring
 from ..nn.modules import (
     autocast_dtype,
     batch_statistics,
-    conv_and_norm,
     geometry,
     is_global_avg_pool,
     is_max_pool,
     is_nothing,
-    norm_of,
     observed,
 )
 from ..ops import Conv, Norm, Pending
 from ..ops.checks import output_size
-from .kinds import is_conv_like, is_norm_like, is_relu_like, norm_forward, why_no_conv
+from .kinds import is_conv_like, is_norm_like, is_relu_like, norm_forward, taken, why_no_conv
 from .trace import IN_PLACE, NORM_OF, Traced, calls, type_of
 
 
@@ -131,11 +129,12 @@ class Plan:
         *steps, output = self.nodes
         self.output = self._template(output.args[0])
         self.steps = self._steps(steps)
+        self._trains = bool(self.pairs) or any(block.fusible() or any(map(observed, block.modules())) for block in self.blocks)
 
     @property
     def fuses(self) -> bool:
         """Whether an operator has anything to do in it."""
-        return bool(self.pairs or self.blocks) or any(not conv.training for conv in self.affine)
+        return self._trains or any(not conv.training for conv in self.affine)
 
     def run(self, args: Sequence[Tensor]) -> Any:
         """What the forward makes of these tensors."""
@@ -399,7 +398,7 @@ def run_norm_act(step: Step, run: Run) -> Any:
     norm, x = step.call, run.tensor(step.args[0].index)
     if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
         return torch.relu(norm_forward(norm, x))  # which raises PyTorch's own errors
-    act, out = ops.norm_act(to_nhwc(x), norm_of(norm))
+    act, out = ops.norm_act(to_nhwc(x), taken(norm))
     run.statistics += batch_statistics(norm, out)
     return act
 
@@ -483,9 +482,8 @@ def takes(value: Any, conv: nn.Conv2d) -> bool:
 def layer(pair: Pair, dtype: torch.dtype) -> Conv:
     """A convolution and its norm as an operator takes them. A bias of the convolution goes into the norm's."""
     conv, norm = pair
-    made = conv_and_norm(conv, norm, dtype)
-    bias = conv.bias
-    return made if bias is None else made._replace(norm=with_bias(made.norm, bias))
+    weight, bias, norm = conv.weight, conv.bias, taken(norm)
+    return Conv(weight if weight.dtype == dtype else weight.to(dtype), norm if bias is None else with_bias(norm, bias), geometry(conv))
 
 
 def with_bias(norm: Norm, bias: Tensor) -> Norm:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..nn import Block, PreActivation, ResidualNetwork, Stage
 from ..nn.modules import observed, runs_fused
-from .kinds import is_batch_norm, is_conv_like
+from .kinds import is_conv_like, is_norm_like
 from .plan import Plan
 from .trace import Traced, original_of, trace
 
@@ -85,7 +85,7 @@ def is_leaf(module: nn.Module) -> bool:
     cls = type(module)
     if hasattr(cls, "fuse_original"):
         return not looked_into(module)
-    if is_conv_like(module) or is_batch_norm(module):
+    if is_conv_like(module) or is_norm_like(module):
         return True
     if cls.forward is nn.Sequential.forward:
         return holds_convolution(module)

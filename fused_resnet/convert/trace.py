@@ -234,8 +234,7 @@ class Tracer(TracerBase):
         return self.node_of(module, args, kwargs)
 
     def node_of(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        norm_act = self.classes[module]
-        if is_split(norm_act, module):  # timm's norm with an activation: two steps
+        if is_norm_and_act(module):  # two steps
             self.met.add(module.act)
             out = self._module_node(NORM_OF + self.names[module], module, args, kwargs)
             return self.call(module.act, (out,), {}, partial(nn.Module.__call__, module.act))
@@ -301,9 +300,12 @@ class Tracer(TracerBase):
 NORM_OF = "norm of "
 
 
-def is_split(cls: type, module: nn.Module) -> bool:
-    """Whether a module is timm's BatchNormAct2d, which is an nn.BatchNorm2d with an activation behind it."""
-    return (cls.__module__, cls.__name__) == ("timm.layers.norm_act", "BatchNormAct2d") and type_of(module.drop) is nn.Identity
+def is_norm_and_act(module: nn.Module) -> bool:
+    """Whether a module is timm's BatchNormAct2d, or its frozen one: a norm with an activation behind it."""
+    cls = type_of(module)
+    if cls.__module__ != "timm.layers.norm_act" or cls.__name__ not in ("BatchNormAct2d", "FrozenBatchNormAct2d"):
+        return False
+    return type_of(module.drop) is nn.Identity
 
 
 def type_of(module: nn.Module) -> type:
