@@ -22,8 +22,8 @@ from .trace import original_of, trace
 
 #: What is said of everything where the backend in force is PyTorch.
 OFF = (
-    "PyTorch's own modules run tensors of this device and dtype, as the backend in force has it; move the model to a GPU, in float32 or "
-    "less, or choose another by fused_resnet.backend(...)"
+    "the backend in force leaves tensors of this device and dtype to PyTorch's own modules; move the model to a GPU, build the library for "
+    "CPUs (fused-resnet info says what is missing), use float32 or less, or force a backend by fused_resnet.backend(...)"
 )
 NOT_CALLED = "fuse(model) was not called on it"
 _CONVS = nn.modules.conv._ConvNd
