@@ -177,7 +177,7 @@ void backward_reduce(const BackwardReduce& given, int64_t first_part, int64_t la
           for (int v = 0; v < kVectors; ++v) {
             if constexpr (kMask == Mask::kBits) d.at[v] = keep(flags_of(bits >> v * kLanes), d.at[v]);
             if constexpr (kMask == Mask::kRecomputed) d.at[v] = keep(passes_gradient(fma(value.at[v], scale.at[v], bias.at[v])), d.at[v]);
-            d.at[v] = rounded<T>(d.at[v]);
+            d.at[v] = rounded(T{}, d.at[v]);
             s1.at[v] = s1.at[v] + d.at[v];
             s2.at[v] = fma(d.at[v], value.at[v] - mean.at[v], s2.at[v]);
             if constexpr (kRaw) third.at[v] = fma(d.at[v], other.at[v] - residual_mean.at[v], third.at[v]);

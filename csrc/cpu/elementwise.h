@@ -75,7 +75,7 @@ void norm_add_act(const NormAddAct& given, int64_t first_row, int64_t last_row) 
             mask += groups_of(channels);
           }
         }
-        store_block(act, z, count);
+        store_block(act, round_block<T>(z), count);
       }
     });
   });
@@ -114,7 +114,7 @@ void backward_apply(const BackwardApply& given, int64_t first_row, int64_t last_
         for (int v = 0; v < kVectors; ++v) {
           result.at[v] = fma(factor.at[v], result.at[v], fma(slope.at[v], value.at[v] - mean.at[v], constant.at[v]));
         }
-        store_block(dy, result, count);
+        store_block(dy, round_block<T>(result), count);
       }
     });
   });

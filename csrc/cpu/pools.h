@@ -38,7 +38,7 @@ void max_pool(const MaxPool& given, int64_t first_line, int64_t last_line) {
             const auto value = load_block<kVectors>(from, count);
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
-              const Floats act = rounded<T>(relu(fma(value.at[v], scale.at[v], bias.at[v])));
+              const Floats act = rounded(T{}, relu(fma(value.at[v], scale.at[v], bias.at[v])));
               // A comparison with NaN is false, so a NaN is let in by name, and nothing gets past one.
               const Flags wins = either(is_above(act, best.at[v]), both(is_nan(act), is_equal(best.at[v], best.at[v])));
               best.at[v] = select(wins, act, best.at[v]);
@@ -80,7 +80,7 @@ void avg_pool(const AvgPool& pool, int64_t first_image, int64_t last_image) {
             mask += groups_of(channels);
           }
 #pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) sum.at[v] = sum.at[v] + rounded<T>(z.at[v]);
+          for (int v = 0; v < kVectors; ++v) sum.at[v] = sum.at[v] + rounded(T{}, z.at[v]);
         }
         store_block(sums + channel, sum, count);
       });
@@ -89,7 +89,7 @@ void avg_pool(const AvgPool& pool, int64_t first_image, int64_t last_image) {
       auto mean = load_block<vectors.value>(sums + channel, count);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors.value; ++v) mean.at[v] = mean.at[v] / pixels;
-      store_block(static_cast<T*>(pool.out) + image * channels + channel, mean, count);
+      store_block(static_cast<T*>(pool.out) + image * channels + channel, round_block<T>(mean), count);
     });
   }
 }

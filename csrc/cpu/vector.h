@@ -45,12 +45,19 @@ FUSED_RESNET_INLINE Floats load(const uint8_t* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 FUSED_RESNET_INLINE void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
-FUSED_RESNET_INLINE void store(BFloat16* to, Floats values) {
+FUSED_RESNET_INLINE Floats rounded(BFloat16, Floats values) {
   const __m512i bits = _mm512_castps_si512(values);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  sum = _mm512_mask_mov_epi32(sum, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  return _mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+FUSED_RESNET_INLINE Floats rounded(Half, Floats values) {
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+FUSED_RESNET_INLINE void store(BFloat16* to, Floats values) {
+  const __m512i words = _mm512_srli_epi32(_mm512_castps_si512(values), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(words));
 }
 FUSED_RESNET_INLINE void store(Half* to, Floats values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -92,13 +99,20 @@ FUSED_RESNET_INLINE void store(float* to, Floats values) { _mm256_storeu_ps(to, 
 FUSED_RESNET_INLINE __m128i low_halves(__m256i words) {  // of eight words below 2^16
   return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
-FUSED_RESNET_INLINE void store(BFloat16* to, Floats values) {
+FUSED_RESNET_INLINE Floats rounded(BFloat16, Floats values) {
   const __m256i bits = _mm256_castps_si256(values);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
-  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), low_halves(_mm256_srli_epi32(rounded, 16)));
+  sum = _mm256_blendv_epi8(sum, _mm256_set1_epi32(0x7fc00000), nan);
+  return _mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}
+FUSED_RESNET_INLINE Floats rounded(Half, Floats values) {
+  return _mm256_cvtph_ps(_mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+FUSED_RESNET_INLINE void store(BFloat16* to, Floats values) {
+  const __m256i words = _mm256_srli_epi32(_mm256_castps_si256(values), 16);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), low_halves(words));
 }
 FUSED_RESNET_INLINE void store(Half* to, Floats values) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -193,12 +207,18 @@ FUSED_RESNET_INLINE Floats load(const uint8_t* from) {
   return Floats{static_cast<float>(from[0]), static_cast<float>(from[1]), static_cast<float>(from[2]), static_cast<float>(from[3])};
 }
 FUSED_RESNET_INLINE void store(float* to, Floats values) { __builtin_memcpy(to, &values, sizeof values); }
-FUSED_RESNET_INLINE void store(BFloat16* to, Floats values) {
+FUSED_RESNET_INLINE Floats rounded(BFloat16, Floats values) {
   using Words = uint32_t __attribute__((vector_size(16)));
-  const Words bits = reinterpret_cast<Words>(values);
-  const Words rounded = (bits + (bits >> 16 & 1u) + 0x7fffu) >> 16;
-  const Flags ordered = values == values;
-  for (int i = 0; i < kLanes; ++i) to[i].bits = ordered[i] ? static_cast<uint16_t>(rounded[i]) : 0x7fc0;
+  const Words bits = reinterpret_cast<Words>(values), ordered = reinterpret_cast<Words>(values == values);
+  const Words sum = (bits + (bits >> 16 & 1u) + 0x7fffu) & 0xffff0000u;
+  return reinterpret_cast<Floats>((sum & ordered) | (~ordered & 0x7fc00000u));
+}
+FUSED_RESNET_INLINE Floats rounded(Half, Floats values) {
+  return Floats{widen(narrow_half(values[0])), widen(narrow_half(values[1])), widen(narrow_half(values[2])), widen(narrow_half(values[3]))};
+}
+FUSED_RESNET_INLINE void store(BFloat16* to, Floats values) {
+  const Flags bits = reinterpret_cast<Flags>(values);
+  for (int i = 0; i < kLanes; ++i) to[i].bits = static_cast<uint16_t>(static_cast<uint32_t>(bits[i]) >> 16);
 }
 FUSED_RESNET_INLINE void store(Half* to, Floats values) {
   for (int i = 0; i < kLanes; ++i) to[i] = narrow_half(values[i]);
@@ -225,6 +245,8 @@ FUSED_RESNET_INLINE Flags flags_of(unsigned bits) {
 }
 
 #endif
+
+FUSED_RESNET_INLINE Floats rounded(float, Floats values) { return values; }
 
 // ReLU keeps NaN, as PyTorch's does.
 FUSED_RESNET_INLINE Floats relu(Floats z) { return keep(passes_gradient(z), z); }
@@ -263,6 +285,14 @@ FUSED_RESNET_INLINE Block<kVectors> load_block(const T* from, Cut cut) {
   return load_block<kVectors>(whole, Whole{});
 }
 
+// Values as they are after T's rounding, to nearest even. `store` is for those that were rounded, or it cuts bits off.
+template <typename T, int kVectors>
+FUSED_RESNET_INLINE Block<kVectors> round_block(Block<kVectors> block) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) block.at[v] = rounded(T{}, block.at[v]);
+  return block;
+}
+
 template <int kVectors, typename T>
 FUSED_RESNET_INLINE void store_block(T* to, const Block<kVectors>& block, Whole) {
 #pragma GCC unroll 4
@@ -274,18 +304,6 @@ FUSED_RESNET_INLINE void store_block(T* to, const Block<kVectors>& block, Cut cu
   T whole[Block<kVectors>::kChannels];
   store_block(whole, block, Whole{});
   __builtin_memcpy(to, whole, cut.channels * sizeof(T));
-}
-
-// Values as they are after T's rounding.
-template <typename T>
-FUSED_RESNET_INLINE Floats rounded(Floats values) {
-  T narrow[kLanes];
-  store(narrow, values);
-  return load(narrow);
-}
-template <>
-FUSED_RESNET_INLINE Floats rounded<float>(Floats values) {
-  return values;
 }
 
 // A packed mask: bit i of a block, from the lowest, is channel i's.
