@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import backend, backends, data
+from ..processors import busy
 from ..train import CURVES, CheckpointError, FolderError, TrainConfig, Trainer, draw_curves, run
 from ..train.progress import loss_text
 from .arguments import UsageError, blaming, build_model, chosen_backend, device, one_of, whole_number
@@ -64,6 +65,8 @@ def demo(args: argparse.Namespace) -> int:
             "full speed, and one network is trained. A few steps of this package's operators\n"
             "are compared with the modules at the end."
         )
+    if note := busy():
+        print(note)
     runs = {name: _trained(name, config, images, where, folder / name, not args.no_progress) for name in names}
     compared = chosen if chosen != "off" else "eager"
     agreement = _agreement(config, images, where, compared)
