@@ -45,7 +45,7 @@ def busy() -> str | None:
     if not all_ticks or (used := 1 - idle / all_ticks) < BUSY:
         return None
     count = len(os.sched_getaffinity(0))
-    return f"This machine is busy: others use {used * count:.1f} of {count} processors. Speeds are lower than they could be, and vary."
+    return f"This machine is busy: others use {used * count:.1f} of its {count} processors; speeds vary."
 
 
 def _ticks() -> tuple[int, int]:

@@ -81,7 +81,7 @@ def test_a_busy_machine_is_said(monkeypatch):
     assert words.startswith("This machine is busy: others use ")
 
 
-@pytest.mark.parametrize(("idle", "words"), [(100, None), (95, None), (30, "others use {0:.1f} of {1} processors")])
+@pytest.mark.parametrize(("idle", "words"), [(100, None), (95, None), (30, "others use {0:.1f} of its {1} processors")])
 def test_a_quiet_machine_is_not(monkeypatch, idle, words):
     count, ticks = len(os.sched_getaffinity(0)), iter([(0, 0), (idle, 100)])
     monkeypatch.setattr(processors, "_ticks", lambda: next(ticks))
