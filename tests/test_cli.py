@@ -139,7 +139,7 @@ def test_a_forced_backend_that_can_not_run_says_why(capsys, answers):
         answers(name, lambda device, dtype: "it rains")
     line = refused(capsys, "train", "--backend", "passes", "--device", "cpu")
     assert "argument --backend:" in line
-    assert "passes_cuda: it rains; passes_triton: it rains" in line
+    assert "passes_cuda: it rains; passes_cpu: it rains; passes_triton: it rains" in line
 
 
 @pytest.mark.parametrize("name", ["info", "train", "demo"])
@@ -360,7 +360,7 @@ def test_info_as_json(tmp_path):
     assert found["versions"]["torch"] == torch.__version__
     assert {"triton", "torchvision", "python", "platform", "cuda", "cudnn", "driver"} <= set(found["versions"])
     assert found["cache"] == str(tmp_path)
-    assert found["native_library"]["loaded"] == (found["native_library"]["reason"] is None)
+    assert all(found["native_libraries"][kind]["loaded"] == (found["native_libraries"][kind]["reason"] is None) for kind in ("GPU", "CPU"))
     assert set(found["backends"]) == {"eager", *backends.PASSES, *backends.TUNED, "triton", "cudnn"}
     assert found["backends"]["eager"] == {"float32": None, "float16": None, "bfloat16": None}
     where = torch.device(found["device"])
@@ -370,7 +370,7 @@ def test_info_as_json(tmp_path):
 
 
 def test_info_for_people(capsys, monkeypatch, answers):
-    monkeypatch.setattr(native, "load", lambda: "nvcc was not there")
+    monkeypatch.setattr(native.CUDA, "load", lambda: "nvcc was not there")
     monkeypatch.setenv("FUSED_RESNET_BACKEND", "eager")
     monkeypatch.setenv("FUSED_RESNET_BACKENDS", "eager")
     answers("passes_cuda", lambda device, dtype: "it rains")
@@ -378,7 +378,7 @@ def test_info_for_people(capsys, monkeypatch, answers):
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     found = {name: value.strip() for name, value in lines.items()}
     assert found["torch"] == torch.__version__
-    assert found["native library"] == "not loaded: nvcc was not there"
+    assert found["native library, GPU"] == "not loaded: nvcc was not there"
     assert found["backend passes_cuda"] == "can't run here: it rains"
     assert found["backend eager"].startswith("runs on")
     assert "cache folder" in found
