@@ -149,7 +149,7 @@ def _picture(config: TrainConfig, runs: dict[str, list[dict[str, Any]]], path: P
 
 
 def _title(name: str) -> str:
-    return "PyTorch's own modules" if name == "off" else f"fused_resnet, backend {name}"
+    return "PyTorch's own modules" if name == "off" else f"fused_resnet, {name}"
 
 
 def _agreement(config: TrainConfig, images: data.DataSet, where: torch.device, name: str) -> Agreement:
@@ -189,7 +189,7 @@ def _ratio_line(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str
     # The first epoch includes warming up.
     ratios = sorted(_ratio(*pair) for pair in list(zip(ours, theirs, strict=True))[1 if len(ours) > 1 else 0 :])
     spread = f"median of {len(ratios)} epochs, {ratios[0]:.2f} to {ratios[-1]:.2f}" if len(ratios) > 1 else "one epoch"
-    return f"fused_resnet's speed is {statistics.median(ratios):.2f} times that of PyTorch's own modules ({spread})"
+    return f"Speed: {statistics.median(ratios):.2f} times that of PyTorch's own modules\n({spread})"
 
 
 def _losses_table(runs: dict[str, list[dict[str, Any]]]) -> str:
