@@ -32,6 +32,12 @@ class Fused:
         """The original's own forward."""
         return self.original.forward(self, x)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles: the module as before `fuse`, with the same parameters. This one stays fused."""
+        twin = self.original.__new__(self.original)
+        vars(twin).update(vars(self), _modules=dict(self._modules))
+        return twin
+
     def __reduce_ex__(self, protocol: int) -> Any:
         constructor, arguments, *state = super().__reduce_ex__(protocol)
         if constructor is copyreg.__newobj__ and arguments == (fused_class(self.original),):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import Pending
 from . import folded
 from .activation import Activation
 from .modules import (
@@ -21,6 +22,7 @@ from .modules import (
     is_unobserved,
     met,
     runs_modules,
+    takes,
     why_not,
 )
 from .recompute import Recomputation, recomputation
@@ -47,10 +49,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output [N, K, P, Q] for an activation x [N, C, H, W]."""
-        dtype = compute_dtype(x)
-        if runs_modules(x, dtype):
+        if runs_modules(x, compute_dtype(x)):
             return self.forward_modules(x)
-        return self.advance(enter(x, dtype)).finish()
+        return self.advance(Activation(x)).finish()
 
     def forward_modules(self, x: Tensor) -> Tensor:
         """The same by PyTorch's own modules, one after the other."""
@@ -95,37 +96,40 @@ class Block(nn.Module):
 
     def advance(self, a: Activation) -> Activation:
         """From the activation before this block to the one behind it, which stays pending."""
-        if not self.fusible():
-            return enter(folded.block_forward(self, a.finish()))
         first, *rest = self.branch()
+        if not self.fusible() or not (isinstance(a.x, Pending) or takes(first[0], a.x)):
+            return Activation(folded.block_forward(self, a.finish()))
         again = recomputation(self.recompute)
         with again or nullcontext():
-            out, residual, statistics = self._first_convolution(a, first, again)
+            out, residual, statistics, last = self._first_convolution(a, first, again)
             for conv, norm in rest:
-                x, conv = out, conv_and_norm(conv, norm, out.y.dtype)
+                x, conv = out, conv_and_norm(conv, norm, out.y)
                 out = ops.norm_act_conv(x, conv)
                 if again is not None:
                     again.ran(x, conv, out)
                 statistics += batch_statistics(norm, out)
-        return Activation(out, residual, a.statistics + statistics)
+        return Activation(out, residual, a.statistics + statistics + last)
 
     def _first_convolution(self, a: Activation, first: tuple[nn.Conv2d, nn.BatchNorm2d], again: Recomputation | None):
-        """Make the activation before this block while the first convolution (and the projection) reads it."""
+        """Make the activation before this block while the first convolution (and the projection) reads it.
+
+        Returns its output, the residual, and what these tell norms: the branch's, and the projection's, which PyTorch runs last.
+        """
         exists = isinstance(a.x, Tensor)
         if exists:  # under autocast, PyTorch's modules may have made it in float32
             a = enter(a.x, compute_dtype(a.x))
-        dtype = a.x.dtype if exists else a.x.y.dtype
-        conv, norm, projection = conv_and_norm(*first, dtype), first[1], self.projection()
+        x = a.x if exists else a.x.y
+        conv, norm, projection = conv_and_norm(*first, x), first[1], self.projection()
         if projection is not None and projection[0] is None:
             _, conv2, norm2 = projection
-            shortcut = conv_and_norm(conv2, norm2, dtype)
+            shortcut = conv_and_norm(conv2, norm2, x)
             if exists:
                 (out, residual), act = ops.conv_stats_pair(a.x, conv, shortcut), a.x
             else:
                 out, residual, act = ops.norm_add_act_conv_pair(a.x, a.residual, conv, shortcut)
             if again is not None:
                 again.ran(a.x, conv, out, a.residual, act)
-            return out, residual, batch_statistics(norm, out) + batch_statistics(norm2, residual)
+            return out, residual, batch_statistics(norm, out), batch_statistics(norm2, residual)
         if exists:
             out, act = ops.conv_stats(a.x, conv), a.x
         elif self.shortcut or a.residual is not None:
@@ -136,12 +140,12 @@ class Block(nn.Module):
             again.ran(a.x, conv, out, a.residual, act)
         statistics = batch_statistics(norm, out)
         if not self.shortcut or self.downsample is None:
-            return out, act if self.shortcut else None, statistics
+            return out, act if self.shortcut else None, statistics, ()
         if projection is None:
-            return out, enter(self.downsample(act), dtype).x, statistics
+            return out, enter(self.downsample(act), x.dtype).x, statistics, ()
         pool, conv2, norm2 = projection
-        residual = ops.conv_stats(enter(pool(act), dtype).x, conv_and_norm(conv2, norm2, dtype))
-        return out, residual, statistics + batch_statistics(norm2, residual)
+        residual = ops.conv_stats(enter(pool(act), x.dtype).x, conv_and_norm(conv2, norm2, x))
+        return out, residual, statistics, batch_statistics(norm2, residual)
 
 
 def enter(x: Tensor, dtype: torch.dtype | None = None) -> Activation:

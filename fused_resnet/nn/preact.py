@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from contextlib import nullcontext
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -20,6 +19,8 @@ from .modules import (
     met,
     norm_of,
     runs_fused,
+    takes,
+    weight_for,
     why_not,
 )
 from .recompute import recomputation
@@ -66,7 +67,7 @@ class PreActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output [N, K, P, Q] for x [N, C, H, W], which is no activation: a sum of branches."""
-        if not (runs_fused(x) and self.fusible()):
+        if not (runs_fused(x) and self.fusible() and takes(self.layers()[0][1], x)):
             return self.forward_modules(x)
         x = enter(x, compute_dtype(x)).x
         (norm, conv), *rest = self.layers()
@@ -83,7 +84,8 @@ class PreActivation(nn.Module):
                 out, residual = ops.conv_stats_pair(act, first, _conv(projection, None, x))
             else:
                 out = ops.conv_stats(act, first)
-                residual = enter(torch.conv2d(pool(act), projection.weight.to(x.dtype), None, *geometry(projection))).x
+                # By an operator: its weight's gradient has the weight's strides. Its norm changes nothing, so y is what it stands for.
+                residual = ops.conv_stats(enter(pool(act), x.dtype).x, _conv(projection, None, x)).y
             if again is not None:
                 again.ran(act, first, out, act=act)
             for (norm, conv), after in zip(rest, following[1:], strict=True):
@@ -99,6 +101,7 @@ class PreActivation(nn.Module):
 def _conv(conv: nn.Conv2d, norm: nn.Module | None, x: Tensor) -> Conv:
     """A convolution with the norm behind it. Where there is none, one that changes nothing: scale 1, bias 0, exactly."""
     if norm is not None:
-        return conv_and_norm(conv, norm, x.dtype)
-    zeros, ones = conv.weight.new_zeros(conv.out_channels), conv.weight.new_ones(conv.out_channels)
-    return Conv(conv.weight.to(x.dtype), Norm(None, None, zeros, ones, False, 0.0), geometry(conv))
+        return conv_and_norm(conv, norm, x)
+    weight = weight_for(conv, x)
+    zeros, ones = (fill((conv.out_channels,)) for fill in (weight.new_zeros, weight.new_ones))
+    return Conv(weight, Norm(None, None, zeros, ones, False, 0.0), geometry(conv))

@@ -10,15 +10,15 @@ The backend is resolved once per call, before the operator is entered, and hande
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..backends import BACKENDS, resolve
-from ..reference import Conv, ConvGeometry, Norm, Pending, Reference, Source, unpack_mask
+from ..reference import Conv, ConvGeometry, Norm, Pending, Reference, Source, unpack_mask, values_per_channel
 from . import norm as _norm  # noqa: F401  (registers the operators)
 from . import norm_act as _norm_act  # noqa: F401
 from .checks import check_conv, check_inference
 from .convolve import OPERATORS, Made
-from .library import call, is_plain
+from .library import call, is_plain, is_transformed
+from .running import update_running_statistics
 
 __all__ = [
     "Conv",
@@ -30,6 +30,7 @@ __all__ = [
     "conv_stats_pair",
     "implementation",
     "inferring",
+    "is_transformed",
     "norm_act",
     "norm_act_conv",
     "norm_act_max_pool",
@@ -40,13 +41,15 @@ __all__ = [
     "relu_mask",
     "running_affine",
     "source",
+    "update_running_statistics",
+    "values_per_channel",
 ]
 
 
 def _backend(x: Tensor) -> str:
-    """The backend for x. Where PyTorch's own modules are the choice, the operators themselves run on ATen."""
+    """The backend for x. Where PyTorch's own modules are the choice, and for an empty batch, the operators themselves run on ATen."""
     choice = resolve(x.device, x.dtype)
-    return "eager" if choice == "off" else choice
+    return "eager" if choice == "off" or x.shape[0] == 0 else choice
 
 
 def implementation(x: Tensor) -> Reference:
@@ -143,9 +146,7 @@ def running_affine(x: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
 
 def inferring(x: Tensor, *others: Tensor | None) -> bool:
     """Whether nothing but numbers is wanted of a computation on these: no gradient flows, and no compiler, mode or transform looks on."""
-    if not is_plain(x) or forward_ad._current_level >= 0:
-        return False
-    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *others))
+    return is_plain(x) and not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *others))
 
 
 def relu_mask(x: Pending, residual: Pending | Tensor | None = None, conv: Conv | None = None) -> Tensor:

@@ -22,8 +22,8 @@ def check_activation(name: str, t: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(f"{name}: expected a tensor of rank 4, [N, C, H, W]; got shape {list(t.shape)}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16; got {t.dtype}")
-    if t.numel() == 0:
-        raise ValueError(f"{name}: expected at least one element; got shape {list(t.shape)}")
+    if 0 in t.shape[1:]:
+        raise ValueError(f"{name}: expected at least one value an image; got shape {list(t.shape)}")
     if not is_channels_last(t):
         raise ValueError(
             f"{name}: expected memory_format=torch.channels_last; got strides {list(t.stride())} for shape {list(t.shape)}"
@@ -99,10 +99,15 @@ def check_inference(
     shape = check_weight(x, weight, geometry)
     check_vectors(("scale", "bias"), (scale, bias), shape[1], x)
     if residual is not None:
-        check_activation("residual", residual)
-        if list(residual.shape) != shape:
-            raise ValueError(f"residual: expected shape {shape}, that of the output; got {list(residual.shape)}")
-        _same_kind("residual", residual, x)
+        check_residual(residual, shape, x)
+
+
+def check_residual(residual: Tensor, shape: list[int], x: Tensor) -> None:
+    """What is added to a convolution of x, whose output has this shape."""
+    check_activation("residual", residual)
+    if list(residual.shape) != shape:
+        raise ValueError(f"residual: expected shape {shape}, that of the output; got {list(residual.shape)}")
+    _same_kind("residual", residual, x)
 
 
 def check_conv(x: Tensor, conv: Conv) -> list[int]:
@@ -128,10 +133,13 @@ def check_weight(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> list[int]
         if len(values) != 2 or min(values) < least:
             raise ValueError(f"{name}: expected two integers of at least {least}; got {list(values)}")
     (n, c, h, w), (k, c_group, r, s) = x.shape, weight.shape
-    if groups < 1 or c % groups or k % groups:
-        raise ValueError(f"groups: expected a divisor of the {c} input and {k} output channels; got {groups}")
+    if groups < 1 or k % groups:
+        raise ValueError(f"groups: expected a divisor of the {k} output channels; got {groups}")
     if c_group * groups != c:
-        raise ValueError(f"weight: expected {c // groups} input channels a group, for x of {c}; got shape {list(weight.shape)}")
+        raise ValueError(
+            f"x: expected {c_group * groups} channels, as weight {list(weight.shape)} reads with groups = {groups}; "
+            f"got {c} in [N, C, H, W] = {list(x.shape)}"
+        )
     p = output_size(h, r, stride[0], padding[0], dilation[0])
     q = output_size(w, s, stride[1], padding[1], dilation[1])
     if p < 1 or q < 1:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Pending, Source, accumulate_dtype
 from .checks import check_conv, check_source
-from .library import channels_last, define, empty_nhwc, is_watched, nothing, overload
+from .library import channels_last, define, empty_nhwc, is_plain, is_watched, nothing, overload, present, wants_gradient
 
 PENDING = ("mean", "invstd", "scale", "bias")
 RESIDUAL = ("residual", "residual_mean", "residual_invstd", "residual_scale", "residual_bias")
@@ -122,7 +122,7 @@ class Operator:
         pendings, act, mask = [], None, None
         for conv in call.convs:
             shape = check_conv(x, conv)
-            vectors = (x.new_empty(shape[1], dtype=accumulate_dtype(x.dtype)) for _ in range(PENDING_ARITY - 1))
+            vectors = (x.new_empty((shape[1],), dtype=accumulate_dtype(x.dtype)) for _ in range(PENDING_ARITY - 1))
             pendings.append(Pending(empty_nhwc(x, shape), *vectors))
         if self.pending and self._writes_act(call):
             act = empty_nhwc(x, x.shape)
@@ -198,12 +198,14 @@ class Operator:
         backend: str,
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """((dx, s1, s2, residual_s2), [dw of each convolution]); None for what is not needed."""
+        outputs = [output._replace(dz=channels_last(output.dz)) for output in outputs]
         outputs = [output.shared() if output.group else output for output in outputs]
-        return BACKENDS[backend].convolve_backward(source, _present(act), _present(mask), outputs, dact, need_dx)
+        return BACKENDS[backend].convolve_backward(source, present(act), present(mask), outputs, channels_last(dact), need_dx)
 
     def backward(self, source, act, mask, outputs, dact, need_dx, backend):
         """`gradients`, behind the dispatcher where somebody watches that, or may ask for a second derivative, which is an error there."""
-        if not torch.is_grad_enabled() and not is_watched(source.x):
+        plain = not is_watched(source.x) and all(t is None or is_plain(t) for t in (dact, *(output.dz for output in outputs)))
+        if plain and not torch.is_grad_enabled():
             return self.gradients(source, act, mask, outputs, dact, need_dx, backend)
         args = [*source[: self.source_arity], *(nothing(source.x, torch.uint8) if t is None else t for t in (act, mask))]
         for output in outputs:
@@ -231,7 +233,7 @@ class Operator:
         """The shapes and layouts of `_flat_gradients`."""
         source, _, _, outputs, _, need_dx, _ = self._backward_call(args)
         x, dtypes = source.x, self._result_dtypes(source, outputs)
-        vectors = (x.new_empty(x.shape[1], dtype=dtype) for dtype in dtypes[1:4])
+        vectors = (x.new_empty((x.shape[1],), dtype=dtype) for dtype in dtypes[1:4])
         results = [empty_nhwc(x, x.shape), *vectors, *(torch.empty_like(output.weight) for output in outputs)]
         needed = self._needed(source, outputs, need_dx)
         return tuple(t if wanted else nothing(x, t.dtype) for t, wanted in zip(results, needed, strict=True))
@@ -268,7 +270,7 @@ class Operator:
     def _autograd(self, call: Call) -> Made:
         """What the dispatcher finds where autograd is due."""
         parameters = [t for weight, norm, _ in call.convs for t in (weight, norm.gamma, norm.beta)]
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*call.source, *parameters):
+        if wants_gradient(*call.source, *parameters):
             return self._as_node(call, self._below_autograd, Node.apply)
         return self._below_autograd(call)
 
@@ -306,12 +308,12 @@ class Node(torch.autograd.Function):
         operator, backend, has_residual, statics = ctx.known
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad  # read once: a checkpoint makes what is saved anew each time
         source, act, mask = Source(*saved[:10]), saved[10], saved[11]
-        dact = channels_last(grads[-1]) if operator.residual else None
+        dact = grads[-1] if operator.residual else None
         outputs = []
         for i, (training, geometry, group) in enumerate(statics):
             dz, s1, s2 = grads[3 * i : 3 * i + 3]
             of_conv = saved[12 + 5 * i : 17 + 5 * i]
-            outputs.append(ConvOutput(channels_last(dz), s1, s2, *of_conv, training, geometry, needs[9 + 3 * i], group))
+            outputs.append(ConvOutput(dz, s1, s2, *of_conv, training, geometry, needs[9 + 3 * i], group))
         if dact is None and all(output.dz is None for output in outputs):
             return (None,) * len(needs)
         (dx, s1, s2, residual_s2), dws = operator.backward(
@@ -336,10 +338,6 @@ def _any_size(x: Tensor) -> bool:
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return not all(has_static_value(size) for size in x.shape)
-
-
-def _present(t: Tensor | None) -> Tensor | None:
-    return t if t is not None and t.numel() else None
 
 
 def suffixes(convs: int) -> list[str]:
