@@ -116,6 +116,11 @@ class ConvOutput(NamedTuple):
     need_dw: bool
     group: str = ""  #: of its norm
 
+    def in_nhwc(self) -> "ConvOutput":
+        """The same with dz in channels_last: autograd may hand over any strides, an expanded one for a sum."""
+        dz = self.dz
+        return self if dz is None or dz.is_contiguous(memory_format=torch.channels_last) else self._replace(dz=nhwc(dz))
+
     def shared(self) -> "ConvOutput":
         """The same with (s1, s2) of all processes that share the norm, as `share_sums` scales them. Every process must ask."""
         if not self.group or not self.training or self.dz is None:

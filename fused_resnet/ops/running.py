@@ -47,20 +47,20 @@ def _update(counts, means, variances, batch_means, batch_variances, sizes, momen
         torch._foreach_add_(counts, 1)
     if not means:
         return
-    running = [*means, *variances]
+    running = wide = [*means, *variances]
     batches = [*batch_means, *torch._foreach_mul(batch_variances, [n / (n - 1) if n else 1.0 for n in sizes])]
-    dtypes = [torch.promote_types(t.dtype, b.dtype) for t, b in zip(running, batches, strict=True)]
-    wide = [t.to(dtype) for t, dtype in zip(running, dtypes, strict=True)]
-    batches = [b.to(dtype) for b, dtype in zip(batches, dtypes, strict=True)]
+    if any([t.dtype is not b.dtype for t, b in zip(running, batches, strict=True)]):
+        dtypes = [torch.promote_types(t.dtype, b.dtype) for t, b in zip(running, batches, strict=True)]
+        wide = [t.to(dtype) for t, dtype in zip(running, dtypes, strict=True)]
+        batches = [b.to(dtype) for b, dtype in zip(batches, dtypes, strict=True)]
     if momentum is not None:
         torch._foreach_lerp_(wide, batches, momentum)
     else:
         counts = counts[: len(means)]
         for t, b, count in zip(wide, batches, [*counts, *counts], strict=True):  # the weight stays where it is: a GPU need not wait
             t.lerp_(b, count.to(t.dtype).reciprocal())
-    narrow = [(t, w) for t, w in zip(running, wide, strict=True) if w is not t]
-    if narrow:
-        torch._foreach_copy_(*map(list, zip(*narrow, strict=True)))
+    if wide is not running:
+        torch._foreach_copy_(running, wide)
 
 
 def _fake(*_) -> None:
