@@ -1,6 +1,6 @@
 """Activations on their way through a network: made when somebody asks, normalised by whoever reads them."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,14 +42,14 @@ def update_running_statistics(statistics: Sequence[BatchStatistics]) -> None:
 
     A norm that several convolutions share is told of them one after the other.
     """
-    told, groups = Counter(), defaultdict(list)
-    for s in statistics:
-        mean, momentum = s.norm.running_mean, s.norm.momentum
-        count = s.norm.num_batches_tracked
+    told, groups = {}, defaultdict(list)
+    for norm, *batch in statistics:
+        momentum, count, mean = norm.momentum, norm.num_batches_tracked, norm.running_mean
         if mean is None or (momentum is None and count is None):  # PyTorch then leaves them alone, too
             continue
-        groups[told[mean], momentum].append((count, mean, s.norm.running_var, s.mean, s.var, s.size))
-        told[mean] += 1
+        before = told.get(norm, 0)
+        told[norm] = before + 1
+        groups[before, momentum].append((count, mean, norm.running_var, *batch))
     for (_, momentum), members in groups.items():
         members.sort(key=lambda member: member[3] is None)
         counts = [count for count, *_ in members if count is not None]

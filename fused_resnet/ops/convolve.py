@@ -10,7 +10,7 @@ The autograd node of both ways is in `node`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from ..backends import BACKENDS
 from ..reference import Conv, ConvOutput, Pending, Source, accumulate_dtype
 from .checks import check_conv, check_source
 from .flat import flatten, schema, unflatten
-from .library import channels_last, define, empty_nhwc, is_plain, is_watched, nothing, overload, present
+from .library import channels_last, define, empty_nhwc, nothing, overload, present
 
 
 class Convolved(NamedTuple):
@@ -43,11 +43,10 @@ class Operator:
     pending: bool  #: x is a raw convolution output with its norm, not an activation
     residual: bool  #: others read the activation, too: it (and its mask) are outputs, and a residual may be added
     convs: int  #: how many convolutions read the activation
+    may_skip_act: bool = field(init=False)  #: nobody else reads the activation, so that it need not be written unless `write_act` asks
 
-    @property
-    def may_skip_act(self) -> bool:
-        """Whether the activation, which nobody else reads, need not be written. The argument `write_act` then asks for it."""
-        return self.pending and not self.residual
+    def __post_init__(self):
+        object.__setattr__(self, "may_skip_act", self.pending and not self.residual)
 
     @property
     def suffixes(self) -> range:
@@ -91,16 +90,17 @@ class Operator:
     # ---- forward -----------------------------------------------------------------------------------------------------
 
     def run(self, source: Source, convs: Sequence[Conv], backend: str, write_act: bool = False) -> Convolved:
-        """Check and run; `write_act` asks for an activation that nobody else reads."""
-        check_source(source)
-        return self.run_on_checked(source, convs, backend, write_act)
-
-    def run_on_checked(self, source: Source, convs: Sequence[Conv], backend: str, write_act: bool = False) -> Convolved:
-        """The same of a source that an operator has made."""
+        """Run on a source that has been checked; `write_act` asks for an activation that nobody else reads."""
         for conv in convs:
             check_conv(source.x, conv)
         implementation = BACKENDS[backend]
-        return Convolved(*implementation.convolve(source, convs, write_act or self._writes_act(source, convs, backend)))
+        written = not self.may_skip_act or write_act or implementation.keeps_act(source, convs)
+        return Convolved(*implementation.convolve(source, convs, written))
+
+    def check_and_run(self, source: Source, convs: Sequence[Conv], backend: str, write_act: bool) -> Convolved:
+        """`run` on any source."""
+        check_source(source)
+        return self.run(source, convs, backend, write_act)
 
     def fake(self, source: Source, convs: Sequence[Conv], backend: str, write_act: bool = False) -> Convolved:
         """The shapes and layouts of `run`, with the same checks."""
@@ -112,22 +112,19 @@ class Operator:
             vectors = {name: x.new_empty((k,), dtype=accumulate_dtype(x.dtype)) for name in Pending._fields if name != "y"}
             pendings.append(Pending(y=y, **vectors))
         if self.pending:
-            act = empty_nhwc(x, x.shape) if write_act or self._writes_act(source, convs, backend) else None
+            written = not self.may_skip_act or write_act or BACKENDS[backend].keeps_act(source, convs)
+            act = empty_nhwc(x, x.shape) if written else None
         if source.residual is not None:
             n, c, h, w = x.shape
             mask = x.new_empty((n, h, w, (c + 7) // 8), dtype=torch.uint8)
         return Convolved(pendings, act, mask)
-
-    def _writes_act(self, source: Source, convs: Sequence[Conv], backend: str) -> bool:
-        """Whether the activation is a tensor after `run` in any case: it is a result, or the backend keeps it for backward."""
-        return not self.may_skip_act or BACKENDS[backend].keeps_act(source, convs)
 
     # ---- through the dispatcher --------------------------------------------------------------------------------------
 
     def define(self, differentiable: Callable[..., Convolved]) -> None:
         """Register the operator, what makes it a node of autograd, and its backward, with flat arguments and results."""
         define(self.backward_schema, self._flat_gradients, self._fake_gradients)
-        define(self.schema, *(self._flattened(f) for f in (self.run, self.fake, differentiable)))
+        define(self.schema, *(self._flattened(f) for f in (self.check_and_run, self.fake, differentiable)))
 
     def dispatched(self, source: Source, convs: Sequence[Conv], backend: str, write_act: bool = False) -> Convolved:
         """`run`, behind the dispatcher."""
@@ -172,11 +169,8 @@ class Operator:
         outputs = [output.in_nhwc().shared() for output in outputs]
         return BACKENDS[backend].convolve_backward(source, present(act), present(mask), outputs, channels_last(dact), need_dx)
 
-    def backward(self, source, act, mask, outputs, dact, need_dx, backend) -> Gradients:
-        """`gradients`, behind the dispatcher where somebody watches that, or may ask for a second derivative, which is an error there."""
-        plain = not is_watched(source.x) and all(t is None or is_plain(t) for t in (dact, *(output.dz for output in outputs)))
-        if plain and not torch.is_grad_enabled():
-            return self.gradients(source, act, mask, outputs, dact, need_dx, backend)
+    def dispatched_gradients(self, source, act, mask, outputs, dact, need_dx, backend) -> Gradients:
+        """`gradients`, behind the dispatcher."""
         args = [*self._flat_source(source), *(nothing(source.x, torch.uint8) if t is None else t for t in (act, mask))]
         for output in outputs:
             args += flatten(output)
@@ -229,6 +223,8 @@ OPERATORS = {
         Operator("norm_add_act_conv_pair", pending=True, residual=True, convs=2),
     )
 }
+#: What reads a pending activation that nobody else does.
+INNER = OPERATORS["norm_act_conv"]
 _MEMBERS = {(o.pending, o.residual, o.convs): o for o in OPERATORS.values()}
 
 

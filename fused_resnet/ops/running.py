@@ -49,7 +49,7 @@ def _update(counts, means, variances, batch_means, batch_variances, sizes, momen
         return
     running = wide = [*means, *variances]
     batches = [*batch_means, *torch._foreach_mul(batch_variances, [n / (n - 1) if n else 1.0 for n in sizes])]
-    if any([t.dtype is not b.dtype for t, b in zip(running, batches, strict=True)]):
+    if any([t.dtype is not b.dtype for t, b in zip(running, batches, strict=True)]):  # noqa: C419
         dtypes = [torch.promote_types(t.dtype, b.dtype) for t, b in zip(running, batches, strict=True)]
         wide = [t.to(dtype) for t, dtype in zip(running, dtypes, strict=True)]
         batches = [b.to(dtype) for b, dtype in zip(batches, dtypes, strict=True)]
