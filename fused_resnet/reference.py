@@ -45,6 +45,8 @@ class ConvGeometry(NamedTuple):
     @classmethod
     def of(cls, stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int], groups: int) -> "ConvGeometry":
         """The same from what `conv2d` also takes: one number for both directions."""
+        if type(stride) is type(padding) is type(dilation) is tuple and len(stride) == len(padding) == len(dilation) == 2:
+            return cls(stride, padding, dilation, groups)
         return cls(_pair(stride), _pair(padding), _pair(dilation), groups)
 
 

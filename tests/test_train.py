@@ -1,4 +1,4 @@
-"""Training: schedule, optimizer, exact resume, checkpoints that survive, metrics, the picture."""
+"""Training: schedule, optimizer, exact resume, metrics, the picture."""
 
 import json
 import math
@@ -6,76 +6,27 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import distributed, nn
+from trainings import CONFIG, CPU, drawn, lines, one_thread, resumed, same_states, small, tiny_data, trainer, undrawn
 
-from fused_resnet.data import DataSet, Split
+from fused_resnet import backends
 from fused_resnet.models import get_model
 from fused_resnet.train import (
     CHECKPOINT,
     CURVES,
     METRICS,
-    CheckpointError,
     SettingError,
     TrainConfig,
     Trainer,
     TrainingDiverged,
-    checkpoint,
-    load_checkpoint,
-    resumable,
     run,
     save_checkpoint,
 )
 from fused_resnet.train.optimizer import learning_rate, sgd
+from fused_resnet.train.processes import parallel
+from fused_resnet.train.progress import EPOCH_HEADER, epoch_line
 
-CPU = torch.device("cpu")
-CONFIG = TrainConfig(epochs=2, batch_size=8, lr=0.05, weight_decay=5e-4, limit_train=32)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The networks here are tiny: a second thread would only wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def tiny_data() -> DataSet:
-    """Four classes of 12×12 pictures that a network can tell apart."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(48) % 4
-    images = torch.randint(0, 60, (48, 12, 12, 1), generator=generator, dtype=torch.uint8)
-    images += (labels * 60).to(torch.uint8)[:, None, None, None]
-    train, evaluation = Split(images[:32], labels[:32]), Split(images[32:], labels[32:])
-    return DataSet("tiny", tuple("abcd"), train, evaluation, torch.tensor([0.45]), torch.tensor([0.3]), True, 2)
-
-
-def trainer(config: TrainConfig = CONFIG) -> Trainer:
-    torch.manual_seed(config.seed)
-    return Trainer(get_model("resnet20", num_classes=4, in_channels=1), tiny_data(), config, CPU)
-
-
-def resumed(folder) -> Trainer:
-    """As another process takes up the run in `folder`."""
-    config, state = resumable(folder)
-    taken_up = trainer(config)
-    taken_up.load_state(state)
-    return taken_up
-
-
-def same_states(a, b) -> bool:
-    """Bit for bit, through containers."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_states(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_states, a, b))
-    return a == b
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-
+pytestmark = pytest.mark.usefixtures(one_thread.__name__, undrawn.__name__)
 
 # ---- schedule and optimizer ------------------------------------------------------------------------------------------
 
@@ -107,6 +58,7 @@ def test_weight_decay_of_norms_and_biases_is_optional(decay_norms):
     [
         ("epochs", 0), ("epochs", 1.5), ("batch_size", -1), ("limit_train", 0), ("lr", 0.0), ("lr", math.nan), ("momentum", 1.0),
         ("weight_decay", -1.0), ("label_smoothing", 1.0), ("precision", "fp8"), ("seed", -1), ("warmup_epochs", -1.0),
+        ("model", 3), ("seed", 1.5), ("lr", "high"), ("lr", True), ("epochs", True), ("decay_norms", 1), ("backend", "fastest"), ("backend", 1),
     ],
 )  # fmt: skip
 def test_setting_out_of_range_is_named(name, value):
@@ -171,13 +123,113 @@ def test_no_line_is_written_twice_on_resume(tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_and_resumes(tmp_path, precision):
     config = TrainConfig(epochs=2, batch_size=8, lr=0.05, precision=precision, label_smoothing=0.1)
-    run(trainer(config), tmp_path, stop_after=1, progress=False)
-    taken_up = resumed(tmp_path)
+    run(small(config), tmp_path, stop_after=1, progress=False)
+    taken_up = resumed(tmp_path, small)
     assert bool(taken_up.scaler.state_dict()) == (precision == "fp16"), "only fp16 scales its loss"
     history = run(taken_up, tmp_path, progress=False)
     assert len(history) == 2
     assert all(math.isfinite(record["train_loss"]) for record in history)
-    assert all(p.dtype == torch.float32 for p in trainer(config).model.parameters())
+    assert all(p.dtype == torch.float32 for p in small(config).model.parameters())
+
+
+def test_the_scaler_goes_on_where_it_was(tmp_path):
+    config = TrainConfig(epochs=2, batch_size=8, precision="fp16")
+    before = small(config)
+    before.scaler.load_state_dict({**before.scaler.state_dict(), "scale": 8.0, "_growth_tracker": 3})
+    save_checkpoint(tmp_path / CHECKPOINT, before.state())
+    found = resumed(tmp_path, small).scaler.state_dict()
+    assert (found["scale"], found["_growth_tracker"]) == (8.0, 3)
+
+
+def test_the_schedule_goes_on_where_it_was(tmp_path):
+    def rates(trainer, stop_after=None):
+        step, asked = trainer.step, []
+        trainer.step = lambda images, labels, lr: asked.append(lr) or step(images, labels, lr)
+        run(trainer, tmp_path, stop_after, progress=False)
+        return asked
+
+    config = TrainConfig(epochs=4, batch_size=8, lr=0.4, warmup_epochs=1.5)
+    first = rates(small(config), stop_after=1)
+    found = first + rates(resumed(tmp_path, small), stop_after=3) + rates(resumed(tmp_path, small))
+    assert found == [learning_rate(i, 16, 6, 0.4) for i in range(16)]
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path):
+    """Dropout, which draws from PyTorch's own generator: the same bits as without an interruption."""
+    straight = small()
+    run(straight, tmp_path / "straight", progress=False)
+    run(small(), tmp_path / "parts", stop_after=1, progress=False)
+    taken_up = resumed(tmp_path / "parts", small)
+    run(taken_up, tmp_path / "parts", progress=False)
+    assert same_states(straight.model.state_dict(), taken_up.model.state_dict())
+    assert torch.equal(straight.state()["rng"]["cpu"], taken_up.state()["rng"]["cpu"])
+
+
+def test_label_smoothing_is_that_of_the_training_loss():
+    trained = small(TrainConfig(batch_size=8, label_smoothing=0.3))
+    nn.init.constant_(trained.model[-1].bias[0], 3.0)
+    images, _ = next(trained.train_loader.batches(0))
+    labels = torch.zeros(8, dtype=torch.long)  # of all classes alike it would change little
+    loss, logits = trained.step(images, labels, 0.1)
+    assert loss.item() == pytest.approx(nn.functional.cross_entropy(logits, labels, label_smoothing=0.3).item(), rel=1e-6)
+    assert abs(loss.item() - nn.functional.cross_entropy(logits, labels).item()) > 1e-3
+
+
+def test_evaluation_is_in_evaluation_mode_and_changes_nothing():
+    trained = small(TrainConfig(batch_size=8, label_smoothing=0.3))
+    trained.train_epoch(progress=False)
+    before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
+    found = trained.evaluate()
+    assert same_states(before, trained.model.state_dict())
+    assert found == trained.evaluate(), "no dropout"
+    images, labels = (torch.cat(parts) for parts in zip(*trained.eval_loader.batches(0), strict=True))
+    with torch.no_grad():
+        scores = trained.model.eval()(images)
+    assert found["eval_loss"] == pytest.approx(nn.functional.cross_entropy(scores, labels).item(), rel=1e-5)
+    assert found["eval_accuracy"] == (scores.argmax(1) == labels).double().mean().item()
+    trained.train_epoch(progress=False)
+    assert trained.model.training
+
+
+@pytest.mark.parametrize("name", ["eager", "off"])
+def test_the_backend_of_the_settings_is_taken(monkeypatch, name):
+    asked = []
+    trained = trainer(TrainConfig(batch_size=32, backend=name))
+    monkeypatch.setattr(trained.model.fc, "forward", lambda x: asked.append(backends.resolve(CPU, x.dtype)) or x[:, :4])
+    trained.train_epoch(progress=False)
+    trained.evaluate()
+    assert set(asked) == {name} and len(asked) == 2
+
+
+def test_recompute_is_a_setting():
+    assert trainer(TrainConfig(batch_size=32, recompute=True)).model.layer1[0].recompute
+    assert not trainer(TrainConfig(batch_size=32)).model.layer1[0].recompute
+
+
+def test_a_batch_of_which_a_norm_sees_one_value_is_named():
+    torch.manual_seed(0)
+    norm = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, 4))
+    with pytest.raises(SettingError, match="batch_size: expected at least 2, 2 for each process, .*; got 1"):
+        Trainer(norm, tiny_data(), TrainConfig(batch_size=1), CPU).train_epoch(progress=False)
+
+
+@pytest.mark.filterwarnings("error")
+def test_processes_do_not_send_running_statistics_in_training(monkeypatch):
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setitem(parallel.__globals__, "world", lambda: 2)
+        assert not parallel(get_model("resnet20"), CPU, False).will_sync_module_buffers()
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_lines_keep_their_columns():
+    record = {"epoch": 3, "train_loss": 1.23456, "train_accuracy": 0.5, "eval_loss": 2.5, "eval_accuracy": 1.0, "images_per_second": 739.2}
+    assert epoch_line(record, 10) == "     3/10          1.2346     50.00%            2.5000    100.00%         739"
+    for change in ({"train_loss": 3.4e38, "eval_loss": 1e300}, {"epoch": 10**9}, {"images_per_second": 1e8}):
+        line = epoch_line(record | change, 10**9 if "epoch" in change else 10)
+        assert len(line) - len(EPOCH_HEADER) == (12 if "epoch" in change else 0)
+    assert "3.4000e+38" in epoch_line(record | {"train_loss": 3.4e38}, 10)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
@@ -191,96 +243,12 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     assert len(lines(tmp_path)) == 1
 
 
+@pytest.mark.usefixtures(drawn.__name__)
 def test_the_picture_is_one(tmp_path):
     image = pytest.importorskip("matplotlib.image")
     run(trainer(), tmp_path, progress=False)
     pixels = image.imread(tmp_path / CURVES)
-    assert pixels.shape == (450, 1500, 4)
-    assert pixels[..., :3].std() > 0.05, "not an empty sheet"
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    run(trainer(), folder, stop_after=1, progress=False)
-    return (folder / CHECKPOINT).read_bytes()
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.5, 0.999])
-def test_truncated_checkpoint_is_named(tmp_path, saved, fraction):
-    path = tmp_path / CHECKPOINT
-    path.write_bytes(saved[: int(fraction * len(saved))])
-    with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(path)
-    assert f"{path}: truncated, or not a checkpoint" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-class Foreign:
-    """Not among what weights_only may load."""
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ({"state_dict": {}}, "not a checkpoint of `fused-resnet train`"),
-        (torch.zeros(3), "not a checkpoint of `fused-resnet train`"),
-        (Foreign(), "not a checkpoint of `fused-resnet train`"),
-        ({"format": checkpoint.FORMAT, "version": 99}, "expected version 1 of the format; got 99"),
-        ({"format": checkpoint.FORMAT, "version": 1, "config": {}, "epoch": 1}, "without model, optimizer"),
-    ],
-)
-def test_foreign_checkpoint_is_named(tmp_path, content, expected):
-    path = tmp_path / CHECKPOINT
-    torch.save(content, path)
-    with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(path)
-    assert str(path) in str(caught.value)
-    assert expected in str(caught.value)
-
-
-def test_missing_checkpoint_and_damaged_settings_are_named(tmp_path, saved):
-    with pytest.raises(CheckpointError, match="no such file"):
-        resumable(tmp_path)
-    (tmp_path / CHECKPOINT).write_bytes(saved)
-    state = load_checkpoint(tmp_path / CHECKPOINT)
-    state["config"]["epochs"] = -3
-    save_checkpoint(tmp_path / CHECKPOINT, {key: state[key] for key in checkpoint.KEYS})
-    with pytest.raises(CheckpointError, match="its settings can't be used .*epochs"):
-        resumable(tmp_path)
-
-
-def test_checkpoint_of_another_network_is_named(tmp_path, saved):
-    (tmp_path / CHECKPOINT).write_bytes(saved)
-    _, state = resumable(tmp_path)
-    other = Trainer(get_model("resnet32", num_classes=4, in_channels=1), tiny_data(), CONFIG, CPU)
-    with pytest.raises(CheckpointError, match="the checkpoint does not fit resnet20: .*state_dict") as caught:
-        other.load_state(state)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write failed")])
-def test_old_checkpoint_is_kept_when_a_write_fails_midway(tmp_path, saved, monkeypatch, error):
-    path = tmp_path / CHECKPOINT
-    path.write_bytes(saved)
-
-    def half(content, file):
-        file.write(saved[:1000])
-        raise error
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(CheckpointError, match="could not be written: .*; the one that was there is kept"):
-        save_checkpoint(path, trainer().state())
-    assert path.read_bytes() == saved
-    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
-    monkeypatch.undo()
-    assert load_checkpoint(path)["epoch"] == 1
-
-
-def test_a_part_that_a_killed_process_left_is_no_obstacle(tmp_path, saved):
-    (tmp_path / f"{CHECKPOINT}.part").write_bytes(saved[:1000])
-    save_checkpoint(tmp_path / CHECKPOINT, trainer().state())
-    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
+    assert pixels.shape == (450, 1800, 4)
+    for color in (0x4C, 0x72, 0xB0), (0xDD, 0x84, 0x52), (0x81, 0x72, 0xB3), (0x55, 0xA8, 0x68):  # training, evaluation, rate, speed
+        drawn = (abs(pixels[..., :3] - [value / 255 for value in color]) < 0.01).all(-1)
+        assert drawn.sum() > 50, color

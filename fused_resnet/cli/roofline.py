@@ -1,6 +1,7 @@
 """`fused-resnet roofline`: what a training step must cost, layer by layer, and the images/s that no implementation can beat."""
 
 import argparse
+from collections.abc import Iterable
 
 import torch
 from rich.table import Table
@@ -45,6 +46,32 @@ EXAMPLES = """example:
 """
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MEASURED = "measured"
+#: What the rows of the tables are; a name with a plus has what stands above it, too.
+WORDS = {
+    "eager": "convolution, statistics, norm, ReLU, addition apart",
+    "onepass": "one pass for statistics, one to apply; one to reduce, one to apply",
+    "+stats": "statistics in the epilogue of the forward convolution",
+    "+pro": "norm and ReLU in the prologue of a block's inner convolutions",
+    "+red": "gradient addition, mask and sums in dgrad's epilogue",
+    "+app": "the norm's backward in the prologues of dgrad and wgrad",
+    "+stemf": "the stem's norm, ReLU and pool in one pass, both ways",
+    "+tail": "the last norm, addition, ReLU and average pool likewise",
+    "+fold": "block boundaries in the next convolution's prologue",
+    "passes": "what the backend passes does",
+    "triton": "what the backend triton does",
+    "recompute": "what blocks keep between convolutions is made again",
+}
+TRACED_WORDS = {
+    "eager": "every operator a kernel",
+    "passes": "one pass for element-wise operators that follow one another",
+    "fused": "such passes inside convolutions",
+}
+INFERENCE_WORDS = {
+    "eager": "convolution, norm, ReLU, addition apart",
+    "folded": "no norm; the bias is a kernel behind the convolution",
+    "passes": "convolution, then one pass",
+    "epilogue": "one kernel a convolution",
+}
 #: For the table of layers: eager, passes, everything fused.
 SHOWN = {"eager": "eager", "passes": "passes", "+fold": "fused", "fused": "fused"}
 
@@ -91,9 +118,13 @@ def roofline(args: argparse.Namespace) -> int:
     ridge = flops_per_s / bytes_per_s
     out.print(f"{words}: {flops_per_s / 1e12:,.1f} TFLOP/s, {bytes_per_s / 1e12:,.3f} TB/s, ridge {ridge:,.0f} FLOP/byte")
     out.print(_designs_table(kernels, saved, args.batch, flops_per_s, bytes_per_s))
+    out.print("design: how a step is divided into kernels, each row's besides what stands above it.")
+    out.print("floor: the time that no implementation of these kernels can beat.")
+    out.print(_legend(kernels, WORDS if args.model in DEPTHS else TRACED_WORDS))
     if args.model in DEPTHS:
         steps = {name: inference_step(network, name, dtype.itemsize) for name in INFERENCE}
         out.print(_inference_table(steps, args.batch, flops_per_s, bytes_per_s))
+        out.print(_legend(steps, INFERENCE_WORDS))
     if args.layers:
         out.print(_layers_table(kernels, saved, args.batch, flops_per_s, bytes_per_s))
     return 0
@@ -139,6 +170,12 @@ def _flops(args: argparse.Namespace, forward: int) -> str:
         paper = resnet(args.model, 1, args.size, stride_first=True).forward_flops / 2e9
         words += f", torchvision's, which strides in the 3x3; {paper:.2f} with the paper's stride in the first 1x1"
     return words
+
+
+def _legend(shown: Iterable[str], words: dict[str, str]) -> str:
+    """A line for each design that is shown, and for what is added to one behind a comma."""
+    names = dict.fromkeys(part for name in shown for part in name.split(", "))
+    return "\n".join(f"  {name:<10}{words[name]}" for name in names)
 
 
 def _designs_table(kernels, saved, batch: int, flops_per_s: float, bytes_per_s: float) -> Table:

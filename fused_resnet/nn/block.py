@@ -111,7 +111,9 @@ class Block(nn.Module):
         made = run_of(given, layers, self.shortcut, self.recompute)
         outs = [first for (first, *_), _, _ in made]
         act = made[0].act
-        told = [batch_statistics(norm, out) for (_, norm), out in zip(branch, outs, strict=True)]
+        statistics = a.statistics
+        for (_, norm), out in zip(branch, outs, strict=True):
+            statistics += batch_statistics(norm, out)
         if beside:
             residual = made[0].pendings[-1]
         elif not self.shortcut or self.downsample is None:
@@ -121,8 +123,8 @@ class Block(nn.Module):
         else:
             residual = ops.conv_stats(enter(projection[0](act), x.dtype).x, conv_and_norm(*projection[1:], x))
         if projection is not None:  # PyTorch's modules run it last
-            told.append(batch_statistics(projection[-1], residual))
-        return Activation(outs[-1], residual, sum(told, a.statistics))
+            statistics += batch_statistics(projection[-1], residual)
+        return Activation(outs[-1], residual, statistics)
 
 
 def enter(x: Tensor, dtype: torch.dtype | None = None) -> Activation:
