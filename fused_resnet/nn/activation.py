@@ -44,14 +44,20 @@ def update_running_statistics(statistics: Sequence[BatchStatistics]) -> None:
     """
     told, groups = {}, defaultdict(list)
     for norm, *batch in statistics:
-        momentum, count, mean = norm.momentum, norm.num_batches_tracked, norm.running_mean
+        momentum, count, mean = norm.momentum, _buffer(norm, "num_batches_tracked"), _buffer(norm, "running_mean")
         if mean is None or (momentum is None and count is None):  # PyTorch then leaves them alone, too
             continue
         before = told.get(norm, 0)
         told[norm] = before + 1
-        groups[before, momentum].append((count, mean, norm.running_var, *batch))
+        groups[before, momentum].append((count, mean, _buffer(norm, "running_var"), *batch))
     for (_, momentum), members in groups.items():
         members.sort(key=lambda member: member[3] is None)
         counts = [count for count, *_ in members if count is not None]
         filled = [rest for _, *rest in members if rest[2] is not None]
         ops.update_running_statistics(counts, *(zip(*filled, strict=True) if filled else [()] * 5), momentum)
+
+
+def _buffer(norm: nn.Module, name: str) -> Tensor | None:
+    """norm.<name>: where a module keeps buffers, it is found sooner than by nn.Module's own search."""
+    buffers = norm._buffers
+    return buffers[name] if name in buffers else getattr(norm, name)

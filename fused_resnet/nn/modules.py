@@ -173,17 +173,15 @@ def takes(conv: nn.Conv2d, x: object) -> bool:
 
 
 def held(module: nn.Module, name: str) -> Tensor | None:
-    """module.<name>, a parameter, a buffer, or whatever holds its place: found sooner than by nn.Module's own search.
+    """module.<name>, a parameter or whatever holds its place: found sooner than by nn.Module's own search.
 
     FSDP, DataParallel's replicas and networks that make the weights of others keep tensors in a module's `__dict__`, where it looks first.
     """
     own = module.__dict__
     if name in own:
         return own[name]
-    for known in (own["_parameters"], own["_buffers"]):
-        if name in known:
-            return known[name]
-    return getattr(module, name)
+    parameters = own["_parameters"]
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _is_frozen(norm: nn.Module) -> bool:
