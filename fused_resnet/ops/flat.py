@@ -29,7 +29,7 @@ def flatten(value: tuple) -> list:
     """The arguments for `schema(type(value))`."""
     flat = []
     for part in value:
-        flat += flatten(part) if hasattr(part, "_fields") else [part]
+        flat += flatten(part) if isinstance(part, tuple) and hasattr(part, "_fields") else [part]
     return flat
 
 
