@@ -11,6 +11,7 @@ statistics.
 import argparse
 import copy
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -86,8 +87,15 @@ def pytorchcv() -> Iterator[tuple[str, Maker]]:
         "resnet18 resnet50 preresnet18 preresnet50 resnetd50b wrn50_2 resnet20_cifar10 preresnet20_cifar10 resneta10 seresnet18 senet16 "
         "densenet121 darknet53 bn_vgg11b"
     )
+
+    def make(name: str) -> nn.Module:
+        model = get_model(name)
+        if hasattr(model.features, "final_pool"):  # of 7×7: so that small images fit
+            model.features.final_pool = nn.AdaptiveAvgPool2d(1)
+        return model
+
     for name in names.split():
-        yield name, lambda name=name: get_model(name)
+        yield name, lambda name=name: make(name)
 
 
 def fastai() -> Iterator[tuple[str, Maker]]:
@@ -133,6 +141,8 @@ def mmpretrain() -> Iterator[tuple[str, Maker]]:
 
 
 def robustness() -> Iterator[tuple[str, Maker]]:
+    # A module that newer releases of torchvision no longer have, and the library's other networks import.
+    sys.modules.setdefault("torchvision.models.utils", torch.hub)
     from robustness.cifar_models import ResNet18, ResNet50
     from robustness.imagenet_models import resnet50
 
@@ -164,7 +174,8 @@ def tensors(value: object) -> list[Tensor]:
 
 def prepared(model: nn.Module) -> nn.Module:
     """In float64 and training, without draws; norms that are no identity."""
-    model = model.double().train()
+    model.double()
+    model.train()
     torch.manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
