@@ -246,6 +246,8 @@ class Plan:
         if node.op == "get_attr":
             owner, _, name = node.target.rpartition(".")
             return step._replace(run=run_read, call=(self.traced.root.get_submodule(owner), name))
+        if calls(node, "view"):
+            return step._replace(run=run_view)
         read = self._only_input(node)
         alone = read is not None and len(read.users) == 1
         if self._is_relu(node) and read is not None:
@@ -360,6 +362,14 @@ def run_call(step: Step, run: Run) -> Any:
     if type(step.call) is str:
         return getattr(args[0], step.call)(*args[1:], **kwargs)
     return step.call(*args, **kwargs)
+
+
+def run_view(step: Step, run: Run) -> Any:
+    """A view of what the operators give in channels_last, where PyTorch's modules would give it in the order that a view wants."""
+    x, *sizes = filled(step.args, run)
+    if isinstance(x, Tensor) and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous()
+    return x.view(*sizes, **filled(step.kwargs, run))
 
 
 def run_read(step: Step, run: Run) -> Any:

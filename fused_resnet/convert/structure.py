@@ -118,7 +118,7 @@ def holds_convolution(module: nn.Module) -> bool:
 
 def may_be_looked_into(module: nn.Module) -> bool:
     """Whether a module holds convolutions, is somebody's own or a sequence, and can be traced."""
-    if isinstance(module, torch.jit.ScriptModule | nn.ModuleList | nn.ModuleDict) or not holds_convolution(module):
+    if isinstance(module, torch.jit.ScriptModule) or type(module).forward is nn.Module.forward or not holds_convolution(module):
         return False
     if type(module).__module__.startswith("torch.nn.") and type(module).forward is not nn.Sequential.forward:
         return False

@@ -146,6 +146,11 @@ class Stand(Proxy):
             raise Untraceable("its forward asks for the type of a value")
         return Tensor
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "is_tensor_for_sure"):
+            raise Untraceable("its forward sets attributes of tensors")
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Attribute:
         if not hasattr(Tensor, name):
             raise AttributeError(name)
