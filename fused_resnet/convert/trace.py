@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import Attribute, TracerBase
 
+from ..nn import Block, PreActivation
 from ..nn.modules import autocasts, observed
 
 #: Attributes that every nn.Module has for itself; what of them matters is asked for by other means.
@@ -320,6 +321,8 @@ def type_of(module: nn.Module) -> type:
 def gives_tensor(module: nn.Module) -> bool:
     """Whether a leaf is certain to give one tensor."""
     cls = type_of(module)
+    if isinstance(module, Block | PreActivation | nn.Conv2d | nn.modules.batchnorm._BatchNorm):
+        return True
     if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention | nn.Transformer) or getattr(module, "return_indices", False):
         return False
     return cls.__module__.startswith("torch.nn.modules")
