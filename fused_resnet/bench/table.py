@@ -60,7 +60,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str], bool], ...] = (
 #: (head, a text for each line, whether they are figures)
 Column = tuple[str, list[str], bool]
 #: What a fused convolution is measured by: the framework's, with a pass before and behind.
-PASSES = ("ours:passes_cuda", "ours:passes_triton")
+PASSES = ("ours:passes_cuda", "ours:passes_cpu", "ours:passes_triton")
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:

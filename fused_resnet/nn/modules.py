@@ -11,9 +11,10 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
+from .. import ops
 from ..backends import resolve
-from ..ops import Conv, ConvGeometry, Norm, Pending
-from .activation import BatchStatistics, moments
+from ..ops import Conv, ConvGeometry, Norm, Pending, values_per_channel
+from .activation import BatchStatistics
 
 #: What a block asks of a module of its own: one of the predicates below, and the module.
 Requirement = tuple[Callable[[nn.Module | None], bool], nn.Module | None]
@@ -38,6 +39,12 @@ def observed(module: nn.Module) -> bool:
     )
 
 
+def is_row(module: nn.Module | None) -> bool:
+    """Whether a module is nn.Sequential, or of a subclass that calls its members as that does; also after `fuse`."""
+    cls = getattr(type(module), "fuse_original", type(module))
+    return isinstance(module, nn.Sequential) and cls.forward is nn.Sequential.forward and cls.__call__ is nn.Module.__call__
+
+
 def is_unobserved(module: nn.Module | None) -> bool:
     """A module that nobody watches, or none."""
     return module is None or not observed(module)
@@ -45,12 +52,12 @@ def is_unobserved(module: nn.Module | None) -> bool:
 
 def is_conv(module: nn.Module | None) -> bool:
     """A convolution that the operators can run: nn.Conv2d itself, without bias, padded with zeros by numbers."""
-    return _is_plain_conv(module) and module._parameters.get("bias") is None
+    return _is_plain_conv(module) and held(module, "bias") is None
 
 
 def is_folded_conv(module: nn.Module | None) -> bool:
     """The same with a bias, as a convolution that holds a norm has."""
-    return _is_plain_conv(module) and module._parameters.get("bias") is not None
+    return _is_plain_conv(module) and held(module, "bias") is not None
 
 
 def _is_plain_conv(module: nn.Module | None) -> bool:
@@ -149,18 +156,37 @@ def norm_of(norm: nn.Module) -> Norm:
 
 def geometry(conv: nn.Conv2d) -> ConvGeometry:
     """How a convolution moves over its input."""
-    return ConvGeometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+    return ConvGeometry.of(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def conv_and_norm(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype) -> Conv:
-    """The two modules as an operator takes them, the weight in `dtype`."""
+def conv_and_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Conv:
+    """The two modules as an operator takes them that reads x."""
+    return Conv(weight_for(conv, x), norm_of(norm), geometry(conv))
+
+
+def weight_for(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The weight of a convolution of x: in x's dtype, where autocast is on."""
     weight = held(conv, "weight")
-    return Conv(weight if weight.dtype == dtype else weight.to(dtype), norm_of(norm), geometry(conv))
+    return weight if weight.dtype == x.dtype or not autocasts(x.device.type) else weight.to(x.dtype)
+
+
+def takes(conv: nn.Conv2d, x: object) -> bool:
+    """Whether a convolution can read x. Where it can't, PyTorch's own says what is wrong."""
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return False
+    weight = held(conv, "weight")
+    return x.shape[1] == weight.shape[1] * conv.groups and (x.dtype == weight.dtype or autocast_dtype(x) is not None)
 
 
 def held(module: nn.Module, name: str) -> Tensor | None:
-    """module.<name>, a parameter: where a module keeps those, it is found sooner than by nn.Module's own search."""
-    parameters = module._parameters
+    """module.<name>, a parameter or whatever holds its place: found sooner than by nn.Module's own search.
+
+    FSDP, DataParallel's replicas and networks that make the weights of others keep tensors in a module's `__dict__`, where it looks first.
+    """
+    own = module.__dict__
+    if name in own:
+        return own[name]
+    parameters = own["_parameters"]
     return parameters[name] if name in parameters else getattr(module, name)
 
 
@@ -180,7 +206,10 @@ def batch_statistics(norm: nn.BatchNorm2d | nn.SyncBatchNorm, out: Pending) -> t
     """What `out` tells `norm`'s running statistics: nothing outside training."""
     if not norm.training or not getattr(norm, "track_running_stats", False):  # a frozen norm has no such attribute
         return ()
-    return (BatchStatistics(norm, *moments(out, shared=bool(sharing_group(norm)))),)
+    if sharing_group(norm):
+        return (BatchStatistics(norm, out.mean, out.var, 0),)
+    size = values_per_channel(out.y)
+    return (BatchStatistics(norm, out.mean, out.var, size) if size else BatchStatistics(norm, None, None, 0),)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -207,9 +236,36 @@ def _is_exporting() -> bool:
 _is_exporting._dynamo_marked_constant = True
 
 
+def _own(cls: type[nn.Module], name: str) -> Callable:
+    """A method as the class's own file defines it; where somebody has put another in its place, a function that is none of the class's."""
+    method = getattr(cls, name)
+    return method if method.__code__.co_filename == cls.__init__.__code__.co_filename else _own
+
+
+#: The methods of PyTorch's modules that the operators stand for.
+_STOOD_FOR = [(nn.Module, "__call__", _own(nn.Module, "__call__"))]
+for _cls in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Sequential, nn.MaxPool2d, nn.AdaptiveAvgPool2d):
+    _STOOD_FOR.append((_cls, "forward", _own(_cls, "forward")))
+
+
+def replaced() -> bool:
+    """Whether somebody has changed PyTorch's classes, or has a torch function mode look at each call: PyTorch's modules then run."""
+    if torch._C._len_torch_function_stack():
+        modes = torch.overrides._get_current_function_mode_stack()
+        if any(type(mode) is not torch.utils._device.DeviceContext for mode in modes):
+            return True
+    return any(getattr(cls, name) is not method for cls, name, method in _STOOD_FOR)
+
+
 def runs_modules(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's own modules run on x, in `dtype`: by choice, or since what is exported has to run without this package."""
-    return _is_exporting() or torch.jit.is_tracing() or resolve(x.device, dtype) == "off"
+    """Whether PyTorch's own modules run on x, in `dtype`.
+
+    By choice; since what is exported has to run without this package; or within a transform of torch.func and under forward-mode AD, for
+    which the operators have no rules.
+    """
+    if _is_exporting() or torch.jit.is_tracing() or ops.is_transformed() or resolve(x.device, dtype) == "off":
+        return True
+    return not torch.compiler.is_compiling() and replaced()
 
 
 def runs_fused(x: Tensor) -> bool:
@@ -232,11 +288,11 @@ def why_not(requirements: Iterable[Requirement], names: Mapping[nn.Module, str])
             name = names.get(module, "a module")
             if module is not None and any(observed(m) for m in module.modules()):
                 return f"{name} has a hook, or is compiled by itself"
-            return f"{name} is {type(module).__name__}, {_WANTED[fits]}"
+            return f"{name} is {type(module).__name__}, {WANTED[fits]}"
     return None
 
 
-_WANTED = {
+WANTED = {
     is_unobserved: "not free of hooks",
     is_conv: "not an nn.Conv2d without bias, padded with zeros",
     is_folded_conv: "not an nn.Conv2d with the bias of a norm that it holds, padded with zeros",
