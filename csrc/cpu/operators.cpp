@@ -3,6 +3,10 @@
 
 #include <algorithm>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/library.h>
 
 #include "../on_device.h"
@@ -38,6 +42,19 @@ Extent extent_of(const Tensor& x) {
   const Element element =
       dtype == ScalarType::Half ? Element::kHalf : dtype == ScalarType::BFloat16 ? Element::kBFloat16 : Element::kFloat;
   return {rows_of(x), channels_of(x), element};
+}
+
+// `tensor`, whose memory is asked to come in large pages. An activation is often memory that the system hands out anew, page by page as it is
+// first written: one fault for 4 KiB costs more than writing them. Where the system does not do it, nothing changes.
+Tensor in_large_pages(Tensor tensor) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size()) / kPage * kPage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return tensor;
 }
 
 // Calls kernel(arguments, first, last) on ranges of [0, count), `size` elements each, by PyTorch's threads.
@@ -98,7 +115,7 @@ NormAddAct norm_add_act_arguments(const Tensor& x, const Tensor& scale, const Te
 // The backward reduction of a gradient, which the caller has filled in: (dz, s1, s2, residual_s2).
 std::tuple<Tensor, Tensor, Tensor, OptionalTensor> reduce(BackwardReduce arguments, const ReductionInputs& inputs, bool relu) {
   const Tensor& x = inputs.x;
-  const Tensor dz = torch::stable::empty_like(x), s1 = empty_vector(x), s2 = empty_vector(x);
+  const Tensor dz = in_large_pages(torch::stable::empty_like(x)), s1 = empty_vector(x), s2 = empty_vector(x);
   OptionalTensor residual_s2;
   if (inputs.residual) residual_s2 = empty_vector(x);
   const int64_t count = inputs.residual ? 3 : 2;
@@ -186,7 +203,7 @@ std::tuple<Tensor, OptionalTensor> norm_add_act(
   check.residual(residual, residual_scale, residual_bias, x);
   if (save_mask && !(relu && residual)) check.fail("save_mask: expected False without a ReLU and a residual");
 
-  const Tensor act = torch::stable::empty_like(x);
+  const Tensor act = in_large_pages(torch::stable::empty_like(x));
   OptionalTensor mask;
   if (save_mask) mask = empty_mask(x);
   NormAddAct arguments = norm_add_act_arguments(x, scale, bias, residual, residual_scale, residual_bias);
@@ -226,7 +243,7 @@ Tensor norm_backward_apply(const Tensor& dz, const Tensor& y, const Tensor& mean
   check.vector("s1", s1, y);
   check.vector("s2", s2, y);
 
-  const Tensor dy = torch::stable::empty_like(y);
+  const Tensor dy = in_large_pages(torch::stable::empty_like(y));
   const Extent extent = extent_of(y);
   const Tensor coefficients = torch::stable::new_empty(y, {3, extent.channels}, ScalarType::Float);
   const BackwardApply arguments{
