@@ -1,5 +1,7 @@
-"""A network by its name: this package's, torchvision's, or a user's function."""
+"""A network by its name: this package's, torchvision's, timm's, or a user's function."""
 
+import copy
+import difflib
 import importlib
 import sys
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from torch import nn
 
 from .. import models
 
-EXPECTED = "one of list_models(), torchvision:NAME, or MODULE:FUNCTION that returns a torch.nn.Module"
+EXPECTED = "one of list_models(), torchvision:NAME, timm:NAME, or MODULE:FUNCTION that returns a torch.nn.Module"
 
 
 class LoadError(ValueError):
@@ -17,23 +19,24 @@ class LoadError(ValueError):
 
 
 def builder(name: str) -> Callable[[], nn.Module]:
-    """What makes the network `name`, untrained: "resnet50", "torchvision:resnet50", "my.module:make" (also from the folder at hand).
+    """What makes the network `name`, untrained: "resnet50", "torchvision:resnet50", "timm:resnet50", "my.module:make".
 
-    Raises LoadError where there is none.
+    A module is also found in the folder at hand. A user's network is copied, so that what becomes of it is not seen in one that exists.
+    Raises LoadError where there is none; what is returned raises it where a function returns something else.
     """
     if ":" not in name:
         if name not in models.list_models():
-            raise LoadError(f"expected {EXPECTED}; got {name!r}")
+            near = difflib.get_close_matches(name, models.list_models(), 1)
+            raise LoadError(f"expected {EXPECTED}; got {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
         return lambda: models.get_model(name)
     module, _, function = name.partition(":")
+    if module == "timm":
+        return _timms(function)
     if module == "torchvision":
         module = "torchvision.models"
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except (ImportError, RuntimeError) as error:  # torchvision's library raises RuntimeError beside another PyTorch
-        raise LoadError(f"expected {EXPECTED}; {module} does not import: {error}") from error
+    found = getattr(_imported(module), function, None)
     if not callable(found):
         raise LoadError(f"expected {EXPECTED}; {module} has no function {function!r}")
 
@@ -41,6 +44,21 @@ def builder(name: str) -> Callable[[], nn.Module]:
         model = found()
         if not isinstance(model, nn.Module):
             raise LoadError(f"expected {EXPECTED}; {name} returned {type(model).__name__}")
-        return model
+        return copy.deepcopy(model)
 
     return make
+
+
+def _timms(name: str) -> Callable[[], nn.Module]:
+    timm = _imported("timm")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 1)
+        raise LoadError(f"expected {EXPECTED}; timm has no model {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    return lambda: timm.create_model(name)
+
+
+def _imported(module: str):
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:  # torchvision's library raises RuntimeError beside another PyTorch
+        raise LoadError(f"expected {EXPECTED}; {module} does not import: {error}") from error

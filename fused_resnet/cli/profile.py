@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from .. import models
 from ..bench.load import LoadError, builder
 from ..bench.machine import current_commit
 from ..bench.steps import Subject, implementations
@@ -14,7 +13,7 @@ from ..profile.analysis import Profile, ProfileError, read_profile, write_profil
 from ..profile.picture import draw_profiles
 from ..profile.report import write_report
 from ..profile.run import profile_step
-from .arguments import Unavailable, UsageError, blaming, device, one_of, positive
+from .arguments import Unavailable, UsageError, add_commit, add_model, blaming, device, one_of, positive
 
 DESCRIPTION = """Profiles one training step: time, rate, bandwidth, launches and the fraction of
 the floor by layer, forward and backward, and the gaps between kernels.
@@ -43,17 +42,16 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "profile", help="profile a training step by layer", description=DESCRIPTION, epilog=EXAMPLES
     )
-    parser.add_argument("--model", default="resnet50", metavar="MODEL",
-                        help="a network of this package, torchvision:NAME or MODULE:FUNCTION (default: resnet50)")  # fmt: skip
-    parser.add_argument("--impl", type=one_of(*implementations("train")), metavar="IMPL",
-                        help=f"{', '.join(implementations('train'))} (default: ours, for another's network eager_nhwc)")  # fmt: skip
+    add_model(parser, "resnet50")
+    parser.add_argument("--impl", type=one_of(*implementations("train")), default="ours", metavar="IMPL",
+                        help=f"{', '.join(implementations('train'))} (default: ours, fused where it is not)")  # fmt: skip
     parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", metavar="D", help="auto (default), cpu, cuda")
     parser.add_argument("--dtype", type=one_of(*DTYPES), metavar="D", help="fp32, fp16, bf16 (default: bf16, fp32 on a CPU)")
     parser.add_argument("--batch", type=positive, metavar="N", help="images in a batch (default: 256, 8 on a CPU)")
     parser.add_argument("--size", type=positive, metavar="PIXELS", help="of an image's side (default: 224, 64 on a CPU)")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="show two runs side by side; nothing is run")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the run (default: runs/profile-MODEL-IMPL, runs/profile-compared)")
-    parser.add_argument("--commit", metavar="HASH", help="of this repository (default: git is asked)")
+    add_commit(parser)
     parser.set_defaults(run=profile)
 
 
@@ -64,11 +62,7 @@ def profile(args: argparse.Namespace) -> int:
     where = device(args.device)
     with blaming("--model", LoadError):
         make = builder(args.model)
-    with blaming("--commit", RuntimeError):
-        commit = args.commit or current_commit()
-    impl = args.impl or ("ours" if args.model in models.list_models() else "eager_nhwc")
-    if impl.startswith("ours") and args.model not in models.list_models():
-        raise UsageError("--impl", f"expected an implementation of PyTorch's modules, since {args.model} has none of ours; got {impl}")
+    commit, impl = args.commit or current_commit(), args.impl
     batch, size = ON_GPU if where.type == "cuda" else ON_CPU
     size = args.size or size
     dtype = DTYPES[args.dtype or ("bf16" if where.type == "cuda" else "fp32")]

@@ -42,8 +42,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def add_parser(commands) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser("tune", help="measure which kernels a network should use", description=DESCRIPTION, epilog=EXAMPLES)
-    parser.add_argument("--model", nargs="+", type=one_of(*models.list_models()), default=["resnet50"], metavar="MODEL",
-                        help="networks (default: resnet50)")  # fmt: skip
+    add_model(parser, ["resnet50"])
     parser.add_argument("--batch", nargs="+", type=positive, metavar="N", help="images in a batch (default: 256, 2 on a CPU)")
     parser.add_argument("--dtype", type=one_of(*DTYPES), metavar="D", help="fp32, fp16, bf16 (default: bf16, fp32 on a CPU)")
     parser.add_argument("--size", type=positive, metavar="PIXELS", help="of an image's side (default: 224, 16 on a CPU)")
@@ -56,7 +55,8 @@ def add_parser(commands) -> None:
     parser.add_argument("--task-limit", type=positive, default=120, metavar="SECONDS", help="of one task (default: 120)")
     parser.add_argument("--again", action="store_true", help="measure also what the table has")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the table (default: tuned/ in the user's cache)")
-    parser.add_argument("--commit", metavar="HASH", help="of this repository (default: git is asked)")
+    add_commit(parser)
+    add_form(parser)
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)
 
@@ -65,8 +65,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand. Exit status 1 where a configuration gave a wrong result, or a task could not be timed."""
     where = device(args.device)
     on_gpu = where.type == "cuda"
-    with blaming("--commit", RuntimeError):
-        commit = args.commit or current_commit()
+    commit = args.commit or current_commit()
     dtype = DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
     size = args.size or (224 if on_gpu else 16)
     name = torch.cuda.get_device_name(where) if on_gpu else where.type

@@ -11,7 +11,6 @@ from ..backends.convolutions import FusedConvolutions
 from ..bench.machine import collect_meta, measure_ceilings
 from ..bench.steps import IMPLEMENTATIONS, Subject, TrainingStep
 from ..bench.timing import Stopwatch
-from ..nn import ResidualNetwork
 from .analysis import Profile, analyse, by_kernel, gaps
 from .record import WARMUP, memory_timeline, record, write_trace
 
@@ -38,8 +37,8 @@ def profile_step(
     meta = collect_meta(device, commit)
     memory = memory_timeline(step, device)
     with backend(how.backend):
-        ours = isinstance(step.module, ResidualNetwork)
-        design = _design("off" if how.compile_mode or not ours else backends.resolve(device, dtype), how.compile_mode is not None)
+        design = _design("off" if how.compile_mode else backends.resolve(device, dtype), how.compile_mode is not None)
+    ceilings = ceilings.best(measure_ceilings(device, dtype, STEPS))
     parts, floors = analyse(recording, subject.make, (batch, *subject.shape), dtype, ceilings, design)
     return Profile(
         meta, subject.name, impl, str(dtype).removeprefix("torch."), batch, list(subject.shape), recording.how, step_ms,
