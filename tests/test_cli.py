@@ -2,8 +2,10 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ import torch
 
 import fused_resnet
 from fused_resnet import __version__, backends, models, native
-from fused_resnet.cli import demo, main
+from fused_resnet.bench import load
+from fused_resnet.cli import arguments, demo, main
 from fused_resnet.cli.comparison import compare_losses
 from fused_resnet.data import NAMES
 from fused_resnet.train import CHECKPOINT, CURVES, METRICS, trainer
@@ -76,7 +79,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("option", "value", "known"),
     [
-        ("--model", "resnet19", models.list_models()),
+        ("--model", "resnet19", [*models.list_models(), "torchvision:NAME", "timm:NAME", "MODULE:FUNCTION"]),
         ("--data", "mnist", NAMES),
         ("--backend", "fastest", backends.choices()),
         ("--precision", "fp8", ("fp32", "bf16", "fp16")),
@@ -86,6 +89,19 @@ def test_version(capsys):
 def test_unknown_names_list_the_known_ones(capsys, option, value, known):
     line = refused(capsys, "train", option, value)
     assert f"argument {option}: expected one of {', '.join(known)}; got '{value}'" in line
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("train", "--model", "resnet-50"), "did you mean resnet50?"),
+        (("train", "--model", "Resnet20"), "did you mean resnet20?"),
+        (("train", "--data", "cifar-10"), "did you mean cifar10?"),
+        (("roofline", "--model", "resnet-101"), "did you mean resnet101?"),
+    ],
+)
+def test_a_word_that_is_nearly_known_is_named(capsys, args, expected):
+    assert refused(capsys, *args).endswith(expected + "\n")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +117,7 @@ def test_unknown_names_list_the_known_ones(capsys, option, value, known):
         (("--image-size", "32"), "argument --image-size: expected none"),
         (("--model", "resnet50"), "argument --model: expected a network for 1-channel images"),
         (("--colour", "red"), "unrecognized arguments: --colour red"),
+        (("--out", "x" * 300), "argument --out: [Errno 36] File name too long"),
     ],
 )
 def test_arguments_out_of_range_are_named(capsys, tmp_path, monkeypatch, args, expected):
@@ -124,6 +141,25 @@ def test_a_forced_backend_that_can_not_run_says_why(capsys, answers):
     line = refused(capsys, "train", "--backend", "passes", "--device", "cpu")
     assert "argument --backend:" in line
     assert "passes_cuda: it rains; passes_triton: it rains" in line
+
+
+@pytest.mark.parametrize("name", ["info", "train", "demo"])
+def test_a_folder_of_data_that_is_not_there_is_named(capsys, monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FUSED_RESNET_DATA", "nowhere")
+    assert "FUSED_RESNET_DATA: expected a folder that exists; got nowhere" in refused(capsys, name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_is_gone_is_no_error():
+    """As `| head` leaves it: quiet, with the shell's exit code."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "fused_resnet", "info"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=buffered, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("name", ["train", "demo"])
@@ -180,11 +216,144 @@ def test_a_folder_with_a_run_is_not_written_over(capsys, half_done):
     [
         (("--lr", "0.2"), "argument --lr: expected 0.1, with which the run was started; got 0.2"),
         (("--no-norm-decay",), "argument --no-norm-decay: expected"),
-        (("--out", "elsewhere"), "argument --out: expected none"),
+        (("--epochs", "1"), "argument --epochs: expected at least 2, with which the run was started; got 1"),
+        (("--model", "resnet32"), "argument --model: expected resnet20"),
     ],
 )
 def test_a_resumed_run_keeps_its_settings(capsys, half_done, args, expected):
     assert expected in refused(capsys, "train", "--resume", half_done, *args)
+
+
+TINY = ("--epochs", "2", "--batch-size", "2", "--limit-train", "2", "--limit-eval", "2", "--device", "cpu", "--no-progress")
+
+
+def test_what_a_run_was_started_with_is_kept_and_a_file_can_be_resumed(capsys, tmp_path):
+    """The backend among it; more epochs; another folder."""
+    first, other = tmp_path / "first", tmp_path / "other"
+    assert main(["train", *TINY, "--backend", "eager", "--recompute", "--stop-after", "1", "--out", str(first)]) == 0
+    assert f"go on with: fused-resnet train --resume {first}" in capsys.readouterr().out
+    assert main(["train", "--resume", str(first / CHECKPOINT), "--out", str(other), "--device", "cpu", "--epochs", "3", "--stop-after", "2"]) == 0
+    assert "backend eager" in capsys.readouterr().out
+    assert main(["train", "--resume", str(other), "--device", "cpu", "--backend", "off", "--no-recompute"]) == 0
+    out = capsys.readouterr().out
+    assert "backend off" in out and "3 of 3 epochs are done" in out and "go on with" not in out
+    assert [len((folder / METRICS).read_text().splitlines()) for folder in (first, other)] == [1, 3]
+    config = torch.load(other / CHECKPOINT, weights_only=True)["config"]
+    assert (config["backend"], config["recompute"], config["epochs"]) == ("off", False, 3)
+    line = refused(capsys, "train", "--resume", first, "--out", other)
+    assert f"argument --out: {other}: expected a folder without a run" in line and "it has 3 epochs of a run" in line
+
+
+def test_an_interrupted_run_says_how_it_goes_on(capsys, monkeypatch, tmp_path):
+    def interrupted(self, progress, real=trainer.Trainer.train_epoch):
+        if self.epoch == last:
+            raise KeyboardInterrupt
+        return real(self, progress)
+
+    monkeypatch.setattr(trainer.Trainer, "train_epoch", interrupted)
+    for last, expected in ((1, f"interrupted; go on with: fused-resnet train --resume '{tmp_path}/a b'"), (0, "interrupted; no epoch was done")):
+        assert main(["train", *TINY, "--out", str(tmp_path / ("a b" if last else "c"))]) == 130
+        assert capsys.readouterr().err == f"fused-resnet train: error: {expected}\n"
+
+
+def test_a_batch_of_one_image_with_maps_of_one_pixel(capsys, tmp_path):
+    size = ("--image-size", "32", "--batch-size", "1", "--limit-train", "1", "--limit-eval", "1", "--device", "cpu")
+    line = refused(capsys, "train", "--model", "resnet18", "--data", "synthetic", *size, "--out", tmp_path / "run")
+    assert "argument --batch-size: expected at least 2" in line and "a norm of resnet18 would see one value a channel" in line
+
+
+def test_a_precision_that_a_cpu_has_no_instructions_for_is_said(monkeypatch):
+    cpu = torch.device("cpu")
+    assert arguments.slow_precision(cpu, "fp32") is None
+    for name in ("fp16", "bf16"):
+        for supported in (True, False):
+            fake = types.SimpleNamespace(**{f"_is_mkldnn_{name}_supported": lambda supported=supported: supported})
+            monkeypatch.setattr(torch.ops, "mkldnn", fake)
+            assert (arguments.slow_precision(cpu, name) is None) == supported
+
+
+# ---- networks of others ----------------------------------------------------------------------------------------------
+
+NETWORKS = """
+import torch
+from torch import nn
+
+def grey(num_classes, in_channels):
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+def colour():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+def many():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 11))
+
+def a_list():
+    return [1]
+"""
+
+
+@pytest.fixture
+def networks(monkeypatch, tmp_path):
+    """A module of networks in the folder at hand."""
+    name = f"networks_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def test_a_network_of_ones_own_is_trained_fused(capsys, monkeypatch, networks):
+    taken = []
+    convolve = backends.BACKENDS["eager"].convolve
+    monkeypatch.setattr(backends.BACKENDS["eager"], "convolve", lambda *args: taken.append(1) or convolve(*args))
+    assert main(["train", *TINY, "--model", f"{networks}:grey", "--backend", "eager", "--stop-after", "1"]) == 0
+    folder = Path("runs") / f"{networks}-grey-fashion-mnist-mini"
+    assert len(taken) == 2, "forward in training and in evaluation"
+    assert f"--resume {folder} --model {networks}:grey" in capsys.readouterr().out
+    line = refused(capsys, "train", "--resume", folder)
+    assert f"argument --model: expected {networks}:grey beside --resume: a checkpoint alone does not say which code is run" in line
+    assert main(["train", "--resume", str(folder), "--model", f"{networks}:grey", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        ("colour", "colour can't take images of shape [2, 1, 28, 28]: "),
+        ("many", "expected scores of shape [2, 10] of 2 images of fashion-mnist-mini; "),
+        ("a_list", "a_list returned list"),
+        ("gray", "has no function 'gray'; did you mean grey?"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_named(capsys, networks, function, expected):
+    line = refused(capsys, "train", *TINY, "--model", f"{networks}:{function}")
+    assert "argument --model: " in line and expected in line
+
+
+@pytest.mark.parametrize(("name", "channels"), [("torchvision:resnet18", 3), ("timm:test_resnet", 1), ("resnet20", 1)])
+def test_networks_of_libraries_take_classes_and_channels(name, channels, torchvision_models):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    model = load.builder(name, num_classes=7, in_channels=channels)()
+    assert model.train()(torch.randn(2, channels, 64, 64)).shape == (2, 7)
+    assert load.builder(name)()(torch.randn(2, 3, 64, 64)).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("torchvision:resnet19", "torchvision.models has no function 'resnet19'; did you mean resnet1"),
+        ("timm:resnet5O", "timm has no 'resnet5O'; did you mean resnet5"),
+        ("absent_module:f", "absent_module does not import: No module named"),
+        (":f", "no module does not import"),
+        ("math:sqr", "math has no function 'sqr'; did you mean sqrt?"),
+    ],
+)
+def test_a_network_that_is_not_there_is_named(name, expected, torchvision_models):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    with pytest.raises(load.LoadError) as caught:
+        load.builder(name)
+    assert expected in str(caught.value)
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path, capsys, half_done):
@@ -197,7 +366,8 @@ def test_a_checkpoint_of_another_network_is_named(tmp_path, capsys, half_done):
     state = torch.load(half_done / CHECKPOINT, weights_only=True)
     state["config"]["model"] = "resnet32"
     torch.save(state, tmp_path / CHECKPOINT)
-    assert "argument --resume: the checkpoint does not fit resnet32" in refused(capsys, "train", "--resume", tmp_path)
+    line = refused(capsys, "train", "--resume", tmp_path)
+    assert "argument --resume: the checkpoint does not fit resnet32: model: missing in its state_dict: layer1.3.bn1.bias and " in line
 
 
 def test_a_truncated_data_file_is_named(tmp_path):
@@ -224,10 +394,23 @@ def test_a_full_disk_ends_a_run_with_one_line(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(trainer, "replace_file", full)
     size = ("--epochs", "1", "--batch-size", "2", "--limit-train", "2", "--limit-eval", "2", "--device", "cpu")
-    assert main(["train", *size, "--out", str(tmp_path)]) == 1
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "No space left on device" in err
+    line = refused(capsys, "train", *size, "--out", tmp_path)
+    assert f"argument --out: {tmp_path}: it can't be written: [Errno 28] No space left on device" in line
+
+
+def test_a_disk_that_is_full_later_keeps_the_checkpoint_and_names_the_folder(tmp_path, capsys):
+    """By the kernel: files may not be longer than the first checkpoint's half."""
+    assert main(["train", *TINY, "--stop-after", "1", "--out", str(tmp_path)]) == 0
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        line = refused(capsys, "train", "--resume", tmp_path, "--device", "cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"argument --resume: {tmp_path / CHECKPOINT}: the checkpoint could not be written: " in line
+    assert "the one that was there is kept" in line and (tmp_path / CHECKPOINT).read_bytes() == before
+    assert not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.parametrize("backend", ["eager", "off"])
@@ -265,11 +448,16 @@ def test_info_as_json(tmp_path):
     assert found["native_library"]["loaded"] == (found["native_library"]["reason"] is None)
     assert set(found["backends"]) == {"eager", *backends.PASSES, *backends.TUNED, "triton", "cudnn"}
     assert found["backends"]["eager"] == {"float32": None, "float16": None, "bfloat16": None}
+    where = torch.device(found["device"])
+    assert found["active"] == {str(dtype)[6:]: backends.resolve(where, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+    assert found["environment"] == {"FUSED_RESNET_CACHE": str(tmp_path)}
     assert len(found["gpus"]) == torch.cuda.device_count()
 
 
 def test_info_for_people(capsys, monkeypatch, answers):
     monkeypatch.setattr(native, "load", lambda: "nvcc was not there")
+    monkeypatch.setenv("FUSED_RESNET_BACKEND", "eager")
+    monkeypatch.setenv("FUSED_RESNET_BACKENDS", "eager")
     answers("passes_cuda", lambda device, dtype: "it rains")
     assert main(["info"]) == 0
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
@@ -279,6 +467,8 @@ def test_info_for_people(capsys, monkeypatch, answers):
     assert found["backend passes_cuda"] == "can't run here: it rains"
     assert found["backend eager"].startswith("runs on")
     assert "cache folder" in found
+    assert found["active backend"] == f"eager for float32, float16, bfloat16 on {'cuda' if torch.cuda.is_available() else 'cpu'}"
+    assert found["FUSED_RESNET_BACKENDS"] == "eager (unknown, ignored)"
     assert "driver" in found
 
 

@@ -196,7 +196,7 @@ def test_the_command_finds_the_same_of_torchvisions_network(torchvision_models, 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--model", "resnet51"], "argument --model: expected one of list_models(), torchvision:NAME, or MODULE:FUNCTION"),
+        (["--model", "resnet51"], "argument --model: expected one of list_models(), torchvision:NAME, timm:NAME, or MODULE:FUNCTION"),
         (["--batch", "0"], "argument --batch: expected a whole number of at least 1; got '0'"),
         (["--tbytes", "nan"], "argument --tbytes: expected a number above 0; got 'nan'"),
         (["--device", "h300"], "argument --device: expected one of a100-40gb, a100"),

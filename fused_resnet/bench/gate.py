@@ -12,6 +12,7 @@ answers by heart is wrong the second time. Where float64 has no room for as many
 statistics, and means over images, are then those of the images once.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ def condition(subject: Subject, device: torch.device, batch: int) -> nn.Module:
     Scales are 0.5 to 1.5 of either sign, shifts 1.5 of the scale in either direction, give or take: so few values are near a ReLU's kink.
     The last norm of a residual block is a quarter of that. Running statistics are near those of a batch, but not they.
     """
-    module, generator = subject.make().to(device), torch.Generator(device).manual_seed(batch)
+    module, generator = copy.deepcopy(subject.make()).to(device), torch.Generator(device).manual_seed(batch)
 
     def uniform(like: Tensor, low: float, high: float) -> Tensor:
         return torch.empty_like(like).uniform_(low, high, generator=generator)
@@ -181,7 +182,7 @@ class Gate:
     """What all implementations of a subject are judged by. Made once for a subject and a batch size."""
 
     def __init__(self, kind: type[Step], subject: Subject, dtype: torch.dtype, batch: int, device: torch.device):
-        """`kind`: of the step. The subject is made and conditioned here; `subject` of this object makes copies of it."""
+        """`kind`: of the step. The subject is made and conditioned here; `subject` is made of it."""
         self.kind, self.dtype, self.device, self.batch = kind, dtype, device, batch
         self.subject = subject.of(condition(subject, device, batch).cpu())
         self._truths: dict[tuple[Norms | None, int], Truth] = {}

@@ -7,6 +7,7 @@ Besides a row for the step, an implementation has one for `<case>:first_step`, f
 tuning, compiling; and, where it is asked for, one for `<case>:largest_batch`.
 """
 
+import copy
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -286,7 +287,7 @@ def _part(make: Callable[[], nn.Module], path: str) -> nn.Module:
 
 def _blocks(subject: Subject) -> Iterator[tuple[str, tuple[tuple, tuple[int, int, int]]]]:
     """(path, (what tells blocks apart, shape of an input)) of each residual block, as they are called."""
-    model, seen = fuse(subject.make()).eval(), []
+    model, seen = fuse(copy.deepcopy(subject.make())).eval(), []
 
     def see(path: str, block: nn.Module, x: torch.Tensor) -> None:
         convolutions = [(tuple(m.weight.shape), m.stride, m.groups) for m in block.modules() if isinstance(m, nn.Conv2d)]

@@ -83,8 +83,8 @@ class Subject:
     shape: tuple[int, int, int]  #: [C, H, W] of one input
 
     def of(self, module: nn.Module) -> "Subject":
-        """The same, made as a copy of `module`."""
-        return replace(self, make=lambda: copy.deepcopy(module))
+        """The same, with this module. Whoever runs a subject's module copies it: it may be a user's, who goes on with it."""
+        return replace(self, make=lambda: module)
 
 
 #: What a step computed, by name: float32 or float64. The first axis of "output" and "gradient of the input" is the batch's.
@@ -100,14 +100,14 @@ class Step:
     training = True
 
     def __init__(self, subject: Subject, impl: str | Implementation, dtype: torch.dtype, batch: int, device: torch.device):
-        """`impl`: a key of `IMPLEMENTATIONS`, or one that has no name. The subject's module is run as it is made, never copied.
+        """`impl`: a key of `IMPLEMENTATIONS`, or one that has no name. A copy of the subject's module is run.
 
         Inputs depend on the batch alone. Raises RuntimeError where a package is not installed, or nothing can be fused.
         """
         self.how = IMPLEMENTATIONS[impl] if isinstance(impl, str) else impl
         self.dtype, self.count = dtype, 0
         layout = torch.channels_last if self.how.nhwc else torch.contiguous_format
-        self.module = subject.make().to(device=device, memory_format=layout)
+        self.module = copy.deepcopy(subject.make()).to(device=device, memory_format=layout)
         if dtype == torch.float64:
             self.module.double()
         self.names = [name for name, _ in self.module.named_parameters()]

@@ -11,6 +11,7 @@ All must agree with the reference before any is timed, and afterwards again, of 
 task's neighbours were found to be is used while it is timed, so activations that exist come before those that are still to be made.
 """
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ from ..backends import BACKENDS, TUNED, backend
 from ..backends.convolutions import FusedConvolutions
 from ..backends.cudnn import machine_refusal, refusal
 from ..backends.triton import capability
+from ..convert import fuse
 from ..cudnn.work import as_cudnn_reads
 from ..problem import ConvProblem
 from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Reference, Source, channel_sums, nhwc, standardise
@@ -74,7 +76,7 @@ def tasks_of(make: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch
 
     BACKENDS[Listing.name] = Listing()
     try:
-        model = make().to(device=device, memory_format=torch.channels_last).train()
+        model = fuse(copy.deepcopy(make())).to(device=device, memory_format=torch.channels_last).train()
         images = nhwc(torch.randn(LISTED_BATCH, *shape[1:], device=device))
         labels = torch.zeros(LISTED_BATCH, dtype=torch.long, device=device)
         with backend(Listing.name), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -1,8 +1,11 @@
 """The command `fused-resnet`, also `python -m fused_resnet`: one module a subcommand."""
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
+from .. import environment
 from .._version import __version__
 from ..data import DataError
 from ..train import CheckpointError, SettingError, TrainingDiverged
@@ -24,9 +27,19 @@ EXAMPLES = """example:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (`sys.argv[1:]` by default) and returns its exit code.
 
-    0: done. 1: it went wrong on the way (a full disk, a loss that is no number). 2: an argument, or a file that it
-    stands for, can't be used; the line on stderr names it. 130: interrupted.
+    0: done. 1: it went wrong on the way (a loss that is no number). 2: an argument, an environment variable, or a file or
+    folder that one stands for, can't be used; the line on stderr names it. 130: interrupted. 141: nobody reads the output.
     """
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        return _unread()
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = Parser(
         prog="fused-resnet", description="Trains ResNets whose batch norms, activations and residuals are fused.",
         epilog=EXAMPLES,
@@ -38,15 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     prog = f"{parser.prog} {args.command}"
     try:
+        environment.check()
         return args.run(args)
-    except UsageError as error:
+    except BrokenPipeError:
+        raise
+    except (UsageError, environment.VariableError) as error:
         return _failed(prog, str(error), 2)
     except SettingError as error:
         return _failed(prog, f"argument --{error.name.replace('_', '-')}: {error.reason}", 2)
     except (Unavailable, DataError, CheckpointError, TrainingDiverged, OSError) as error:
         return _failed(prog, str(error), 1)
-    except KeyboardInterrupt:
-        return _failed(prog, "interrupted", 130)
+    except KeyboardInterrupt as error:
+        return _failed(prog, str(error) or "interrupted", 130)
+
+
+def _unread() -> int:
+    """Ends as a program of the shell does whose reader is gone (`| head`), without a word. Returns the exit code."""
+    # What is still in the buffer would be written once more at the end, and fail again.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+    return 128 + signal.SIGPIPE
 
 
 def _failed(prog: str, message: str, code: int) -> int:

@@ -8,9 +8,11 @@ from typing import NoReturn
 
 import torch
 
-from .. import backends, models
+from .. import backends, fuse, models
+from ..bench.load import OTHERS, LoadError, builder, meant
 from ..data import DataSet
 from ..train import AUTOCAST
+from ..train.checkpoint import one_line
 
 COLOUR = 3  # channels
 
@@ -76,21 +78,26 @@ def positive_number(text: str) -> float:
 
 
 def one_of(*known: str):
-    """The type of an argument: one of these words. Its error lists them all."""
+    """The type of an argument: one of these words. Its error lists them all, and says which was meant."""
 
     def word(text: str) -> str:
         if text not in known:
-            raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}; got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}; got {text!r}{meant(text, known)}")
         return text
 
     return word
+
+
+def model_name(text: str) -> str:
+    """The type of an argument: the name of a network, this package's or another's (`bench.load.builder`)."""
+    return text if ":" in text else one_of(*models.list_models(), *OTHERS)(text)
 
 
 def add_model(parser: argparse.ArgumentParser, default: str | list[str]) -> None:
     """Adds `--model`: one network, or several where the default is a list."""
     several = isinstance(default, list)
     shown = " ".join(default) if several else default
-    parser.add_argument("--model", default=default, metavar="MODEL", **({"nargs": "+"} if several else {}),
+    parser.add_argument("--model", type=model_name, default=default, metavar="MODEL", **({"nargs": "+"} if several else {}),
                         help="a network of this package, torchvision:NAME, timm:NAME, or MODULE:FUNCTION of your own, which "
                              f"is copied and left as it is (default: {shown})")  # fmt: skip
 
@@ -121,20 +128,35 @@ def device(name: str) -> torch.device:
 
 
 def build_model(name: str, data: DataSet) -> torch.nn.Module:
-    """An untrained network for the classes and channels of a data set.
+    """An untrained network for the classes and channels of a data set; another library's, or a user's, is fused.
 
-    Raises `UsageError` for images that are not in colour and a network that takes nothing else.
+    Raises `UsageError` where there is none of that name, and where it does not make scores of such images.
     """
-    options = {"num_classes": len(data.classes)}
-    if data.channels != COLOUR:
+    if ":" not in name and data.channels != COLOUR:
         able = [
             known for known in models.list_models() if "in_channels" in signature(getattr(models, known)).parameters
         ]
         if name not in able:
             expected = f"expected a network for {data.channels}-channel images, such as those of {data.name}"
             raise UsageError("--model", f"{expected}: {', '.join(able)}; got {name!r}, which takes {COLOUR} channels")
-        options["in_channels"] = data.channels
-    return models.get_model(name, **options)
+    with blaming("--model", LoadError):
+        model = builder(name, len(data.classes), data.channels if data.channels != COLOUR else None)()
+    return _checked(fuse(model), name, data) if ":" in name else model
+
+
+def _checked(model: torch.nn.Module, name: str, data: DataSet) -> torch.nn.Module:
+    """The network, once it has been seen to make scores of two images."""
+    images = data.eval.images[:1].permute(0, 3, 1, 2).float().expand(2, -1, -1, -1)
+    try:
+        with torch.no_grad():
+            scores = model.eval()(images.contiguous(memory_format=torch.channels_last))
+    except Exception as error:  # whatever another's network raises
+        raise UsageError("--model", f"{name} can't take images of shape {list(images.shape)}: {one_line(error)}") from error
+    expected = [2, len(data.classes)]
+    if not (isinstance(scores, torch.Tensor) and list(scores.shape) == expected):
+        found = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise UsageError("--model", f"expected scores of shape {expected} of 2 images of {data.name}; {name} makes {found}")
+    return model.train()
 
 
 def chosen_backend(where: torch.device, precision: str, option: str | None) -> str:
@@ -144,3 +166,10 @@ def chosen_backend(where: torch.device, precision: str, option: str | None) -> s
     """
     with blaming("FUSED_RESNET_BACKEND" if option is None else "--backend", RuntimeError, ValueError):
         return backends.resolve(where, AUTOCAST[precision] or torch.float32)
+
+
+def slow_precision(where: torch.device, precision: str) -> str | None:
+    """What is to be said where a CPU has no instructions for that precision; None elsewhere."""
+    if where.type != "cpu" or precision == "fp32" or getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")():
+        return None
+    return f"This CPU has no instructions for {precision}: expect a small part of the speed of --precision fp32."

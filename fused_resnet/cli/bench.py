@@ -119,7 +119,9 @@ def bench(args: argparse.Namespace) -> int:
     chosen = _implementations(args, known, on_gpu)
     if args.suite == "kernels" and (others := [name for name in args.model if name not in DEPTHS]):
         raise UsageError("--model", f"expected some of {', '.join(DEPTHS)}, whose shapes are known; got {others[0]!r}; or use --shape")
-    for option, value, suites in (("--case", args.case, ("kernels",)), ("--shape", args.shape, ("kernels",)), ("--largest", args.largest, ("train", "inference", "blocks"))):
+    of_networks = tuple(suite for suite in SUITES if suite != "kernels")
+    limited = (("--case", args.case, ("kernels",)), ("--shape", args.shape, ("kernels",)), ("--largest", args.largest, of_networks))
+    for option, value, suites in limited:
         if value and args.suite not in suites:
             raise UsageError(option, f"expected the suite {' or '.join(suites)}; got {args.suite}")
 

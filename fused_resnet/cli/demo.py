@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from .. import backend, backends, data
-from ..train import CURVES, TrainConfig, Trainer, draw_curves, run
-from .arguments import UsageError, build_model, chosen_backend, device, one_of, whole_number
+from ..train import CURVES, CheckpointError, FolderError, TrainConfig, Trainer, draw_curves, run
+from ..train.progress import loss_text
+from .arguments import UsageError, blaming, build_model, chosen_backend, device, one_of, whole_number
 from .comparison import STEPS, Agreement, compare_losses, time_steps
 
 DESCRIPTION = """Trains resnet20 on the 10,000 images inside the package and compares it, in the
@@ -91,8 +92,9 @@ def _config(args: argparse.Namespace, where: torch.device) -> TrainConfig:
 def _new_folder(named: Path | None) -> Path:
     if named is None:
         return Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    if named.exists() and (not named.is_dir() or any(named.iterdir())):
-        raise UsageError("--out", f"expected a folder that is new or empty; {named} is not")
+    with blaming("--out", OSError):
+        if named.exists() and (not named.is_dir() or any(named.iterdir())):
+            raise UsageError("--out", f"expected a folder that is new or empty; {named} is not")
     return named
 
 
@@ -108,7 +110,7 @@ def _trained(
 ) -> list[dict[str, Any]]:
     print(f"\n{_title(name)}", flush=True)
     torch.manual_seed(config.seed)
-    with backend(name):
+    with backend(name), blaming("--out", FolderError, CheckpointError):
         return run(Trainer(build_model(config.model, images), images, config, where), folder, progress=bar)
 
 
@@ -145,7 +147,7 @@ def _losses_table(runs: dict[str, list[dict[str, Any]]]) -> str:
     for name, history in runs.items():
         r = history[-1]
         lines.append(
-            f"{_title(name):<28}{r['train_loss']:>14.4f}{r['eval_loss']:>16.4f}{100 * r['eval_accuracy']:>9.2f}%"
+            f"{_title(name):<28}{loss_text(r['train_loss']):>14}{loss_text(r['eval_loss']):>16}{100 * r['eval_accuracy']:>9.2f}%"
             f"{r['images_per_second']:>10,.0f}"
         )
     return "\n".join(lines)

@@ -13,8 +13,8 @@ import torch
 
 from .. import __version__, backends, environment, native
 
-DESCRIPTION = """Prints versions, GPUs, whether the native library loaded, and which backends
-can run here."""
+DESCRIPTION = """Prints versions, GPUs, whether the native library loaded, which backends can
+run here, and which one a network takes."""
 EXAMPLES = """example:
   fused-resnet info
   fused-resnet info --json > info.json
@@ -61,9 +61,8 @@ def collect() -> dict[str, Any]:
             name: {str(dtype).removeprefix("torch."): backend.declines(device, dtype) for dtype in DTYPES}
             for name, backend in backends.BACKENDS.items()
         },
-        "environment": {
-            name: os.environ.get(name) for name in ("FUSED_RESNET_BACKEND", "FUSED_RESNET_CACHE", "FUSED_RESNET_DATA")
-        },
+        "active": {str(dtype).removeprefix("torch."): _active(device, dtype) for dtype in DTYPES},
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FUSED_RESNET_")},
         "cache": str(environment.cache_dir()),
     }
 
@@ -81,6 +80,11 @@ def text(found: dict[str, Any]) -> str:
     lines.append(
         ("native library", "loaded" if native_library["loaded"] else f"not loaded: {native_library['reason']}")
     )
+    active: dict[str, list[str]] = {}
+    for dtype, name in found["active"].items():
+        active.setdefault(name, []).append(dtype)
+    chosen = "; ".join(f"{name} for {', '.join(dtypes)}" for name, dtypes in active.items())
+    lines.append(("active backend", f"{chosen} on {found['device']}"))
     lines.append(("backend off", "PyTorch's own modules; runs everywhere"))
     for name, reasons in found["backends"].items():
         able = [dtype for dtype, reason in reasons.items() if reason is None]
@@ -88,10 +92,19 @@ def text(found: dict[str, Any]) -> str:
         # Most reasons are the same for all dtypes, and told once.
         parts += [f"can't run here: {reason}" for reason in dict.fromkeys(filter(None, reasons.values()))]
         lines.append((f"backend {name}", "; ".join(parts)))
-    lines += [(name, value) for name, value in found["environment"].items() if value is not None]
+    for name, value in found["environment"].items():
+        lines.append((name, value if name in environment.VARIABLES else f"{value} (unknown, ignored)"))
     lines.append(("cache folder", found["cache"]))
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in lines)
+
+
+def _active(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that a network takes now, with the choice in force; or why none can."""
+    try:
+        return backends.resolve(device, dtype)
+    except (RuntimeError, ValueError) as error:
+        return f"none: {error}"
 
 
 def _version(distribution: str) -> str | None:

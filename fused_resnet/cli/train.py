@@ -1,21 +1,24 @@
 """`fused-resnet train`: trains a network and writes a checkpoint, metrics and a picture."""
 
 import argparse
-import contextlib
-from dataclasses import fields
+import shlex
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import backend, backends, data, models, recompute
+from .. import backends, data, models
 from ..train import (
+    CHANGEABLE,
     CHECKPOINT,
     CURVES,
     METRICS,
     PRECISIONS,
     CheckpointError,
+    FolderError,
     TrainConfig,
     Trainer,
     launched,
@@ -24,7 +27,18 @@ from ..train import (
     run,
 )
 from ..train.processes import rank, world
-from .arguments import UsageError, blaming, build_model, chosen_backend, device, number, one_of, whole_number
+from .arguments import (
+    UsageError,
+    blaming,
+    build_model,
+    chosen_backend,
+    device,
+    model_name,
+    number,
+    one_of,
+    slow_precision,
+    whole_number,
+)
 
 DESCRIPTION = """Trains a network with SGD and a cosine schedule, and evaluates it after each
 epoch. The folder of the run gets checkpoint.pt, metrics.jsonl (one line an
@@ -32,6 +46,7 @@ epoch) and curves.png."""
 EXAMPLES = """example:
   fused-resnet train --model resnet20 --data fashion-mnist-mini --epochs 8 --out runs/first
   fused-resnet train --resume runs/first
+  fused-resnet train --resume runs/first --epochs 20
   fused-resnet train --model resnet56 --data cifar10 --epochs 160 --precision bf16 --out runs/cifar
   fused-resnet train --model resnet50 --data synthetic --precision fp16 --batch-size 64 --epochs 2
   torchrun --nproc-per-node 8 -m fused_resnet train --model resnet50 --data synthetic --sync-bn
@@ -51,7 +66,7 @@ def add_parser(commands) -> None:
         shown = "" if value is None else f" (default: {value})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text + shown)
 
-    option("model", one_of(*models.list_models()), "one of " + ", ".join(models.list_models()), "MODEL")
+    option("model", model_name, f"one of {', '.join(models.list_models())}; or torchvision:NAME, timm:NAME, MODULE:FUNCTION", "MODEL")
     option("data", one_of(*data.NAMES), "one of " + ", ".join(data.NAMES), "DATA")
     option("epochs", whole_number, "passes over the training split", "N")
     option("batch_size", whole_number, "images a step", "N")
@@ -71,8 +86,8 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--sync-bn", action="store_true", help="batch norms over the whole batch of all processes (torchrun)"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run (default: runs/MODEL-DATA)")
-    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run (default: runs/MODEL-DATA, or the resumed one)")
+    parser.add_argument("--resume", type=Path, metavar="PATH", help="go on with the run in this folder, or with this checkpoint")
     parser.add_argument("--stop-after", type=whole_number, metavar="N", help="stop after epoch N, to be resumed later")
     parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), metavar="D", help="auto (default), cpu, cuda")
     parser.add_argument(
@@ -80,7 +95,8 @@ def add_parser(commands) -> None:
         help=f"one of {', '.join(backends.choices())} (default: FUSED_RESNET_BACKEND, else auto)",
     )  # fmt: skip
     parser.add_argument(
-        "--recompute", action="store_true", help="make again in backward what blocks would keep between their convolutions: memory for time"
+        "--recompute", action=argparse.BooleanOptionalAction,
+        help="make again in backward what blocks would keep between their convolutions: memory for time",
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=train)
@@ -98,37 +114,52 @@ def _train(args: argparse.Namespace, where: torch.device) -> int:
     if (stop_after := options.get("stop_after", 1)) < 1:
         raise UsageError("--stop-after", f"expected an epoch, 1 or more; got {stop_after}")
     folder, config, state = _resumed(options, settings) if "resume" in options else _fresh(options, settings)
-    with backend(options["backend"]) if "backend" in options else contextlib.nullcontext():
-        chosen = chosen_backend(where, config.precision, options.get("backend"))
-        if config.sync_bn and launched() and chosen == "off" and where.type != "cuda":
-            raise UsageError("--sync-bn", "PyTorch's own modules synchronise on GPUs alone; expected --backend eager beside it on a CPU")
-        if "recompute" in options and chosen == "off":
-            raise UsageError("--recompute", "PyTorch's own modules keep what they need; expected another --backend beside it, or a GPU")
-        with blaming("--data", data.DataError):
-            images = data.load(
-                config.data,
-                limit_train=config.limit_train,
-                limit_eval=config.limit_eval,
-                image_size=config.image_size,
-            )
-        torch.backends.cudnn.benchmark = True  # shapes do not change
-        torch.manual_seed(config.seed)
-        model = build_model(config.model, images)
-        trainer = Trainer(recompute(model) if "recompute" in options else model, images, config, where)
-        if state is not None:
-            with blaming("--resume", CheckpointError):
-                trainer.load_state(state)
-        more = f" and {world() - 1} more" if world() > 1 else ""
-        say = partial(print, flush=True) if rank() == 0 else _silent
-        say(
-            f"{config.model} on {config.data}: {len(images.train):,} training and {len(images.eval):,} evaluation "
-            f"images\n{where}{more}, {config.precision}, backend {chosen}"
+    with backends.backend(config.backend) if config.backend else nullcontext():
+        chosen = chosen_backend(where, config.precision, config.backend)
+    if config.sync_bn and launched() and chosen == "off" and where.type != "cuda":
+        raise UsageError("--sync-bn", "PyTorch's own modules synchronise on GPUs alone; expected --backend eager beside it on a CPU")
+    if config.recompute and chosen == "off":
+        raise UsageError("--recompute", "PyTorch's own modules keep what they need; expected another --backend beside it, or a GPU")
+    with blaming("--data", data.DataError):
+        images = data.load(
+            config.data, limit_train=config.limit_train, limit_eval=config.limit_eval, image_size=config.image_size
         )
-        run(trainer, folder, options.get("stop_after"), "no_progress" not in options)
+    torch.backends.cudnn.benchmark = True  # shapes do not change
+    torch.manual_seed(config.seed)
+    trainer = Trainer(build_model(config.model, images), images, config, where)
+    if state is not None:
+        with blaming("--resume", CheckpointError):
+            trainer.load_state(state)
+    more = f" and {world() - 1} more" if world() > 1 else ""
+    say = partial(print, flush=True) if rank() == 0 else _silent
+    say(
+        f"{config.model} on {config.data}: {len(images.train):,} training and {len(images.eval):,} evaluation "
+        f"images\n{where}{more}, {config.precision}, backend {chosen}"
+    )
+    if slow := slow_precision(where, config.precision):
+        say(slow)
+    try:
+        with blaming("--out" if "out" in options or state is None else "--resume", FolderError, CheckpointError):
+            run(trainer, folder, options.get("stop_after"), "no_progress" not in options)
+    except KeyboardInterrupt:
+        done = (folder / CHECKPOINT).exists()
+        raise KeyboardInterrupt(f"interrupted; {_how_to_go_on(folder, config) if done else 'no epoch was done'}") from None
     say(f"{trainer.epoch} of {config.epochs} epochs are done")
     pictured = f", {CURVES}" if (folder / CURVES).exists() else " (no picture: matplotlib is not installed)"
     say(f"{folder}: {CHECKPOINT}, {METRICS}{pictured}")
+    if trainer.epoch < config.epochs:
+        say(_how_to_go_on(folder, config))
     return 0
+
+
+def _how_to_go_on(folder: Path, config: TrainConfig) -> str:
+    again = f" --model {shlex.quote(config.model)}" if _names_code(config.model) else ""
+    return f"go on with: fused-resnet train --resume {shlex.quote(str(folder))}{again}"
+
+
+def _names_code(model: str) -> bool:
+    """Whether a network's name is MODULE:FUNCTION: code of the user's."""
+    return ":" in model and model.partition(":")[0] not in ("torchvision", "timm")
 
 
 def _silent(text: str) -> None:
@@ -137,24 +168,29 @@ def _silent(text: str) -> None:
 
 def _fresh(options: dict[str, Any], settings: dict[str, Any]) -> tuple[Path, TrainConfig, None]:
     config = TrainConfig(**settings)
-    folder = options.get("out", Path("runs") / f"{config.model}-{config.data}")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError("--out", f"expected a folder; {folder} is a file")
-    if (folder / CHECKPOINT).exists():
-        raise UsageError(
-            "--out", f"expected a folder without a run; {folder} has a {CHECKPOINT}: go on with --resume {folder}"
-        )
+    folder = options.get("out", Path("runs") / f"{config.model}-{config.data}".replace(":", "-").replace("/", "-"))
+    # `run` sees to it; asked here as well, before the data are read.
+    with blaming("--out", OSError):
+        if folder.exists() and not folder.is_dir():
+            raise UsageError("--out", f"expected a folder; {folder} is a file")
+        if (folder / CHECKPOINT).exists():
+            raise UsageError(
+                "--out", f"expected a folder without a run; {folder} has a {CHECKPOINT}: go on with --resume {folder}"
+            )
     return folder, config, None
 
 
 def _resumed(options: dict[str, Any], settings: dict[str, Any]) -> tuple[Path, TrainConfig, dict[str, Any]]:
-    folder = options["resume"]
-    if options.get("out", folder) != folder:
-        raise UsageError("--out", f"expected none, or {folder}, which is resumed; got {options['out']}")
-    with blaming("--resume", CheckpointError):
-        config, state = resumable(folder)
+    path = options["resume"]
+    with blaming("--resume", CheckpointError, OSError):
+        config, state = resumable(path)
+        folder = options.get("out", path.parent if path.is_file() else path)
     for name, value in settings.items():
-        if value != (kept := getattr(config, name)):
+        if value != (kept := getattr(config, name)) and name not in CHANGEABLE:
             option = "no-norm-decay" if name == "decay_norms" else name.replace("_", "-")
             raise UsageError(f"--{option}", f"expected {kept}, with which the run was started; got {value}")
-    return folder, config, state
+    if settings.get("epochs", config.epochs) < config.epochs:
+        raise UsageError("--epochs", f"expected at least {config.epochs}, with which the run was started; got {settings['epochs']}")
+    if _names_code(config.model) and "model" not in settings:
+        raise UsageError("--model", f"expected {config.model} beside --resume: a checkpoint alone does not say which code is run")
+    return folder, replace(config, **{name: settings[name] for name in CHANGEABLE if name in settings}), state

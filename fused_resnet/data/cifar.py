@@ -5,7 +5,6 @@ Read in the binary version (records: the label's byte, which in CIFAR-100 follow
 pixels, channel by channel) or in the Python version (pickles with the same bytes), whichever a folder holds.
 """
 
-import pickle
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import environment
+from ..files import locked, replace_file
 from .dataset import DataSet, Split, pixel_statistics
 from .download import fetch
 from .errors import DataError
+from .unpickle import integers, unpickle
 
 ADDRESS = "https://www.cs.toronto.edu/~kriz"
 TRAIN_IMAGES, EVAL_IMAGES = 50_000, 10_000
@@ -58,23 +59,37 @@ class Publication:
         return self._data_set(self._read_binary, cache / self.binary, ".bin")
 
     def _extract(self, archive: Path, folder: Path) -> None:
-        """Unpacks the images' files. Existing ones are whole: each is written beside its name and renamed."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Unpacks the images' files, in one process while others wait. Existing ones are whole."""
+        # The first file goes last: its presence tells the next run that the folder is complete.
+        files = {name: self._count(name) for name in (self.eval, *reversed(self.train))}
         try:
-            with tarfile.open(archive) as tar:
-                # The first file goes last: its presence tells the next run that the folder is complete.
-                for name in (self.eval, *reversed(self.train)):
-                    part = folder / f"{name}.bin.part"
-                    part.write_bytes(tar.extractfile(f"{self.binary}/{name}.bin").read())
-                    part.replace(folder / f"{name}.bin")
-        except (tarfile.TarError, EOFError, KeyError, OSError) as error:
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder / ".lock"), tarfile.open(archive) as tar:
+                for name, count in files.items():
+                    if not (folder / f"{name}.bin").exists():
+                        content = self._member(tar, f"{self.binary}/{name}.bin", count * (self.label_bytes + PIXELS))
+                        replace_file(folder / f"{name}.bin", lambda file, content=content: file.write(content))
+        # A damaged archive can raise nearly anything: a header's number may be no number, its text no text.
+        except Exception as error:
             raise DataError(f"{archive}: expected the archive of {self.name}'s binary version ({error})") from error
 
+    @staticmethod
+    def _member(tar: tarfile.TarFile, name: str, size: int) -> bytes:
+        """The content of a file in an archive. A link is not followed: it may lead to itself."""
+        member = tar.getmember(name)
+        if not member.isreg() or member.size != size:
+            found = f"{member.size} bytes" if member.isreg() else "no file"
+            raise DataError(f"{name}: expected a file of {size} bytes; got {found}")
+        return tar.extractfile(member).read()
+
+    def _count(self, name: str) -> int:
+        """Images in the file `name`."""
+        return EVAL_IMAGES if name == self.eval else TRAIN_IMAGES // len(self.train)
+
     def _data_set(self, read, folder: Path, suffix: str) -> DataSet:
-        count = TRAIN_IMAGES // len(self.train)
-        files = [read(folder / f"{name}{suffix}", count) for name in self.train]
+        files = [read(folder / f"{name}{suffix}", self._count(name)) for name in self.train]
         train = _split(torch.cat([pixels for pixels, _ in files]), torch.cat([labels for _, labels in files]))
-        evaluation = _split(*read(folder / f"{self.eval}{suffix}", EVAL_IMAGES))
+        evaluation = _split(*read(folder / f"{self.eval}{suffix}", self._count(self.eval)))
         mean, std = pixel_statistics(train.images)
         return DataSet(self.name, self.classes, train, evaluation, mean, std, flip=True, crop_padding=CROP_PADDING)
 
@@ -84,6 +99,8 @@ class Publication:
             content = bytearray(path.read_bytes())
         except FileNotFoundError:
             raise self._missing(path) from None
+        except OSError as error:
+            raise DataError(f"{path}: it can't be read: {error.strerror}") from error
         record = self.label_bytes + PIXELS
         if len(content) != count * record:
             what = "truncated" if len(content) < count * record else "too long"
@@ -95,9 +112,8 @@ class Publication:
     def _read_pickle(self, path: Path, count: int) -> tuple[Tensor, Tensor]:
         """As `_read_binary`, from a file of the Python version: a dict with b"data" uint8 [count, 3072] and labels."""
         try:
-            with path.open("rb") as file:
-                batch = _ArraysOnly(file, encoding="bytes").load()
-            pixels, labels = torch.tensor(batch[b"data"]), torch.tensor(batch[self.labels])
+            batch = unpickle(path)
+            pixels, labels = (torch.tensor(integers(batch[key])) for key in (b"data", self.labels))
         except FileNotFoundError:
             raise self._missing(path) from None
         # A damaged pickle can raise nearly anything.
@@ -117,20 +133,6 @@ class Publication:
     def _missing(self, path: Path) -> DataError:
         names = ", ".join((*self.train, self.eval))
         return DataError(f"{path}: no such file; expected the files of {self.name} together: {names}")
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles NumPy arrays in plain containers, and nothing that could run code."""
-
-    ALLOWED = frozenset({
-        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
-    })  # fmt: skip
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which such a file does not need")
-        return super().find_class(module, name)
 
 
 def _split(pixels: Tensor, labels: Tensor) -> Split:

@@ -57,7 +57,7 @@ def _data_set(name: str, train: Split, evaluation: Split) -> DataSet:
 def _read_split(folder: Path, prefix: str) -> Split:
     image_file, label_file = folder / f"{prefix}-images-idx3-ubyte.gz", folder / f"{prefix}-labels-idx1-ubyte.gz"
     images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
-    if images.shape[1:] != (28, 28) or len(images) == 0:
+    if images.shape[1:] != (28, 28):
         raise DataError(f"{image_file}: expected images of 28×28 pixels; got shape {tuple(images.shape)}")
     if len(labels) != len(images):
         raise DataError(f"{label_file}: expected {len(images)} labels, one an image; got {len(labels)}")

@@ -5,6 +5,7 @@ length a dimension; the elements follow in row-major order. Source: http://yann.
 """
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -21,7 +22,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     """The uint8 tensor that a .gz IDX file holds.
 
     Raises `DataError`, which names the file and what was expected: where it is missing, is not gzip, is truncated,
-    has another magic number than that of unsigned bytes in `dimensions` dimensions, or holds more than it announces.
+    has another magic number than that of unsigned bytes in `dimensions` dimensions, is empty, or holds more than it announces.
     """
     expected_magic = UNSIGNED_BYTE << 8 | dimensions
     header_bytes = 4 + 4 * dimensions
@@ -32,7 +33,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
         raise DataError(f"{path}: no such file; expected a gzip-compressed IDX file") from None
     except EOFError:
         raise DataError(f"{path}: truncated: the gzip stream ends before its end marker") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
+    except (OSError, zlib.error) as error:
         raise DataError(f"{path}: expected a gzip-compressed IDX file ({error})") from None
     if len(content) < header_bytes:
         raise DataError(f"{path}: truncated: expected an IDX header of {header_bytes} bytes; got {len(content)} bytes")
@@ -42,16 +43,15 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
             f"{path}: wrong magic number: expected 0x{expected_magic:08x} "
             f"(unsigned bytes in {dimensions} dimension{'s' * (dimensions > 1)}); got 0x{magic:08x}"
         )
-    elements = 1
-    for length in shape:
-        elements *= length
+    # Also because the other lengths may then be any: a tensor of no elements must still be addressable.
+    if 0 in shape:
+        raise DataError(f"{path}: expected lengths of at least 1; got shape {tuple(shape)}")
+    elements = math.prod(shape)
     found = len(content) - header_bytes
     if found != elements:
         what = "truncated" if found < elements else "too long"
         raise DataError(
             f"{path}: {what}: expected {elements} bytes for shape {tuple(shape)} after the header; got {found}"
         )
-    if elements == 0:
-        return torch.empty(shape, dtype=torch.uint8)
     # frombuffer shares the bytearray's memory, which the tensor keeps alive.
     return torch.frombuffer(content, dtype=torch.uint8, offset=header_bytes).reshape(shape)

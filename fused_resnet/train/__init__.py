@@ -1,18 +1,20 @@
 """Training on one device, or one a process: SGD, mixed precision, checkpoints that resume exactly, metrics and curves."""
 
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .config import PRECISIONS, SettingError, TrainConfig
+from .config import CHANGEABLE, PRECISIONS, SettingError, TrainConfig
 from .curves import draw_curves
 from .processes import launched, processes
-from .trainer import AUTOCAST, CHECKPOINT, CURVES, METRICS, Trainer, TrainingDiverged, autocast, resumable, run
+from .trainer import AUTOCAST, CHECKPOINT, CURVES, METRICS, FolderError, Trainer, TrainingDiverged, autocast, resumable, run
 
 __all__ = [
     "AUTOCAST",
+    "CHANGEABLE",
     "CHECKPOINT",
     "CURVES",
     "METRICS",
     "PRECISIONS",
     "CheckpointError",
+    "FolderError",
     "SettingError",
     "TrainConfig",
     "Trainer",

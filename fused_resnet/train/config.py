@@ -1,8 +1,17 @@
-"""The settings of a training run: what a checkpoint keeps, and what a resumed run must not change."""
+"""The settings of a training run: what a checkpoint keeps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from .. import backends
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+#: What a resumed run may change: how it computes, and how long.
+CHANGEABLE = ("epochs", "backend", "recompute")
+#: A type of a field -> what is said of it.
+KINDS = {
+    str: "text", str | None: "text or None", int: "a whole number", int | None: "a whole number or None", float: "a number",
+    bool: "True or False",
+}  # fmt: skip
 
 
 class SettingError(ValueError):
@@ -15,7 +24,7 @@ class SettingError(ValueError):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of `train`. Raises `SettingError` for a value out of range."""
+    """Settings of `train`. Raises `SettingError` for a value of another type or out of range."""
 
     model: str = "resnet20"
     data: str = "fashion-mnist-mini"
@@ -33,11 +42,17 @@ class TrainConfig:
     limit_eval: int | None = None
     image_size: int | None = None  #: pixels; for synthetic data only
     sync_bn: bool = False  #: whether the processes of a run share the statistics of batch norms
+    backend: str | None = None  #: one of `backends.choices()`; None: the choice in force when the run goes on
+    recompute: bool = False  #: whether blocks make again in backward what they would keep
 
     def __post_init__(self):
+        for field in fields(self):
+            value, kind = getattr(self, field.name), float | int if field.type is float else field.type
+            if not isinstance(value, kind) or (isinstance(value, bool) and field.type is not bool):
+                raise SettingError(field.name, f"expected {KINDS[field.type]}; got {value!r}")
         for name in ("epochs", "limit_train", "limit_eval", "image_size", "batch_size"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and value < 1:
                 raise SettingError(name, f"expected a whole number of at least 1; got {value}")
         if self.image_size is not None and self.data != "synthetic":
             raise SettingError(
@@ -57,3 +72,5 @@ class TrainConfig:
             raise SettingError("precision", f"expected one of {', '.join(PRECISIONS)}; got {self.precision!r}")
         if not 0 <= self.seed < 1 << 63:
             raise SettingError("seed", f"expected 0 to 2^63 - 1; got {self.seed}")
+        if self.backend is not None and self.backend not in backends.choices():
+            raise SettingError("backend", f"expected one of {', '.join(backends.choices())}; got {self.backend!r}")

@@ -1,4 +1,4 @@
-"""The picture of a run: loss, accuracy and speed by epoch."""
+"""The picture of a run: loss, accuracy, learning rate and speed by epoch."""
 
 from itertools import cycle
 from pathlib import Path
@@ -10,7 +10,7 @@ MARKED_EPOCHS = 40  # more points than these run together
 
 
 def draw_curves(runs: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
-    """Writes a PNG (1500×450 pixels) with the curves of runs: their names, and the records of their `metrics.jsonl`.
+    """Writes a PNG (1800×450 pixels) with the curves of runs: their names, and the records of their `metrics.jsonl`.
 
     Raises ImportError without matplotlib.
     """
@@ -19,9 +19,9 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], title: str, path: Path) -
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(15, 4.5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(18, 4.5), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    loss, accuracy, speed = figure.subplots(1, 3)
+    loss, accuracy, rate, speed = figure.subplots(1, 4)
     for (name, history), style in zip(runs.items(), cycle(("-", "--", ":")), strict=False):
         told = f", {name}" if len(runs) > 1 else ""
         epochs = [record["epoch"] for record in history]
@@ -30,16 +30,19 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], title: str, path: Path) -
             loss.plot(epochs, [r[f"{split}_loss"] for r in history], color=color, label=label + told, **look)
             percent = [100 * r[f"{split}_accuracy"] for r in history]
             accuracy.plot(epochs, percent, color=color, label=label + told, **look)
+        rate.plot(epochs, [r["lr"] for r in history], color="#8172b3", label=name, **look)
         speed.plot(epochs, [r["images_per_second"] for r in history], color="#55a868", label=name, **look)
     loss.legend(loc="upper right")
     accuracy.legend(loc="lower right")
-    if len(runs) > 1:
-        speed.legend()
-    speed.set_ylim(0, 1.1 * speed.dataLim.ymax)
+    for axes in (rate, speed):
+        if len(runs) > 1:
+            axes.legend()
+        axes.set_ylim(0, 1.1 * axes.dataLim.ymax or 1)  # a cosine may end in a rate of 0
     loss.set_ylabel("cross-entropy (nats per image)")
     accuracy.set_ylabel("accuracy (%)")
+    rate.set_ylabel("learning rate of the epoch's last step")
     speed.set_ylabel("training speed (images/s)")
-    for axes, name in ((loss, "Loss"), (accuracy, "Accuracy"), (speed, "Speed")):
+    for axes, name in ((loss, "Loss"), (accuracy, "Accuracy"), (rate, "Learning rate"), (speed, "Speed")):
         axes.set_title(name)
         axes.set_xlabel("epoch")
         axes.set_xlim(axes.dataLim.xmin - 0.5, axes.dataLim.xmax + 0.5)

@@ -7,6 +7,7 @@ import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
 from torch import Tensor, distributed, nn
@@ -60,8 +61,12 @@ def parallel(model: nn.Module, device: torch.device, sync_bn: bool) -> nn.Module
     whole = model
     if world() > 1:
         ids = [device.index] if device.type == "cuda" else None
-        # The buckets' memory is the gradients', which SGD reads: one copy fewer.
-        whole = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # The buckets' memory is the gradients', which SGD reads: one copy fewer. In training nobody reads running statistics, so they are
+        # not sent at each forward: `agree_on_buffers` sends them before an evaluation.
+        kind = nn.parallel.DistributedDataParallel
+        # PyTorch 2.13 has another name for it, and warns of the old one.
+        sent = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in signature(kind).parameters)
+        whole = kind(model, device_ids=ids, gradient_as_bucket_view=True, **{sent: False})
     if sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return whole

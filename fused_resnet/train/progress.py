@@ -37,18 +37,27 @@ def bar(batches: Iterable, total: int, batch_size: int, label: str, loss: Tensor
             now = time.perf_counter()
             if now - shown >= REFRESH_SECONDS or done == total:
                 shown = now
-                state = f"loss {loss.item() / done:.4f}  {done * batch_size / (now - start):,.0f} images/s"
+                state = f"loss {loss_text(loss.item() / done)}  {done * batch_size / (now - start):,.0f} images/s"
                 progress.update(task, completed=done, state=state)
 
 
 EPOCH_HEADER = f"{'epoch':>9}{'training loss':>16}{'accuracy':>11}{'evaluation loss':>18}{'accuracy':>11}{'images/s':>12}"
 
 
+LONGEST_PLAIN = 1e6  # a larger loss is written with an exponent, or it would not fit its column
+
+
+def loss_text(loss: float) -> str:
+    """A loss for people: four places behind the point."""
+    return f"{loss:.4f}" if abs(loss) < LONGEST_PLAIN else f"{loss:.4e}"
+
+
 def epoch_line(record: dict[str, Any], epochs: int) -> str:
     """One epoch's record of `metrics.jsonl` for people, in the columns of `EPOCH_HEADER`."""
+    epoch = f"{record['epoch']}/{epochs}"
     return (
-        f"{record['epoch']:>{8 - len(str(epochs))}}/{epochs}"
-        f"{record['train_loss']:>16.4f}{100 * record['train_accuracy']:>10.2f}%"
-        f"{record['eval_loss']:>18.4f}{100 * record['eval_accuracy']:>10.2f}%"
+        f"{epoch:>9}"
+        f"{loss_text(record['train_loss']):>16}{100 * record['train_accuracy']:>10.2f}%"
+        f"{loss_text(record['eval_loss']):>18}{100 * record['eval_accuracy']:>10.2f}%"
         f"{record['images_per_second']:>12,.0f}"
     )
