@@ -18,7 +18,7 @@ class ConvolutionGradientsAreZero(Reference):
 
 
 class StageHasNoWeightGradient(Reference):
-    """Of the stage with 32 channels."""
+    """Of the convolutions with 32 filters."""
 
     def convolve_backward(self, source, act, mask, outputs, *args):
         sums, dws = super().convolve_backward(source, act, mask, outputs, *args)
@@ -26,11 +26,11 @@ class StageHasNoWeightGradient(Reference):
 
 
 class BlockHasNoInputGradient(Reference):
-    """Of the convolution that widens 8 channels, or of a block that narrows 16."""
+    """Of the convolutions that read 64 channels: those at the beginning of two blocks."""
 
     def _convolution_backward(self, act, output, need_dx):
         dx, dw = super()._convolution_backward(act, output, need_dx)
-        return (zeros(dx) if output.weight.shape[1] in (8, 16) else dx), dw
+        return (zeros(dx) if output.weight.shape[1] == 64 else dx), dw
 
 
 class ProjectionHasNoInputGradient(Reference):
@@ -119,16 +119,16 @@ class Remembering(Reference):
         self.asked, self.first = Counter(), {}
 
     def conv_affine_act(self, x, weight, *args):
-        self.asked[key := weight.data_ptr(), "folded"] += 1
+        self.asked[key := (weight.data_ptr(), "folded")] += 1
         return self.said(key, super().conv_affine_act(x, weight, *args))
 
     def _convolution(self, act, conv):
-        self.asked[key := conv.weight.data_ptr(), "forward"] += 1
+        self.asked[key := (conv.weight.data_ptr(), "forward")] += 1
         pending = super()._convolution(act, conv)
         return pending._replace(y=self.said(key, pending.y))
 
     def _convolution_backward(self, act, output, need_dx):
-        self.asked[key := output.weight.data_ptr(), "backward"] += 1
+        self.asked[key := (output.weight.data_ptr(), "backward")] += 1
         dx, dw = super()._convolution_backward(act, output, need_dx)
         return dx, None if dw is None else self.said(key, dw)
 

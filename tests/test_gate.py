@@ -24,13 +24,13 @@ PLANTED = Implementation("planted", True)
 
 
 def whole():
-    return network(dtype=torch.float32)
+    return network(dtype=torch.float32, width=4)
 
 
 SUBJECTS = {
     "train": Subject("small", whole, SIZE[1:]),
     "inference": Subject("small", whole, SIZE[1:]),
-    "blocks": Subject("small.layer2.0", lambda: whole().layer2[0], (16, 10, 8)),
+    "blocks": Subject("small.layer2.0", lambda: whole().layer2[0], (64, 10, 8)),
 }
 GATES: dict[tuple[str, torch.dtype], Gate] = {}
 

@@ -205,12 +205,15 @@ class Gate:
                 images = inputs(batch, self.subject.shape, self.device, draw)
                 self._truths[like, draw] = Truth.of(exact, eager, images, self._state[like])
 
+    def ask(self, step: Step, draw: int, batch: int) -> tuple[Truth, Answer]:
+        """(what is right of a draw, what the step says)."""
+        truth = self._truths[step.how.like, draw]
+        return truth, step.answer(truth.of_batch(batch), self._state[step.how.like])
+
     def verdict(self, step: Step, draws: tuple[int, ...], batch: int) -> tuple[float, str | None]:
         """(the largest error of the step's answers about these draws, "wrong: …" where one is). The state is as at first after it."""
-        like, found = step.how.like, []
-        for draw in draws:
-            truth = self._truths[like, draw]
-            found.append(truth.verdict(step.answer(truth.of_batch(batch), self._state[like]), batch))
-        for target, value in zip(step.state(), self._state[like], strict=False):
+        asked = [self.ask(step, draw, batch) for draw in draws]
+        found = [truth.verdict(answer, batch) for truth, answer in asked]
+        for target, value in zip(step.state(), self._state[step.how.like], strict=False):
             target.data.copy_(value)
         return max(error for error, _ in found), next((words for _, words in found if words), None)

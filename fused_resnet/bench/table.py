@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from statistics import geometric_mean
@@ -18,8 +19,10 @@ FILE_WIDTH = 180  # columns where the output is no terminal
 
 
 def console() -> Console:
-    """Standard output, without colours and wide enough for the tables where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False)
+    """Standard output; where it is no terminal, without colours and as wide as COLUMNS says, else wide enough for the tables."""
+    named = os.environ.get("COLUMNS", "")
+    width = None if sys.stdout.isatty() else int(named) if named.isdigit() else FILE_WIDTH
+    return Console(width=width, highlight=False)
 
 
 def number(value: float | None) -> str:

@@ -7,6 +7,7 @@ kernel to the operator that launched it, from there to the node, and to the laye
 
 import gzip
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from torch.utils._pytree import tree_leaves
 from ..bench.steps import TrainingStep
 from ..bench.units import OUTSIDE, Units
 
+#: The profiler's library writes a line a recording on standard error, unless it is told to keep silent before it is first used.
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 WARMUP = 3
 PHASES = ("forward", "backward", "optimizer")
 #: Categories of the profiler's events that keep a GPU busy.
@@ -116,12 +119,19 @@ class _Watch(TorchDispatchMode):
 
 
 def record(step: TrainingStep, device: torch.device, cupti: bool = True) -> Recording:
-    """One step after `WARMUP` of them. Without `cupti`, or where it gives no kernels, operators are timed one by one by CUDA events."""
+    """One step, as `record_steps` does several."""
+    return record_steps(step, device, 1, cupti)[0]
+
+
+def record_steps(step: TrainingStep, device: torch.device, count: int, cupti: bool = True) -> list[Recording]:
+    """`count` steps after `WARMUP` of them. Without `cupti`, or where it gives no kernels, operators are timed one by one by events."""
     for _ in range(WARMUP):
         step()
     watch = _watched(step, device, timed=False)
-    if not cupti:
-        return _by_events(step, device)
+    return [_recorded(step, device, watch) if cupti else _by_events(step, device) for _ in range(count)]
+
+
+def _recorded(step: TrainingStep, device: torch.device, watch: "_Watch") -> Recording:
     first = torch._C._autograd._get_sequence_nr()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as result:

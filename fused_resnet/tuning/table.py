@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from math import inf, log
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ VERSION = 2
 SHIPPED = Path(__file__).parent / "tables"
 #: A choice serves batches up to this many times smaller or larger than the one that was measured.
 REACH = 2.0
+MOST_MS = 1e12  #: a time that is a number
 
 
 class TableError(ValueError):
@@ -142,7 +143,7 @@ def _entry(values: Any, place: str) -> Entry:
     if values.get("configuration") not in (None, CUDNN):
         values["configuration"] = _made(Configuration, values["configuration"], f"{place}.configuration")
     for name in ("ms", "passes_ms"):
-        if isinstance(values.get(name), bool) or not isinstance(values.get(name), int | float) or not 0 <= values[name] < inf:
+        if isinstance(values.get(name), bool) or not isinstance(values.get(name), int | float) or not 0 <= values[name] <= MOST_MS:
             raise TableError(f"{place}.{name}: expected milliseconds, a number of at least 0; got {shortened(values.get(name))}")
     return _made(Entry, values, place)
 
