@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import os
 import re
 
 import browser
@@ -69,6 +70,17 @@ def test_each_layer_has_its_time_forward_and_backward(cupti):
     assert not recording.device_only
     layers = [e for e in recording.trace if e.get("cat") == "layer"]
     assert {e["args"]["layer"] for e in layers} == {layer for layer, _ in found}
+
+
+def test_noise_of_the_profiler_is_kept_back_and_nothing_else(capfd):
+    with record.without_noise():
+        os.write(2, b"USDT:2026-11-28 17:17:25 20797:20797 SyncActivityProfilerHandler.cpp:52] profiler_start\n")
+        os.write(2, b"[W1128 17:17:31.245855190 CPUAllocator.cpp:245] Memory block of unknown size was allocated before\n")
+        os.write(2, b"a user's own words\n")
+    assert capfd.readouterr().err == "a user's own words\n"
+    record.record(step := TrainingStep(SUBJECT, "eager_nhwc", torch.float32, 2, CPU), CPU)
+    record.memory_timeline(step, CPU)
+    assert capfd.readouterr().err == ""
 
 
 def test_fused_operators_belong_to_the_convolution_that_they_end_in(fused):

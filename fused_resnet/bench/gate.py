@@ -103,16 +103,17 @@ class Truth:
         Raises RuntimeError where eager in that dtype is so far from float64 that nothing can be told.
         """
         counts: dict[str, int] = {}
-        named = [(name, m) for name, m in exact.module.named_modules() if isinstance(getattr(m, "running_var", None), Tensor)]
+        names = [CHANGE + name for name in exact.statistic_names if name.endswith("running_var")]
+        named = dict(zip(names, (m for m in exact.module.modules() if isinstance(getattr(m, "running_var", None), Tensor)), strict=False))
 
         def count(name: str, given: Tensor) -> None:
-            counts[CHANGE + f"{name}.running_var".lstrip(".")] = given.numel() // given.shape[1]
+            counts[name] = given.numel() // given.shape[1]
 
-        hooks = [m.register_forward_pre_hook(lambda m, args, name=name: count(name, args[0])) for name, m in named]
+        hooks = [m.register_forward_pre_hook(lambda m, args, name=name: count(name, args[0])) for name, m in named.items()]
         answer = {name: t.cpu() for name, t in exact.answer(images, state).items()}
         for hook in hooks:
             hook.remove()
-        momenta = {CHANGE + f"{name}.running_var".lstrip("."): getattr(m, "momentum", None) for name, m in named}
+        momenta = {name: getattr(m, "momentum", None) for name, m in named.items()}
         old = dict(zip((CHANGE + name for name in exact.statistic_names), state[len(exact.names) :], strict=False))
         variances = {name: (t + momenta[name] * old[name].double(), counts[name])
                      for name, t in answer.items() if momenta.get(name) is not None and name in counts}  # fmt: skip

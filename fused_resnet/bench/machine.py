@@ -107,7 +107,7 @@ class Ceilings:
 
 
 #: (megabytes of a copy, extent of a square matrix). Which is fastest depends on caches, and on how many cores are free.
-SIZES = {"cuda": ((1024,), (8192, 4096)), "cpu": ((64, 16), (512, 1024, 2048))}
+SIZES = {"cuda": ((1024,), (8192, 4096)), "cpu": ((64, 16), (512, 1024))}
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 50) -> Ceilings:

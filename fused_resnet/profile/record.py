@@ -8,6 +8,8 @@ kernel to the operator that launched it, from there to the node, and to the laye
 import gzip
 import json
 import os
+import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,8 +27,8 @@ from torch.utils._pytree import tree_leaves
 from ..bench.steps import TrainingStep
 from ..bench.units import OUTSIDE, Units
 
-#: The profiler's library writes a line a recording on standard error, unless it is told to keep silent before it is first used.
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+#: Lines that the profiler's library and PyTorch's allocator write on standard error at every recording.
+NOISE = re.compile(rb"(USDT|STAGE|INFO|WARNING|VERBOSE):\d{4}-|\[W\d{4} .*(CPUAllocator|[Kk]ineto|[Pp]rofiler)")
 WARMUP = 3
 PHASES = ("forward", "backward", "optimizer")
 #: Categories of the profiler's events that keep a GPU busy.
@@ -134,7 +136,7 @@ def record_steps(step: TrainingStep, device: torch.device, count: int, cupti: bo
 def _recorded(step: TrainingStep, device: torch.device, watch: "_Watch") -> Recording:
     first = torch._C._autograd._get_sequence_nr()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities) as result:
+    with without_noise(), profile(activities=activities) as result:
         step(lambda phase: record_function(PREFIX + phase))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -144,6 +146,25 @@ def _recorded(step: TrainingStep, device: torch.device, watch: "_Watch") -> Reco
     if device.type == "cuda" and not works:
         return _by_events(step, device)
     return Recording(works, [*events, *layer_track(works, events)], _words(device), device.type == "cuda")
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Within, standard error is kept back; behind, what was written there is written, but for lines of `NOISE`."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            for line in file:
+                if not NOISE.match(line):
+                    os.write(2, line)
 
 
 def _words(device: torch.device) -> str:
@@ -247,7 +268,7 @@ def memory_timeline(step: TrainingStep, device: torch.device, points: int = 800)
     allocations takes time.
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities, profile_memory=True) as result:
+    with without_noise(), profile(activities=activities, profile_memory=True) as result:
         step(lambda phase: record_function(PREFIX + phase))
     kind = 1 if device.type == "cuda" else 0  # c10::DeviceType
     events = exported(result)

@@ -128,7 +128,7 @@ def _summary(profiles: Sequence[Profile]) -> str:
         ("images/s", [p.images_per_s for p in profiles], ""),
         ("sum of all kernels, ms" if all(p.gap_ms is not None for p in profiles) else "sum of all operators, ms",
          [p.busy_ms for p in profiles], ""),
-        ("gaps between kernels, ms", [p.gap_ms for p in profiles], "not measured: only the host was timed"),
+        ("gaps between kernels, ms", [p.gap_ms for p in profiles], "not measured"),
         ("launches" if all(p.gap_ms is not None for p in profiles) else "operators", [float(p.launches) for p in profiles], ""),
         ("highest memory, MB", [p.peak_bytes / 1e6 for p in profiles], ""),
         ("ceilings: TFLOP/s", [p.flops_per_s / 1e12 for p in profiles], ""),
