@@ -143,9 +143,13 @@ def _entry(values: Any, place: str) -> Entry:
     if values.get("configuration") not in (None, CUDNN):
         values["configuration"] = _made(Configuration, values["configuration"], f"{place}.configuration")
     for name in ("ms", "passes_ms"):
-        if isinstance(values.get(name), bool) or not isinstance(values.get(name), int | float) or not 0 <= values[name] <= MOST_MS:
-            raise TableError(f"{place}.{name}: expected milliseconds, a number of at least 0; got {shortened(values.get(name))}")
+        if name in values and not _is_a_time(values[name]):
+            raise TableError(f"{place}.{name}: expected milliseconds, a number of at least 0; got {shortened(values[name])}")
     return _made(Entry, values, place)
+
+
+def _is_a_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_MS
 
 
 def shortened(value: Any) -> str:
