@@ -19,7 +19,7 @@ PYTEST_FLAGS ?= -n 2
 OUT ?=
 
 PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(PIP_FLAGS)
-NATIVE = CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*)
+NATIVE = CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/cpu/*)
 
 ifeq ($(strip $(VENV)),)
 RUN = PYTHONPATH=$(CURDIR) $(PYTHON)
@@ -50,14 +50,14 @@ lint: $(TEST_READY)
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf build .venv runs *.egg-info fused_resnet/*.so fused_resnet/native_absent.txt
+	rm -rf build .venv runs *.egg-info fused_resnet/*.so fused_resnet/native_*absent.txt
 
 # PyTorch first: the package is built against it, without a second copy in a build environment of its own.
 $(VENV)/installed.stamp: $(NATIVE) $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "setuptools>=77" wheel ninja cmake "torch>=2.11"
 	$(PIP) --no-build-isolation -e .
-	@$(VENV)/bin/python -c "from fused_resnet import native; print('native library:', native.load() or 'built')"
+	@$(VENV)/bin/python -c "from fused_resnet import native as n; print(*(f'native library {x.path.name}: {x.load() or \"built\"}' for x in (n.CUDA, n.CPU)), sep='\n')"
 	touch $@
 
 # torchvision has no build that goes with every PyTorch; the tests need no more than its Python code. timm asks for torchvision.

@@ -2,8 +2,8 @@
 
 #include <limits>
 
-#include "device.h"
 #include "layout.h"
+#include "on_device.h"
 
 namespace fused_resnet {
 namespace {
@@ -114,6 +114,19 @@ void Arguments::pool_index(const char* name, const Tensor& tensor, const Tensor&
     fail(name, ": expected uint8 in channels_last of shape ", shape_of(out), ", got ",
          torch::headeronly::toString(tensor.scalar_type()), " of shape ", shape_of(tensor));
   }
+}
+
+int64_t Arguments::moments(const Tensor& counts, const Tensor& means, const Tensor& m2s, const OptionalTensor& gamma,
+                           const OptionalTensor& beta) const {
+  if (!on_device(means)) fail("means: expected ", kDeviceTensor);
+  if (means.dim() != 2 || means.numel() == 0) fail("means: expected a tensor [parts, C], got shape ", shape_of(means));
+  const int64_t parts = means.size(0), channels = means.size(1);
+  tensor("means", means, ScalarType::Float, {parts, channels}, means);
+  tensor("m2s", m2s, ScalarType::Float, {parts, channels}, means);
+  tensor("counts", counts, ScalarType::Long, {parts}, means);
+  vector("gamma", gamma, means);
+  vector("beta", beta, means);
+  return channels;
 }
 
 void Arguments::together(const char* first, bool has_first, const char* second, bool has_second) const {

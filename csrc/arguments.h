@@ -45,6 +45,9 @@ class Arguments {
   void residual(const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& bias, const Tensor& x) const;
   // What a pool's forward recorded for `out`: uint8 of its shape, in channels_last.
   void pool_index(const char* name, const Tensor& tensor, const Tensor& out) const;
+  // Moments of sets of rows, counts int64 [parts], means and m2s [parts, C], and a norm's vectors. Returns C.
+  int64_t moments(const Tensor& counts, const Tensor& means, const Tensor& m2s, const OptionalTensor& gamma,
+                  const OptionalTensor& beta) const;
   // Both or neither.
   void together(const char* first, bool has_first, const char* second, bool has_second) const;
 

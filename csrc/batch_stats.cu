@@ -87,19 +87,12 @@ std::tuple<Tensor, Tensor> batch_moments(const Tensor& y) {
 Coefficients5 merge_moments(const Tensor& counts, const Tensor& means, const Tensor& m2s, const OptionalTensor& gamma,
                             const OptionalTensor& beta, double eps) {
   const Arguments check("merge_moments");
-  if (!on_device(means)) check.fail("means: expected ", kDeviceTensor);
-  if (means.dim() != 2 || means.numel() == 0) check.fail("means: expected a tensor [parts, C], got shape ", shape_of(means));
-  const int64_t parts = means.size(0), channels = means.size(1);
-  check.tensor("means", means, ScalarType::Float, {parts, channels}, means);
-  check.tensor("m2s", m2s, ScalarType::Float, {parts, channels}, means);
-  check.tensor("counts", counts, ScalarType::Long, {parts}, means);
-  check.vector("gamma", gamma, means);
-  check.vector("beta", beta, means);
+  const int64_t channels = check.moments(counts, means, m2s, gamma, beta);
   const DeviceGuard guard(means);
   const Results results(means, channels);
   const MergeMomentsArguments arguments{
       read<float>(means), read<float>(m2s), channels, PartCounts{read<int64_t>(counts), 0, 0}, results.output(gamma, beta, eps),
-      static_cast<int>(parts), static_cast<int>(channels),
+      static_cast<int>(means.size(0)), static_cast<int>(channels),
   };
   launch(check, merge_moments_kernel, merge_blocks(arguments.channels), means, arguments);
   return results.tuple();

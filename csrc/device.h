@@ -3,18 +3,12 @@
 
 #include <cuda_runtime.h>
 
-#include <torch/csrc/stable/tensor.h>
+#include "on_device.h"
 
 namespace fused_resnet {
 
-// Whether the kernels can reach the memory of `tensor`.
-bool on_device(const torch::stable::Tensor& tensor);
-
 // CUDA's number of the device of such a tensor.
 int ordinal_of(const torch::stable::Tensor& tensor);
-
-// What such a tensor is called in an error.
-extern const char* const kDeviceTensor;
 
 // Makes the device of a tensor the current one for as long as it lives.
 class DeviceGuard {

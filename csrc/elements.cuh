@@ -19,9 +19,6 @@ namespace fused_resnet {
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 
-// What is added to norm(x).
-enum class Residual { kNone, kMaterialised, kRaw };
-
 // ---- elements ----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float widen(float value) { return value; }

@@ -7,11 +7,9 @@
 #include <type_traits>
 #include <utility>
 
-#include <torch/csrc/stable/ops.h>
-
-#include "arguments.h"
 #include "device.h"
 #include "elements.cuh"
+#include "tensors.h"
 
 namespace fused_resnet {
 
@@ -47,34 +45,11 @@ inline int64_t elementwise_blocks(int64_t rows, int channels, int multiprocessor
   return ceil_div(wanted, unit) * unit;
 }
 
-// ---- pointers ------------------------------------------------------------------------------------------------------------
-
-template <typename T>
-const T* read(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <typename T>
-const T* read(const OptionalTensor& tensor) {
-  return tensor ? read<T>(*tensor) : nullptr;
-}
-template <typename T>
-T* write(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-template <typename T>
-T* write(const OptionalTensor& tensor) {
-  return tensor ? write<T>(*tensor) : nullptr;
-}
+// ---- pointers ---------------------------------------------------------------------------------------------------------
 
 template <typename... Pointers>
 bool aligned(const Pointers*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
-}
-
-inline Tensor empty_vector(const Tensor& like) { return torch::stable::new_empty(like, {like.size(1)}, ScalarType::Float); }
-
-inline Tensor empty_mask(const Tensor& x) {
-  return torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(3), groups_of(channels_of(x))}, ScalarType::Byte);
 }
 
 // ---- run-time values as template arguments -------------------------------------------------------------------------------

@@ -16,9 +16,6 @@
 
 namespace fused_resnet {
 
-// Where the mask of the gradient comes from: there is no ReLU, or from x, or from saved bits.
-enum class Mask { kNone, kRecomputed, kBits };
-
 // ---- where d comes from ------------------------------------------------------------------------------------------------
 // Each has Loaded<kWidth>, what a thread holds between a load and its use, with `get(i)` for channel i of the group;
 // and load<kWidth>(row, channel, valid).

@@ -4,6 +4,7 @@
 |---|---|
 | `FUSED_RESNET_BACKEND` | the backend to use: auto (the default), off, eager, passes, triton, cudnn, tuned, … (`backends.choices()`) |
 | `FUSED_RESNET_CACHE` | folder for downloads and tuned tables; default `$XDG_CACHE_HOME/fused_resnet`, else `~/.cache/fused_resnet` |
+| `FUSED_RESNET_CPU_ISA` | the instruction set of the kernels for CPUs: portable, avx2, avx512; default: the best that the machine has |
 | `FUSED_RESNET_DATA` | folder that is searched first for data sets |
 | `LOCAL_RANK` | set by torchrun: which of its machine's processes this is |
 
@@ -14,7 +15,7 @@ import os
 from pathlib import Path
 
 #: The variables of this package; `FUSED_RESNET_NATIVE` is setup.py's.
-VARIABLES = ("FUSED_RESNET_BACKEND", "FUSED_RESNET_CACHE", "FUSED_RESNET_DATA", "FUSED_RESNET_NATIVE")
+VARIABLES = ("FUSED_RESNET_BACKEND", "FUSED_RESNET_CACHE", "FUSED_RESNET_CPU_ISA", "FUSED_RESNET_DATA", "FUSED_RESNET_NATIVE")
 
 
 class VariableError(ValueError):
@@ -24,6 +25,11 @@ class VariableError(ValueError):
 def backend_name() -> str:
     """The backend that `FUSED_RESNET_BACKEND` names, "auto" where it is unset or empty. Not validated here."""
     return os.environ.get("FUSED_RESNET_BACKEND", "").strip() or "auto"
+
+
+def cpu_instruction_set() -> str | None:
+    """The instruction set that `FUSED_RESNET_CPU_ISA` names, None where it is unset or empty. Not validated here."""
+    return os.environ.get("FUSED_RESNET_CPU_ISA", "").strip() or None
 
 
 def cache_dir() -> Path:

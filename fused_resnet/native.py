@@ -1,35 +1,79 @@
-"""The native library: CUDA C++ kernels as operators of the namespace `fused_resnet_native`. Loading it is optional.
+"""The native libraries: the passes as operators, in CUDA C++ for GPUs and in C++ for CPUs. Loading one is optional.
 
-Importing this module loads nothing. Once `load()` has returned None, `torch.ops.fused_resnet_native` holds the operators; their
-schemas stand in csrc/library.cpp, the contracts of their kernels in csrc/*.cuh. It needs no GPU to be loaded, only to be run.
+Importing this module loads nothing. Once `load()` of a library has returned None, its namespace of `torch.ops` holds the operators; their
+schemas stand in csrc/library.cpp, the contracts of their kernels in csrc/*.cuh and csrc/cpu/*.h. The library for GPUs needs none to be
+loaded, only to be run.
 """
 
 import struct
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-LIBRARY = Path(__file__).with_name("libfused_resnet.so")
-#: Written by the build in place of the library: why there is none.
-ABSENCE = Path(__file__).with_name("native_absent.txt")
+from . import environment
+
+#: What the library for CPUs is compiled for, from the plainest to the best; numbered as in csrc/cpu/dispatch.cpp.
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 
 
-@lru_cache(maxsize=1)
-def load() -> str | None:
-    """Load the library, once in a process. Returns None where it is loaded, else the reason why not, in one sentence."""
-    if not LIBRARY.exists():
-        if ABSENCE.exists():
-            return f"not built: {ABSENCE.read_text(encoding='utf-8').strip()}"
-        return f"not built: the package holds no {LIBRARY.name}; `pip install --no-build-isolation` builds it or says what is missing"
-    if _is_truncated(LIBRARY):
-        return f"does not load: {LIBRARY.name} is cut short"
-    try:
-        torch.ops.load_library(LIBRARY)
-    except (OSError, RuntimeError) as error:
-        first = str(error).strip().partition("\n")[0]
-        return f"does not load: {first or type(error).__name__}"
-    return None
+class Library:
+    """A native library beside the package, and the file that the build writes in its place: why there is none."""
+
+    def __init__(self, name: str, namespace: str, absence: str) -> None:
+        self.path = Path(__file__).with_name(f"lib{name}.so")
+        self.absence = Path(__file__).with_name(absence)
+        self.namespace = namespace
+
+    @property
+    def operators(self) -> Any:
+        """The operators, once the library is loaded."""
+        return getattr(torch.ops, self.namespace)
+
+    @cache  # noqa: B019  (there are two, which live as long as the process)
+    def load(self) -> str | None:
+        """Load the library, once in a process. Returns None where it is loaded, else the reason why not, in one sentence."""
+        return self.try_to_load()
+
+    def try_to_load(self) -> str | None:
+        """As `load`, without remembering."""
+        if not self.path.exists():
+            if self.absence.exists():
+                return f"not built: {self.absence.read_text(encoding='utf-8').strip()}"
+            return f"not built: the package holds no {self.path.name}; `pip install --no-build-isolation` builds it or says what is missing"
+        if _is_truncated(self.path):
+            return f"does not load: {self.path.name} is cut short"
+        try:
+            torch.ops.load_library(self.path)
+        except (OSError, RuntimeError) as error:
+            first = str(error).strip().partition("\n")[0]
+            return f"does not load: {first or type(error).__name__}"
+        return None
+
+
+CUDA = Library("fused_resnet", "fused_resnet_native", "native_absent.txt")
+CPU = Library("fused_resnet_cpu", "fused_resnet_cpu", "native_cpu_absent.txt")
+
+
+def use_instruction_set(name: str | None = None) -> str:
+    """Let the library for CPUs, which is loaded, use `name` of `INSTRUCTION_SETS`; None for the best that this machine has.
+
+    Returns the name of what is used from now on. Raises `VariableError` for an unknown name, or one that this
+    machine lacks.
+    """
+    if name is not None and name not in INSTRUCTION_SETS:
+        raise environment.VariableError(f"FUSED_RESNET_CPU_ISA: expected one of {', '.join(INSTRUCTION_SETS)}; got {name!r}")
+    number = CPU.operators.use_instruction_set(-1 if name is None else INSTRUCTION_SETS.index(name))
+    if number < 0:
+        raise environment.VariableError(f"FUSED_RESNET_CPU_ISA: this machine, or this build, lacks {name}")
+    return INSTRUCTION_SETS[number]
+
+
+@cache
+def cpu_instruction_set() -> str:
+    """What the library for CPUs, which is loaded, uses: by `FUSED_RESNET_CPU_ISA`, else the best that there is. Set once in a process."""
+    return use_instruction_set(environment.cpu_instruction_set())
 
 
 def _is_truncated(path: Path) -> bool:

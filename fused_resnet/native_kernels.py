@@ -29,9 +29,9 @@ WORDS = (
 
 def codes() -> list[binary.Code]:
     """The machine code of every kernel. Raises FileNotFoundError where there is no library, or no cuobjdump."""
-    if not native.LIBRARY.exists():
-        raise FileNotFoundError(f"the native library is not built: {native.load()}")
-    return _read(native.LIBRARY)
+    if not native.CUDA.path.exists():
+        raise FileNotFoundError(f"the native library is not built: {native.CUDA.load()}")
+    return _read(native.CUDA.path)
 
 
 _read = lru_cache(maxsize=1)(binary.read)  # disassembling takes seconds
@@ -151,7 +151,7 @@ def section(element: str = "bfloat16", width: int = 8) -> str:
 
 def compiler() -> str:
     """The compiler that made the library, as it wrote its name there."""
-    found = re.search(rb"Cuda compilation tools, release ([\d.]+, V[\d.]+)", native.LIBRARY.read_bytes())
+    found = re.search(rb"Cuda compilation tools, release ([\d.]+, V[\d.]+)", native.CUDA.path.read_bytes())
     return f"nvcc {found[1].decode()}" if found else "an unknown compiler"
 
 

@@ -67,3 +67,9 @@ def fused_rows(model: nn.Module) -> list[str]:
     """The modules that would run fused with operators on ATen."""
     with fused_resnet.backend("eager"):
         return [row.name for row in fused_resnet.report(model).rows if row.fused]
+
+
+def unfused(model: nn.Module) -> dict[str, str]:
+    """convolution -> reason, of those that would not run fused with operators on ATen."""
+    with fused_resnet.backend("eager"):
+        return {c.name: c.reason for c in fused_resnet.report(model).convolutions if not c.fused}

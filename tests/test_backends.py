@@ -4,16 +4,24 @@ import pytest
 import torch
 
 import fused_resnet
-from fused_resnet import ops
+from fused_resnet import native, ops
 from fused_resnet.backends import BACKENDS, PASSES, choices, resolve
 from fused_resnet.functional import conv_bn_act
 
 CPU = torch.device("cpu")
 
 
-def test_auto_is_pytorchs_own_on_a_cpu_and_for_float64():
-    assert resolve(CPU, torch.float32) == "off"
+def test_auto_is_pytorchs_own_for_float64_and_where_no_kernel_runs(answers):
+    assert resolve(CPU, torch.float64) == "off"
     assert resolve(torch.device("cuda"), torch.float64) == "off"
+    answers("passes_cpu", lambda device, dtype: "it rains")
+    assert resolve(CPU, torch.float32) == "off"  # and not Triton's interpreter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_auto_takes_the_passes_for_cpus_where_their_library_loads(dtype):
+    reason = native.CPU.load()
+    assert resolve(CPU, dtype) == ("passes_cpu" if reason is None else "off")
 
 
 def test_a_choice_is_nested_and_undone(monkeypatch):
@@ -71,25 +79,28 @@ def test_a_backend_is_asked_once_for_each_device_and_dtype(answers):
 
 
 def test_passes_is_the_first_language_that_runs(answers):
-    assert PASSES == ("passes_cuda", "passes_triton")
+    assert PASSES == ("passes_cuda", "passes_cpu", "passes_triton")
     with fused_resnet.backend("passes"):
-        for able in (PASSES, PASSES[1:]):
+        for able in (PASSES, PASSES[1:], PASSES[2:]):
             for name in PASSES:
                 answers(name, lambda device, dtype, name=name, able=able: None if name in able else "it rains")
             assert resolve(CPU, torch.float32) == able[0]
-        answers(PASSES[1], lambda device, dtype: "it snows")
-        with pytest.raises(RuntimeError, match="passes_cuda: it rains; passes_triton: it snows"):
+        answers(PASSES[2], lambda device, dtype: "it snows")
+        with pytest.raises(RuntimeError, match="passes_cuda: it rains; passes_cpu: it rains; passes_triton: it snows"):
             resolve(CPU, torch.float32)
 
 
 def test_passes_says_what_it_lacks(monkeypatch):
-    cuda, triton = (BACKENDS[name] for name in PASSES)
-    for backend in (cuda, triton):
+    cuda, cpu, triton = (BACKENDS[name] for name in PASSES)
+    for backend in (cuda, cpu, triton):
         assert "not torch.float64" in backend.declines(CPU, torch.float64)
         assert "'mps'" in backend.declines(torch.device("mps"), torch.float32)
     assert "'cpu'" in cuda.declines(CPU, torch.float32)
-    monkeypatch.setattr("fused_resnet.native.load", lambda: "not built: nvcc was not found")
+    assert "'cuda'" in cpu.declines(torch.device("cuda"), torch.float32)
+    monkeypatch.setattr("fused_resnet.native.CUDA.load", lambda: "not built: nvcc was not found")
     assert cuda.declines(torch.device("cuda"), torch.float32) == "native library not built: nvcc was not found"
+    monkeypatch.setattr("fused_resnet.native.CPU.load", lambda: "not built: no C++ compiler was found")
+    assert cpu.declines(CPU, torch.float32) == "native library not built: no C++ compiler was found"
     assert "bfloat16" in triton.declines(CPU, torch.bfloat16) or torch.cuda.is_available()
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert triton.declines(CPU, torch.float32).endswith("set TRITON_INTERPRET=1")

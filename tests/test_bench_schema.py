@@ -144,7 +144,7 @@ def test_the_words_that_a_file_may_use():
     assert schema.SUITES == ("kernels", "blocks", "train", "inference")
     assert set(schema.IMPLEMENTATIONS) == {
         "eager", "eager_nhwc", "compile", "compile_max", "compile_graphs", "ours", "ours:passes", "ours:passes_cuda", "ours:passes_triton",
-        "ours:triton", "cudnn", "copy", "ours:cudnn", "apex", "inplace_abn", "ours:recompute", "ours:triton_recompute",
+        "ours:passes_cpu", "ours:triton", "cudnn", "copy", "ours:cudnn", "apex", "inplace_abn", "ours:recompute", "ours:triton_recompute",
         "folded", "compile_folded",
     }  # fmt: skip
     assert schema.STATUSES == ("ok", "oom", "timeout", "wrong", "unsupported")

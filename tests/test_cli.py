@@ -13,7 +13,6 @@ import torch
 
 import fused_resnet
 from fused_resnet import __version__, backends, models, native
-from fused_resnet.bench import load
 from fused_resnet.cli import arguments, demo, main
 from fused_resnet.cli.comparison import compare_losses
 from fused_resnet.data import NAMES
@@ -140,7 +139,7 @@ def test_a_forced_backend_that_can_not_run_says_why(capsys, answers):
         answers(name, lambda device, dtype: "it rains")
     line = refused(capsys, "train", "--backend", "passes", "--device", "cpu")
     assert "argument --backend:" in line
-    assert "passes_cuda: it rains; passes_triton: it rains" in line
+    assert "passes_cuda: it rains; passes_cpu: it rains; passes_triton: it rains" in line
 
 
 @pytest.mark.parametrize("name", ["info", "train", "demo"])
@@ -272,90 +271,6 @@ def test_a_precision_that_a_cpu_has_no_instructions_for_is_said(monkeypatch):
             assert (arguments.slow_precision(cpu, name) is None) == supported
 
 
-# ---- networks of others ----------------------------------------------------------------------------------------------
-
-NETWORKS = """
-import torch
-from torch import nn
-
-def grey(num_classes, in_channels):
-    return nn.Sequential(nn.Conv2d(in_channels, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
-
-def colour():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
-
-def many():
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 11))
-
-def a_list():
-    return [1]
-"""
-
-
-@pytest.fixture
-def networks(monkeypatch, tmp_path):
-    """A module of networks in the folder at hand."""
-    name = f"networks_{tmp_path.name.replace('-', '_')}"
-    (tmp_path / f"{name}.py").write_text(NETWORKS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    return name
-
-
-def test_a_network_of_ones_own_is_trained_fused(capsys, monkeypatch, networks):
-    taken = []
-    convolve = backends.BACKENDS["eager"].convolve
-    monkeypatch.setattr(backends.BACKENDS["eager"], "convolve", lambda *args: taken.append(1) or convolve(*args))
-    assert main(["train", *TINY, "--model", f"{networks}:grey", "--backend", "eager", "--stop-after", "1"]) == 0
-    folder = Path("runs") / f"{networks}-grey-fashion-mnist-mini"
-    assert len(taken) == 2, "forward in training and in evaluation"
-    assert f"--resume {folder} --model {networks}:grey" in capsys.readouterr().out
-    line = refused(capsys, "train", "--resume", folder)
-    assert f"argument --model: expected {networks}:grey beside --resume: a checkpoint alone does not say which code is run" in line
-    assert main(["train", "--resume", str(folder), "--model", f"{networks}:grey", "--device", "cpu"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("function", "expected"),
-    [
-        ("colour", "colour can't take images of shape [2, 1, 28, 28]: "),
-        ("many", "expected scores of shape [2, 10] of 2 images of fashion-mnist-mini; "),
-        ("a_list", "a_list returned list"),
-        ("gray", "has no function 'gray'; did you mean grey?"),
-    ],
-)
-def test_a_network_that_does_not_fit_is_named(capsys, networks, function, expected):
-    line = refused(capsys, "train", *TINY, "--model", f"{networks}:{function}")
-    assert "argument --model: " in line and expected in line
-
-
-@pytest.mark.parametrize(("name", "channels"), [("torchvision:resnet18", 3), ("timm:test_resnet", 1), ("resnet20", 1)])
-def test_networks_of_libraries_take_classes_and_channels(name, channels, torchvision_models):
-    if name.startswith("timm"):
-        pytest.importorskip("timm")
-    model = load.builder(name, num_classes=7, in_channels=channels)()
-    assert model.train()(torch.randn(2, channels, 64, 64)).shape == (2, 7)
-    assert load.builder(name)()(torch.randn(2, 3, 64, 64)).shape[0] == 2
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("torchvision:resnet19", "torchvision.models has no function 'resnet19'; did you mean resnet1"),
-        ("timm:resnet5O", "timm has no 'resnet5O'; did you mean resnet5"),
-        ("absent_module:f", "absent_module does not import: No module named"),
-        (":f", "no module does not import"),
-        ("math:sqr", "math has no function 'sqr'; did you mean sqrt?"),
-    ],
-)
-def test_a_network_that_is_not_there_is_named(name, expected, torchvision_models):
-    if name.startswith("timm"):
-        pytest.importorskip("timm")
-    with pytest.raises(load.LoadError) as caught:
-        load.builder(name)
-    assert expected in str(caught.value)
-
-
 def test_a_truncated_checkpoint_is_named(tmp_path, capsys, half_done):
     (tmp_path / CHECKPOINT).write_bytes((half_done / CHECKPOINT).read_bytes()[:-100])
     line = refused(capsys, "train", "--resume", tmp_path)
@@ -445,7 +360,7 @@ def test_info_as_json(tmp_path):
     assert found["versions"]["torch"] == torch.__version__
     assert {"triton", "torchvision", "python", "platform", "cuda", "cudnn", "driver"} <= set(found["versions"])
     assert found["cache"] == str(tmp_path)
-    assert found["native_library"]["loaded"] == (found["native_library"]["reason"] is None)
+    assert all(found["native_libraries"][kind]["loaded"] == (found["native_libraries"][kind]["reason"] is None) for kind in ("GPU", "CPU"))
     assert set(found["backends"]) == {"eager", *backends.PASSES, *backends.TUNED, "triton", "cudnn"}
     assert found["backends"]["eager"] == {"float32": None, "float16": None, "bfloat16": None}
     where = torch.device(found["device"])
@@ -455,7 +370,7 @@ def test_info_as_json(tmp_path):
 
 
 def test_info_for_people(capsys, monkeypatch, answers):
-    monkeypatch.setattr(native, "load", lambda: "nvcc was not there")
+    monkeypatch.setattr(native.CUDA, "load", lambda: "nvcc was not there")
     monkeypatch.setenv("FUSED_RESNET_BACKEND", "eager")
     monkeypatch.setenv("FUSED_RESNET_BACKENDS", "eager")
     answers("passes_cuda", lambda device, dtype: "it rains")
@@ -463,7 +378,7 @@ def test_info_for_people(capsys, monkeypatch, answers):
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     found = {name: value.strip() for name, value in lines.items()}
     assert found["torch"] == torch.__version__
-    assert found["native library"] == "not loaded: nvcc was not there"
+    assert found["native library, GPU"] == "not loaded: nvcc was not there"
     assert found["backend passes_cuda"] == "can't run here: it rains"
     assert found["backend eager"].startswith("runs on")
     assert "cache folder" in found

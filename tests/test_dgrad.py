@@ -206,6 +206,10 @@ FAULTS = {
     "a residual's own mean is forgotten": ("(residual - vector(residual_mean_ptr, channels, channels < C))", "residual", "1x1",
                                            "raw residual", "nothing"),
     "parities change places": ("first_r = first_tap(parity_h, R", "first_r = first_tap(parity_w, R", "3x3 stride 2", "norm", "nothing"),
+    "the first row of a parity, right at stride 2": ("parity_h + PADDING_H * (STRIDE_H - 1)", "parity_h + PADDING_H", "3x3 stride 3", "norm",
+                                                     "nothing"),
+    "the first column of a parity, right at stride 2": ("parity_w + PADDING_W * (STRIDE_W - 1)", "parity_w + PADDING_W", "3x3 stride 3",
+                                                        "materialised", "nothing"),
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from swapped import assert_same_step, fused_copy, fused_rows, run, shake, why_not
+from swapped import assert_same_step, fused_copy, fused_rows, run, shake, unfused, why_not
 from torch import nn
 
 import fused_resnet
@@ -92,12 +92,13 @@ def test_features_from_inside_a_block(cropped, images):
     assert_same_step(theirs, ours, images)
 
 
-def test_a_network_that_was_traced_first_says_why_it_is_not_fused(cropped):
+def test_a_network_that_was_traced_first_is_fused_by_its_structure(cropped, images):
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    with pytest.warns(UserWarning, match="no block of ResNet is known"):
-        traced = fused_resnet.fuse(create_feature_extractor(cropped.resnet18(), ["layer1"]))
-    assert "torch.fx" in why_not(traced)[""]
+    plain = create_feature_extractor(cropped.resnet18(num_classes=3).double(), ["layer1", "layer2.0.bn2"])
+    fused = fused_copy(plain)
+    assert unfused(fused) == {}
+    assert_same_step(plain, fused, images)
 
 
 @pytest.mark.parametrize("trainable", [0, 3, 5])
@@ -120,7 +121,8 @@ def test_segmentation(name, cropped, images):
         if isinstance(module, nn.Dropout):  # draws in the order of memory, which differs
             module.p = 0.0
     fused = fused_copy(plain)
-    assert {"backbone", "backbone.layer4.0", "classifier"} <= set(fused_rows(fused))
+    assert {"", "backbone", "backbone.layer4.0"} <= set(fused_rows(fused))
+    assert unfused(fused) == dict.fromkeys(("classifier.4", "aux_classifier.4"), "no batch norm follows it")
     assert_same_step(plain, fused, images)
 
 

@@ -10,8 +10,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fused_resnet"
 #: The top-level modules from left to right; those of one group do not import each other. "" is the package's __init__.
 ORDER = [
     ["collectives"],
-    ["_version", "devices", "environment", "files", "problem", "reference", "native", "binary"],
-    ["roofline", "native_kernels"],
+    ["_version", "devices", "environment", "files", "problem", "reference", "binary"],
+    ["roofline", "native"],
+    ["native_kernels"],
     ["tuning"],
     ["kernels", "cudnn"],
     ["backends"],

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chains import DEVICE
+from chains import DEVICE, LANGUAGES
 
 from fused_resnet import native, native_kernels
 from fused_resnet.backends import BACKENDS
@@ -54,8 +54,8 @@ def compiled(folder: Path, *options: str) -> Path:
 def library(tmp_path_factory) -> Path:
     """The installed library where it is as new as its sources, else one that is built now."""
     sources = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").iterdir()]
-    if native.LIBRARY.exists() and native.LIBRARY.stat().st_mtime >= max(path.stat().st_mtime for path in sources):
-        return native.LIBRARY
+    if native.CUDA.path.exists() and native.CUDA.path.stat().st_mtime >= max(path.stat().st_mtime for path in sources):
+        return native.CUDA.path
     return compiled(tmp_path_factory.mktemp("native"))
 
 
@@ -73,7 +73,7 @@ def test_holds_machine_code_for_ampere_and_hopper_and_ptx(library):
 
 
 def test_no_kernel_spills_and_wide_variants_move_16_bytes(library, monkeypatch):
-    monkeypatch.setattr(native, "LIBRARY", library)
+    monkeypatch.setattr(native.CUDA, "path", library)
     rows = [dict(zip(native_kernels.HEADER, row, strict=True)) for row in native_kernels.rows()]
     assert {row["sm"] for row in rows} == {"80", "90"}
     # dtypes x widths x options, and the two that merge partial results
@@ -89,13 +89,13 @@ def test_no_kernel_spills_and_wide_variants_move_16_bytes(library, monkeypatch):
 
 
 def test_the_table_of_kernels_is_one_command(library, monkeypatch, capsys):
-    monkeypatch.setattr(native, "LIBRARY", library)
+    monkeypatch.setattr(native.CUDA, "path", library)
     assert main(["kernels", "--language", "cuda", "--name", "max_pool"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 2 * 12 and all(line.startswith("norm_act_max_pool_kernel") for line in lines[1:])
     assert main(["kernels", "--language", "cuda", "--name", "gemm"]) == 2
     assert "argument --name: expected a part of a kernel's name, batch_stats_kernel" in capsys.readouterr().err
-    monkeypatch.setattr(native, "LIBRARY", Path("absent.so"))
+    monkeypatch.setattr(native.CUDA, "path", Path("absent.so"))
     assert main(["kernels", "--language", "cuda"]) == 1
     assert "the native library is not built" in capsys.readouterr().err
 
@@ -103,7 +103,7 @@ def test_the_table_of_kernels_is_one_command(library, monkeypatch, capsys):
 def test_the_page_of_the_kernels_is_what_one_command_makes(library, monkeypatch, tmp_path, capsys):
     """Of the compiler that the page names; of another, the same kernels, and what they move and compute."""
     page = ROOT / "docs" / "kernels" / "cuda.md"
-    monkeypatch.setattr(native, "LIBRARY", library)
+    monkeypatch.setattr(native.CUDA, "path", library)
     text = page.read_text(encoding="utf-8")
     copy = tmp_path / "cuda.md"
     begin, end = text.index(native_kernels.BEGIN), text.index(native_kernels.END)
@@ -139,9 +139,9 @@ import sys
 from pathlib import Path
 from fused_resnet import native
 if len(sys.argv) > 1:
-    native.LIBRARY = Path(sys.argv[1])
-print(native.load())
-assert native.load() == native.load()
+    native.CUDA.path = Path(sys.argv[1])
+print(native.CUDA.load())
+assert native.CUDA.load() == native.CUDA.load()
 """
 CALL_ON_CPU = """
 import torch
@@ -154,23 +154,23 @@ except RuntimeError as error:
 
 
 def loaded(*arguments: Path, then: str = "") -> list[str]:
-    """What `native.load()` gives in a process of its own, and what `then` prints after it."""
+    """What `native.CUDA.load()` gives in a process of its own, and what `then` prints after it."""
     return output_of(sys.executable, "-c", LOAD + then, *arguments).splitlines()
 
 
 def test_loads_or_says_why_not():
     (answer,) = loaded()
     assert answer == "None" or answer.startswith(("not built: ", "does not load: "))
-    if not native.LIBRARY.exists():
+    if not native.CUDA.path.exists():
         assert answer.startswith("not built: ")
 
 
 def test_the_reason_of_the_build_is_shown(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
-    monkeypatch.setattr(native, "ABSENCE", tmp_path / "absent.txt")
-    assert "--no-build-isolation" in native.load.__wrapped__()
+    monkeypatch.setattr(native.CUDA, "path", tmp_path / "absent.so")
+    monkeypatch.setattr(native.CUDA, "absence", tmp_path / "absent.txt")
+    assert "--no-build-isolation" in native.CUDA.try_to_load()
     (tmp_path / "absent.txt").write_text("nvcc was not found\n")
-    assert native.load.__wrapped__() == "not built: nvcc was not found"
+    assert native.CUDA.try_to_load() == "not built: nvcc was not found"
 
 
 def test_loads_without_a_gpu_and_refuses_cpu_tensors_by_name(library):
@@ -204,11 +204,10 @@ def vectors(count, channels=16):
     return [torch.rand(channels, device=DEVICE) for _ in range(count)]
 
 
-@pytest.fixture
-def operators():
-    """The native library's operators: on a CPU, of the build for the host, which has the same checks."""
-    backend = BACKENDS["passes_cuda" if DEVICE.type == "cuda" else "emulated"]
-    return backend.operators if (reason := backend.declines(DEVICE, torch.float16)) is None else pytest.skip(reason)
+@pytest.fixture(params=[name for name in LANGUAGES if name != "passes_triton"])
+def operators(request):
+    """A native library's operators: on a CPU, those for CPUs, and of the CUDA kernels the build for the host, which has the same checks."""
+    return BACKENDS[request.param].operators
 
 
 def calls() -> dict[str, dict]:

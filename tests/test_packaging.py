@@ -14,10 +14,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "fused_resnet/libfused_resnet.so"
+CPU_LIBRARY = "fused_resnet/libfused_resnet_cpu.so"
 #: The quickest to compile; what the library should hold is tested with the library.
 PTX = "90-virtual"
-#: The one line that an install without the native library prints.
-NOT_BUILT = re.compile(r"fused_resnet: native library not built: (.+); the Triton and eager backends serve$", re.MULTILINE)
+#: The line that an install without a native library prints: for what, and why.
+NOT_BUILT = re.compile(r"fused_resnet: native library for (\w+) not built: (.+); (?:Triton|PyTorch's own modules) will serve$", re.MULTILINE)
 
 
 @pytest.fixture
@@ -61,10 +62,12 @@ def wheel(source: Path, **environment: str | None) -> tuple[Path, str]:
     return built, done.stdout
 
 
-def test_wheel_without_nvcc_says_what_is_missing(source):
-    (source / LIBRARY).write_bytes(b"left over from another build")
-    built, output = wheel(source, CUDACXX="/nonexistent/nvcc")
-    assert NOT_BUILT.findall(output) == ["CUDACXX names /nonexistent/nvcc, which does not exist"]
+def test_wheel_without_compilers_says_what_is_missing(source):
+    for library in (LIBRARY, CPU_LIBRARY):
+        (source / library).write_bytes(b"left over from another build")
+    built, output = wheel(source, CUDACXX="/nonexistent/nvcc", CXX="/nonexistent/c++")
+    reasons = [f"{variable} names /nonexistent/{name}, which does not exist" for variable, name in (("CUDACXX", "nvcc"), ("CXX", "c++"))]
+    assert NOT_BUILT.findall(output) == list(zip(("GPUs", "CPUs"), reasons, strict=True))
     assert re.fullmatch(r"fused_resnet-[\d.]+-py3-none-any\.whl", built.name)
 
     with zipfile.ZipFile(built) as archive:
@@ -72,10 +75,10 @@ def test_wheel_without_nvcc_says_what_is_missing(source):
         info = next(name.partition("/")[0] for name in names if name.endswith(".dist-info/METADATA"))
         metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
-        absence = archive.read("fused_resnet/native_absent.txt").decode()
+        absences = [archive.read(f"fused_resnet/{name}").decode() for name in ("native_absent.txt", "native_cpu_absent.txt")]
 
-    assert absence.strip() == "CUDACXX names /nonexistent/nvcc, which does not exist"
-    assert LIBRARY not in names
+    assert [absence.strip() for absence in absences] == reasons
+    assert not {LIBRARY, CPU_LIBRARY} & names
     assert f"{info}/licenses/LICENSE" in names
     assert "fused_resnet/py.typed" in names
     shipped = {p.relative_to(source).as_posix() for p in (source / "fused_resnet").rglob("*") if p.suffix != ".so" and p.is_file()}
@@ -87,6 +90,9 @@ def test_wheel_without_nvcc_says_what_is_missing(source):
     version = re.search(r'__version__ = "(.+)"', (source / "fused_resnet/_version.py").read_text())[1]
     assert (metadata["Name"], metadata["Version"]) == ("fused-resnet", version)
     assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    for page in ("README.md", "CHANGELOG.md"):
+        assert (source / page).read_text().strip() in metadata.get_payload(decode=True).decode()
     assert metadata["License-Expression"] == "MIT"
     required = {line.replace('"', "'") for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert required == {"torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "numpy", "rich", "matplotlib"}
@@ -98,19 +104,26 @@ def test_wheel_without_nvcc_says_what_is_missing(source):
     }  # fmt: skip
 
 
+def test_the_library_for_cpus_needs_no_nvcc(source):
+    done = run(sys.executable, "setup.py", "build_native", "--build-lib", ".", cwd=source, CUDACXX="/nonexistent/nvcc", FUSED_RESNET_NATIVE="cpu")
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert NOT_BUILT.findall(done.stdout) == [("GPUs", "FUSED_RESNET_NATIVE=cpu")]
+    assert (source / CPU_LIBRARY).read_bytes().startswith(b"\x7fELF")
+
+
 @pytest.mark.slow
-def test_wheel_with_nvcc_holds_the_library(source, nvcc):
+def test_wheel_with_compilers_holds_the_libraries(source, nvcc):
     built, output = wheel(source, CUDACXX=nvcc, CUDAARCHS=PTX, FUSED_RESNET_NATIVE="1")
     assert NOT_BUILT.findall(output) == []
     assert re.fullmatch(r"fused_resnet-[\d.]+-py3-none-linux_\w+\.whl", built.name)
     with zipfile.ZipFile(built) as archive:
         names = set(archive.namelist())
-        assert archive.read(LIBRARY).startswith(b"\x7fELF")
+        assert all(archive.read(library).startswith(b"\x7fELF") for library in (LIBRARY, CPU_LIBRARY))
         wheel_file = email.message_from_bytes(archive.read(next(n for n in names if n.endswith(".dist-info/WHEEL"))))
     assert wheel_file["Root-Is-Purelib"] == "false"
     assert re.fullmatch(r"py3-none-linux_\w+", wheel_file["Tag"])
     assert "fused_resnet/__init__.py" in names
-    assert "fused_resnet/native_absent.txt" not in names
+    assert not [name for name in names if name.endswith("absent.txt")]
     assert not (source / LIBRARY).exists()
 
 
@@ -124,13 +137,13 @@ def test_editable_install_puts_the_library_in_the_package(source, nvcc):
 
 
 def test_a_failing_compiler_is_an_error_only_when_forced(source, nvcc):
-    for file in ("csrc/library.cpp", "csrc/norm_add_act.cu"):
+    for file in ("csrc/library.cpp", "csrc/norm_add_act.cu", "csrc/cpu/kernels.cpp"):
         (source / file).write_text('#error "this does not compile"\n')
     environment = {"CUDACXX": nvcc, "CUDAARCHS": PTX}
     build = (sys.executable, "setup.py", "build_native")
     tolerant = run(*build, cwd=source, **environment)
     assert tolerant.returncode == 0, tolerant.stdout[-4000:]
-    assert NOT_BUILT.findall(tolerant.stdout) == ["compilation failed with status 1"]
+    assert NOT_BUILT.findall(tolerant.stdout) == [(device, "compilation failed with status 1") for device in ("GPUs", "CPUs")]
     assert "this does not compile" in tolerant.stdout
     forced = run(*build, cwd=source, FUSED_RESNET_NATIVE="1", **environment)
     assert forced.returncode != 0
@@ -150,8 +163,9 @@ def test_build_says_why_there_is_no_library(source, environment, reason):
     (source / "without_torch/torch.py").write_text("raise ImportError('hidden by a test')")
     done = run(sys.executable, "setup.py", "build_native", cwd=source, **environment)
     assert done.returncode == 0, done.stdout[-4000:]
-    (said,) = NOT_BUILT.findall(done.stdout)
-    assert said.startswith(reason)
+    said = NOT_BUILT.findall(done.stdout)
+    assert [device for device, _ in said] == ["GPUs", "CPUs"]
+    assert all(why.startswith(reason) for _, why in said)
 
 
 def test_forcing_without_nvcc_is_an_error(source):
@@ -167,5 +181,6 @@ def test_source_distribution_holds_what_the_native_build_needs(source):
     (archive,) = source.parent.glob("fused_resnet-*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    needed = {"CMakeLists.txt", "setup.py", "LICENSE", *(p.relative_to(source).as_posix() for p in (source / "csrc").iterdir())}
+    sources = {p.relative_to(source).as_posix() for p in (source / "csrc").rglob("*") if p.is_file()}
+    needed = {"CMakeLists.txt", "setup.py", "LICENSE", "CHANGELOG.md"} | sources
     assert needed - names == set()

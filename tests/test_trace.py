@@ -161,6 +161,9 @@ def test_the_command_prints_every_design_and_layer(capsys):
     assert rows["onepass"][2:5] == ["332.4", "73", "365"]
     assert rows["+fold"][8] == "12,359"
     assert {layer.name for layer in resnet("resnet50", 1).layers} <= set(rows)
+    explained = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and len(line) <= 80]
+    assert {part for name in (*DESIGNS, *roofline.INFERENCE) for part in name.split(", ")} == set(explained)
+    assert "  +stemf    the stem's norm, ReLU and pool in one pass, both ways" in out and "floor: the time that no" in out
     assert "4.09 billion multiply-adds" in out and "3.86 with the paper's stride" in out
 
 
@@ -174,6 +177,7 @@ def test_the_command_takes_any_network_and_measures_ceilings(capsys):
     out = capsys.readouterr().out
     rows = {row[0]: row for line in out.splitlines() if len(row := cells(line)) > 5}
     assert set(rows) >= {"eager", "passes", "fused", "layer1.0.conv1"}
+    assert "  fused     such passes inside convolutions" in out
     # FLOPs; bytes, intensity, floor and what is saved, of eager, passes and fused.
     figures = [float(cell) for cell in rows["layer1.0.conv1"][1:]]
     assert len(figures) == 1 + 3 * 4

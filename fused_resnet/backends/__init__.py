@@ -1,9 +1,9 @@
 """The implementations of the operators, and the one place where one of them is chosen.
 
-`auto`, the default, takes PyTorch's own modules ("off") on a CPU and for float64; on a GPU `tuned`, else `passes`, else "off".
-`passes` is the CUDA C++ kernels where the native library can be loaded, else the Triton kernels; `tuned` is those with the convolutions
-that were measured to be faster as Triton kernels or as cuDNN's graphs. Any other name forces that backend: where it can't run, an
-error says why.
+`auto`, the default, takes on a GPU `tuned`, else `passes`; on a CPU `passes_cpu`; and PyTorch's own modules ("off") where these can't run
+and for float64. `passes` is the kernels of the native library for the device where it can be loaded, else the Triton kernels; `tuned` is
+those with the convolutions that were measured to be faster as Triton kernels or as cuDNN's graphs. Any other name forces that backend:
+where it can't run, an error says why.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from ..reference import Reference
 from ..tuning.table import table_of
 from .convolutions import FusedConvolutions
 from .cudnn import Cudnn
+from .passes_cpu import PassesCpu
 from .passes_cuda import PassesCuda
 from .passes_triton import PassesTriton
 from .triton import Triton
@@ -24,12 +25,19 @@ from .tuned import TunedCuda, TunedTriton
 
 #: The backends by name.
 BACKENDS: dict[str, Reference] = {
-    b.name: b for b in (Reference(), PassesCuda(), PassesTriton(), Triton(), Cudnn(), TunedCuda(), TunedTriton())
+    b.name: b for b in (Reference(), PassesCuda(), PassesCpu(), PassesTriton(), Triton(), Cudnn(), TunedCuda(), TunedTriton())
 }
 #: What the choices "passes" and "tuned" stand for: the first of these that can run.
-PASSES = (PassesCuda.name, PassesTriton.name)
+PASSES = (PassesCuda.name, PassesCpu.name, PassesTriton.name)
 TUNED = (TunedCuda.name, TunedTriton.name)
-FAMILIES = {"auto": (*TUNED, *PASSES), "passes": PASSES, "tuned": TUNED}
+FAMILIES = {"passes": PASSES, "tuned": TUNED}
+
+
+def automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """What the choice "auto" stands for there: the first of these that can run, else "off"."""
+    if dtype == torch.float64:
+        return ()
+    return (PassesCpu.name,) if device.type == "cpu" else (*TUNED, *PASSES)
 
 
 def choices() -> tuple[str, ...]:
@@ -81,11 +89,9 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
     Raises RuntimeError where a forced backend can't run there, and ValueError where `FUSED_RESNET_BACKEND` names none.
     """
     choice = _forced or _checked(environment.backend_name(), "FUSED_RESNET_BACKEND")
-    if choice == "auto" and (device.type == "cpu" or dtype == torch.float64):
-        return "off"
     if choice == "off":
         return choice
-    candidates = FAMILIES.get(choice, (choice,))
+    candidates = automatic(device, dtype) if choice == "auto" else FAMILIES.get(choice, (choice,))
     for name in candidates:
         if _reason(name, device, dtype) is None:
             return name

@@ -1,67 +1,12 @@
 """The backend `passes_cuda`: the passes as CUDA C++ kernels of the native library (csrc/)."""
 
-from typing import Any
-
-import torch
-from torch import Tensor
-
 from .. import native
-from .passes import Passes
+from .passes_native import PassesNative
 
 
-class PassesCuda(Passes):
-    """Calls the operators of the native library, which have the names and arguments of the passes.
-
-    The library is loaded at the first use: it is optional.
-    """
+class PassesCuda(PassesNative):
+    """The passes on CUDA GPUs."""
 
     name = "passes_cuda"
-
-    def _declines_here(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        if device.type != "cuda":
-            return f"{self.name} runs on CUDA GPUs, not on {device.type!r}"
-        if reason := native.load():
-            return f"native library {reason}"
-        return None
-
-    @property
-    def operators(self) -> Any:
-        """The namespace of the operators."""
-        return torch.ops.fused_resnet_native
-
-    # Each as in `Reference`, where the docstrings are. The kernels take float32 vectors without gaps; the statistics are, and a
-    # norm's own parameters need not be.
-
-    def batch_stats(self, y, gamma, beta, eps):
-        return self.operators.batch_stats(y, _float32(gamma), _float32(beta), eps)
-
-    def batch_moments(self, y):
-        return self.operators.batch_moments(y)
-
-    def merge_moments(self, counts, means, m2s, gamma, beta, eps):
-        return self.operators.merge_moments(counts, means, m2s, _float32(gamma), _float32(beta), eps)
-
-    def norm_add_act(self, *args, **options):
-        return self.operators.norm_add_act(*args, **options)
-
-    def norm_backward_reduce(self, *args, **options):
-        return self.operators.norm_backward_reduce(*args, **options)
-
-    def norm_backward_apply(self, dz, y, mean, invstd, gamma, s1, s2):
-        return self.operators.norm_backward_apply(dz, y, mean, invstd, _float32(gamma), s1, s2)
-
-    def norm_act_max_pool(self, *args):
-        return self.operators.norm_act_max_pool(*args)
-
-    def norm_act_max_pool_backward(self, *args):
-        return self.operators.norm_act_max_pool_backward(*args)
-
-    def norm_add_act_avg_pool(self, *args):
-        return self.operators.norm_add_act_avg_pool(*args)
-
-    def norm_add_act_avg_pool_backward(self, *args):
-        return self.operators.norm_add_act_avg_pool_backward(*args)
-
-
-def _float32(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.to(torch.float32).contiguous()
+    library = native.CUDA
+    device_type = "cuda"

@@ -21,7 +21,7 @@ from ..files import replace_file
 VERSION = 1
 SUITES = ("kernels", "blocks", "train", "inference")
 IMPLEMENTATIONS = (
-    "eager", "eager_nhwc", "compile", "compile_max", "compile_graphs", "ours", "ours:passes", "ours:passes_cuda",
+    "eager", "eager_nhwc", "compile", "compile_max", "compile_graphs", "ours", "ours:passes", "ours:passes_cuda", "ours:passes_cpu",
     "ours:passes_triton", "ours:triton", "ours:cudnn", "ours:recompute", "ours:triton_recompute", "cudnn", "copy", "apex", "inplace_abn",
     "folded", "compile_folded",
 )  # fmt: skip

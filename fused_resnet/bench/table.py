@@ -73,7 +73,7 @@ SAID_ONCE = ("dtype", "batch", "C×H×W")
 #: What speed-ups are over: the first that a case has.
 BASES = ("eager_nhwc", "eager")
 #: What a fused convolution is measured by: the framework's, with a pass before and behind.
-PASSES = ("ours:passes_cuda", "ours:passes_triton")
+PASSES = ("ours:passes_cuda", "ours:passes_cpu", "ours:passes_triton")
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:

@@ -13,7 +13,7 @@ import torch
 
 from .. import __version__, backends, environment, native
 
-DESCRIPTION = """Prints versions, GPUs, whether the native library loaded, which backends can
+DESCRIPTION = """Prints versions, GPUs, whether the native libraries loaded, which backends can
 run here, and which one a network takes."""
 EXAMPLES = """example:
   fused-resnet info
@@ -39,7 +39,6 @@ def info(args: argparse.Namespace) -> int:
 def collect() -> dict[str, Any]:
     """All facts, as JSON values. A version is null where the thing is not there."""
     gpus = [_gpu(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    reason = native.load()
     device = torch.device("cuda" if gpus else "cpu")
     return {
         "versions": {
@@ -55,7 +54,7 @@ def collect() -> dict[str, Any]:
         },
         "gpus": gpus,
         "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "native_library": {"loaded": reason is None, "reason": reason},
+        "native_libraries": {name: _library(library) for name, library in (("GPU", native.CUDA), ("CPU", native.CPU))},
         "device": device.type,
         "backends": {
             name: {str(dtype).removeprefix("torch."): backend.declines(device, dtype) for dtype in DTYPES}
@@ -76,10 +75,9 @@ def text(found: dict[str, Any]) -> str:
     if not found["gpus"]:
         lines.append(("GPU", "none that PyTorch sees"))
     lines.append(("CPU", f"{found['cpu']['cores']} cores, {found['cpu']['threads']} threads"))
-    native_library = found["native_library"]
-    lines.append(
-        ("native library", "loaded" if native_library["loaded"] else f"not loaded: {native_library['reason']}")
-    )
+    for name, library in found["native_libraries"].items():
+        loaded = f"loaded, {library['instruction_set']}" if library["instruction_set"] else "loaded"
+        lines.append((f"native library, {name}", loaded if library["loaded"] else f"not loaded: {library['reason']}"))
     active: dict[str, list[str]] = {}
     for dtype, name in found["active"].items():
         active.setdefault(name, []).append(dtype)
@@ -97,6 +95,12 @@ def text(found: dict[str, Any]) -> str:
     lines.append(("cache folder", found["cache"]))
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in lines)
+
+
+def _library(library: native.Library) -> dict[str, Any]:
+    reason = library.load()
+    used = native.cpu_instruction_set() if library is native.CPU and reason is None else None
+    return {"loaded": reason is None, "reason": reason, "instruction_set": used}
 
 
 def _active(device: torch.device, dtype: torch.dtype) -> str:

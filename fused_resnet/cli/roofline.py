@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from textwrap import fill
 
 import torch
@@ -47,6 +47,32 @@ EXAMPLES = """example:
 """
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MEASURED = "measured"
+#: What the rows of the tables are; a name with a plus has what stands above it, too.
+WORDS = {
+    "eager": "convolution, statistics, norm, ReLU, addition apart",
+    "onepass": "one pass for statistics, one to apply; one to reduce, one to apply",
+    "+stats": "statistics in the epilogue of the forward convolution",
+    "+pro": "norm and ReLU in the prologue of a block's inner convolutions",
+    "+red": "gradient addition, mask and sums in dgrad's epilogue",
+    "+app": "the norm's backward in the prologues of dgrad and wgrad",
+    "+stemf": "the stem's norm, ReLU and pool in one pass, both ways",
+    "+tail": "the last norm, addition, ReLU and average pool likewise",
+    "+fold": "block boundaries in the next convolution's prologue",
+    "passes": "what the backend passes does",
+    "triton": "what the backend triton does",
+    "recompute": "what blocks keep between convolutions is made again",
+}
+TRACED_WORDS = {
+    "eager": "every operator a kernel",
+    "passes": "one pass for element-wise operators that follow one another",
+    "fused": "such passes inside convolutions",
+}
+INFERENCE_WORDS = {
+    "eager": "convolution, norm, ReLU, addition apart",
+    "folded": "no norm; the bias is a kernel behind the convolution",
+    "passes": "convolution, then one pass",
+    "epilogue": "one kernel a convolution",
+}
 #: For the table of layers: eager, passes, everything fused.
 SHOWN = {"eager": "eager", "passes": "passes", "+fold": "fused", "fused": "fused"}
 
@@ -93,16 +119,26 @@ def roofline(args: argparse.Namespace) -> int:
         f"{args.model}, {images}\n{_flops(args, forward)}\n"
         f"{words}: {flops_per_s / 1e12:,.1f} TFLOP/s, {bytes_per_s / 1e12:,.3f} TB/s, ridge {ridge:,.0f} FLOP/byte"
     )
-    print("\n".join(fill(line, console().width) for line in words.splitlines()), file=sys.stdout if args.form == "table" else sys.stderr)
-    tables = [("a training step, by design", _designs_table(kernels, saved, args.batch, flops_per_s, bytes_per_s))]
+    print(filled(words), file=sys.stdout if args.form == "table" else sys.stderr)
+    legend = (
+        "design: how a step is divided into kernels, each row's besides what stands above it.\n"
+        "floor: the time that no implementation of these kernels can beat.\n"
+        + _legend(kernels, WORDS if args.model in DEPTHS else TRACED_WORDS)
+    )
+    tables = [("a training step, by design", _designs_table(kernels, saved, args.batch, flops_per_s, bytes_per_s), legend)]
     if args.model in DEPTHS:
         steps = {name: inference_step(network, name, dtype.itemsize) for name in INFERENCE}
-        tables.append(("inference, by design", _inference_table(steps, args.batch, flops_per_s, bytes_per_s)))
+        inference = _inference_table(steps, args.batch, flops_per_s, bytes_per_s)
+        tables.append(("inference, by design", inference, _legend(steps, INFERENCE_WORDS)))
     if args.layers:
-        tables.append(("by layer, forward and backward", _layers_table(kernels, saved, args.batch, flops_per_s, bytes_per_s)))
-    show(tables, args.form)
-    if args.form == "table":
-        print("\n".join(fill(line, console().width) for line in _legend(kernels)))
+        tables.append(("by layer, forward and backward", _layers_table(kernels, saved, args.batch, flops_per_s, bytes_per_s), ""))
+    if args.form != "table":
+        show([(title, columns) for title, columns, _ in tables], args.form)
+        return 0
+    for title, columns, legend in tables:
+        show([(title, columns)])
+        if legend:
+            print(filled(legend))
     return 0
 
 
@@ -148,21 +184,15 @@ def _flops(args: argparse.Namespace, forward: int) -> str:
     return words
 
 
-#: What a design adds to the row above it.
-DESIGN_WORDS = {
-    "eager": "every operator a trip over memory", "passes": "the backend of that name: one pass for statistics, norm, ReLU and addition",
-    "onepass": "the same, with nothing written that can be recomputed", "+stats": "statistics in the convolution's epilogue",
-    "+pro": "norm and ReLU in the prologue of inner convolutions", "+red": "mask, gradient addition and sums in dgrad's epilogue",
-    "+app": "batch norm's backward in the prologues of dgrad and wgrad", "+stemf": "the stem's norm, ReLU and pool in one pass",
-    "+tail": "the last norm, ReLU and pool in one pass", "+fold": "a block's end in the next block's first convolution",
-    "triton": "the backend of that name", "fused": "such passes inside convolutions, pools and products",
-}  # fmt: skip
+def filled(text: str) -> str:
+    """Each line broken where the console ends; what goes on is set in."""
+    return "\n".join(fill(line, console().width, subsequent_indent="    ") for line in text.splitlines())
 
 
-def _legend(kernels: dict[str, list[Kernel]]) -> list[str]:
-    found = [f"{name}: {words}" for name, words in DESIGN_WORDS.items() if name in kernels]
-    return ["A design is what is fused with what; with + it adds to the row above. " + "; ".join(found) + ".",
-            "Floor: the time that no implementation of a design's kernels can beat, the sum of max(FLOPs / rate, bytes / bandwidth)."]
+def _legend(shown: Iterable[str], words: dict[str, str]) -> str:
+    """A line for each design that is shown, and for what is added to one behind a comma."""
+    names = dict.fromkeys(part for name in shown for part in name.split(", "))
+    return "\n".join(f"  {name:<10}{words[name]}" for name in names)
 
 
 def _columns(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[Column]:

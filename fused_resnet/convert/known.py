@@ -14,23 +14,50 @@ from ..nn import Block, PreActivation, Stage
 from ..nn.activation import Activation
 from ..nn.chain import run
 from ..nn.folded import is_folded
-from ..nn.modules import Requirement, is_frozen_norm, is_frozen_norm_act, is_norm_act, is_nothing, observed, runs_fused
+from ..nn.modules import (
+    WANTED,
+    Requirement,
+    is_frozen_norm,
+    is_frozen_norm_act,
+    is_norm_act,
+    is_nothing,
+    observed,
+    runs_fused,
+)
+from .trace import original_of
 
 
-class _Leaf:
-    """A block that torch.fx takes as one node, as it does PyTorch's own modules. It looks into a folded one, whose modules are plain."""
+def is_as_known(module: nn.Module) -> bool:
+    """Whether the class that `fuse` has replaced still has the methods that it had."""
+    return all(getattr(module.fuse_original, name) is method for name, method in module.fuse_methods)
 
-    def trace(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
-        if isinstance(self, Block) and is_folded(self):
+
+class _Known:
+    """A module whose class is known."""
+
+    def forward_modules(self, x: Any) -> Any:
+        """The original's own forward."""
+        return self.fuse_original.forward(self, x)
+
+
+class _Leaf(_Known):
+    """A block that is one node for torchvision's feature extraction, so that it stays fused. Other tracers of torch.fx look into it: what
+    they are about, quantization for one, is its convolutions."""
+
+    def fuse_trace(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
+        if type(x.tracer).__module__ != "torchvision.models.feature_extraction" or (isinstance(self, Block) and is_folded(self)):
             return self.forward_modules(x)
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
 
+    def requirements(self) -> list[Requirement]:
+        return [(is_as_known, self), *super().requirements()]
 
-class _Transparent:
+
+class _Transparent(_Known):
     """A module that torch.fx looks into."""
 
-    def trace(self, x: torch.fx.Proxy) -> Any:
-        return self.original.forward(self, x)
+    def fuse_trace(self, x: torch.fx.Proxy) -> Any:
+        return self.forward_modules(x)
 
 
 CONV_BN = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
@@ -82,15 +109,19 @@ class TimmPreActBlock(_Leaf, PreActivation):
 
 def is_downsample(module: nn.Module) -> bool:
     """timm's DownsampleConv or DownsampleAvg."""
-    cls = type(module)
+    cls = original_of(type(module))
     timms = cls.__module__ == "timm.models.resnetv2" and cls.__name__ in ("DownsampleConv", "DownsampleAvg")
     return timms and not observed(module)
+
+
+WANTED[is_downsample] = "not timm's, free of hooks"
+WANTED[is_as_known] = "whose class was changed after fuse"
 
 
 class Sequence(_Transparent, Stage):
     """nn.Sequential, or a subclass with the same forward."""
 
-    def trace(self, x: torch.fx.Proxy) -> Any:
+    def fuse_trace(self, x: torch.fx.Proxy) -> Any:
         return nn.Sequential.forward(self, x)
 
 
@@ -115,7 +146,7 @@ class TimmResNet(_Transparent):
     def forward_features(self, x: Tensor) -> Tensor:
         """The last block's output."""
         if self.grad_checkpointing or not runs_fused(x):
-            return self.original.forward_features(self, x)
+            return self.fuse_original.forward_features(self, x)
         rows = (self.conv1, self.bn1, self.act1, self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4)
         return run(rows, Activation(x)).finish()
 
@@ -158,9 +189,16 @@ def knowledge_of(cls: type[nn.Module]) -> type | None:
         return None
     for base in cls.__mro__:
         knowledge, methods = KNOWN.get((base.__module__, base.__qualname__), (None, ()))
-        if knowledge is not None and all(getattr(cls, name) is getattr(base, name) for name in methods):
-            return knowledge
+        if knowledge is not None and all(getattr(cls, name) is getattr(base, name) and is_own(base, name) for name in methods):
+            return knowledge if cls.__call__ is nn.Module.__call__ else None
     return None
+
+
+def is_own(cls: type, name: str) -> bool:
+    """Whether a method is what the class's own file defines, and nothing that somebody has put in its place."""
+    method = getattr(cls, name)
+    code, init = getattr(method, "__code__", None), getattr(cls.__init__, "__code__", None)
+    return None not in (code, init) and code.co_filename == init.co_filename and method.__qualname__ == f"{cls.__qualname__}.{name}"
 
 
 def is_norm_layer(module: nn.Module) -> bool:

@@ -1,20 +1,32 @@
-"""`report`: which blocks of a network run fused, by which implementation, and why the others do not."""
+"""`report`: which blocks and convolutions of a network run fused, by which implementation, and why the others do not."""
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..backends import resolve
-from ..nn import Block, PreActivation, ResidualNetwork
+from ..nn import Block, ResidualNetwork, Stage
 from ..nn.chain import conv_norm_act_length, flatten, is_sequence
 from ..nn.folded import conv_act_length
 from ..nn.modules import compute_dtype, observed
+from .kinds import why_no_conv
 from .known import LayerGetter, TimmResNet, TorchvisionResNet, is_norm_layer, knowledge_of
 from .recompute import has_inside
-from .sequences import holds_layer, may_hold_layer
+from .sequences import holds_layer, holds_stem, may_hold_layer, stem_length
+from .structure import Structured, is_block, is_leaf, plans_of
 from .swap import Fused
+from .trace import original_of, trace
 
+#: What is said of everything where the backend in force is PyTorch.
+OFF = (
+    "the backend in force leaves tensors of this device and dtype to PyTorch's own modules; move the model to a GPU, build the library for "
+    "CPUs (fused-resnet info says what is missing), use float32 or less, or force a backend by fused_resnet.backend(...)"
+)
+NOT_CALLED = "fuse(model) was not called on it"
+_CONVS = nn.modules.conv._ConvNd
 _NETWORKS = (ResidualNetwork, TorchvisionResNet, TimmResNet, LayerGetter)
 
 
@@ -29,12 +41,32 @@ class Row(NamedTuple):
     recompute: bool = False  #: whether `recompute` is on, and what runs the block heeds it
 
 
+class Convolution(NamedTuple):
+    """A convolution of the network."""
+
+    name: str  #: as in named_modules()
+    fused: bool
+    reason: str  #: why it is not fused; "" where it is
+
+
 class Report(NamedTuple):
-    """What `report` finds; printed, a table."""
+    """What `report` finds; printed, a table of modules, the convolutions that are left over, and how many are not."""
 
     rows: tuple[Row, ...]
+    convolutions: tuple[Convolution, ...] = ()
 
     def __str__(self) -> str:
+        left = Counter(c.reason for c in self.convolutions if not c.fused)
+        if len(left) == 1 and OFF in left:
+            return f"0 of {len(self.convolutions)} convolutions fused: {OFF}"
+        lines = self._table() if self.rows else []
+        for reason in left:
+            names = [c.name or "(model)" for c in self.convolutions if c.reason == reason]
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            lines.append(f"not fused: {shown}: {reason}")
+        return "\n".join([*lines, f"{sum(c.fused for c in self.convolutions)} of {len(self.convolutions)} convolutions fused"])
+
+    def _table(self) -> list[str]:
         cells = [("module", "class", "fused", "by", "why not", "recomputes")]
         for row in self.rows:
             fused, again = ("yes" if yes else "no" for yes in (row.fused, row.recompute))
@@ -42,13 +74,12 @@ class Report(NamedTuple):
         if not any(row.recompute for row in self.rows):
             cells = [cell[:-1] for cell in cells]
         widths = [max(len(str(cell[i])) for cell in cells) for i in range(len(cells[0]))]
-        lines = ["  ".join(str(c).ljust(w) for c, w in zip(cell, widths, strict=True)).rstrip() for cell in cells]
-        fused = sum(row.fused for row in self.rows)
-        return "\n".join([*lines, f"{fused} of {len(self.rows)} fused"])
+        return ["  ".join(str(c).ljust(w) for c, w in zip(cell, widths, strict=True)).rstrip() for cell in cells]
 
 
 def report(model: nn.Module) -> Report:
-    """A row for each residual block, each sequence that holds a whole layer, each stem, and what looks like one and is not known.
+    """A row for each residual block, each module that runs by its structure, each stem, and what looks like one and is not known; and
+    each convolution, with the reason where it is not fused.
 
     It is about this moment: hooks, training mode and the backend in force count, and where parameters lie and their dtype
     (autocast's, inside it). Raises TypeError where `model` is no nn.Module.
@@ -60,41 +91,124 @@ def report(model: nn.Module) -> Report:
         reason = None if module in spoken_for else _why_not(module)
         if reason is None:
             continue
-        if isinstance(module, Block | PreActivation) or knows(module):
+        if is_block(module) or knows(module):
             spoken_for.update(module.modules())
+        elif isinstance(module, Structured):
+            traced, plan = plans_of(module).current()
+            spoken_for.update({c.module for c in traced.conditions}.difference(() if plan is None else (*plan.calls, *plan.blocks)))
         elif is_sequence(module):
             spoken_for.update(m for m in module.modules() if is_sequence(m))
         implementation = "off" if reason else _implementation(module)
         if implementation == "off" and not reason:
-            reason = "the backend in force leaves tensors of this device and dtype to PyTorch"
+            reason = OFF
         again = not reason and has_inside(module) and module.recompute
         rows.append(Row(name, _original(module).__name__, not reason, implementation, reason, again))
-    return Report(tuple(rows))
+    return Report(tuple(rows), tuple(_convolutions(model)))
+
+
+def _convolutions(model: nn.Module) -> list[Convolution]:
+    """All convolutions of a network, in its order."""
+    found = dict(_judged(model))
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, _CONVS):
+            reason = found.get(module, "nothing that is fused calls it")
+            if not reason and _implementation(module) == "off":
+                reason = OFF
+            rows.append(Convolution(name, not reason, reason))
+    return rows
+
+
+def _judged(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """(convolution, why it is not fused or "") of those in a module."""
+    if isinstance(module, _CONVS):
+        yield module, NOT_CALLED
+    elif is_block(module):
+        yield from _of_block(module)
+    elif isinstance(module, Structured):
+        yield from _of_structure(module)
+    elif isinstance(module, _NETWORKS) or (is_sequence(module) and isinstance(module, Fused | Stage)):
+        yield from _of_row(flatten(module.children()))
+    else:
+        why = _why_not_known(module) if any(isinstance(m, _CONVS) for m in module.children()) else ""
+        for child in module.children():
+            yield from ((m, why if m is child and why else reason) for m, reason in _judged(child))
+
+
+def _of_block(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    reason = block.why_not() or ""
+    yield from ((m, reason) for m in block.modules() if isinstance(m, _CONVS))
+    if not reason and isinstance(block, Block) and block.projection() is None and block.downsample is not None:
+        yield from _judged(block.downsample)  # called as it is
+
+
+def _of_structure(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    traced, plan = plans_of(module).current()
+    if plan is None or not plan.fuses:
+        for child in module.children():
+            reason = f"{_original(module).__name__}: {traced.why}" if traced.why else "no batch norm follows it"
+            yield from ((m, reason if m is child else why) for m, why in _judged(child))
+        return
+    for called in plan.calls:
+        if not isinstance(called, _CONVS):
+            yield from _judged(called)
+    for block in plan.blocks:
+        yield from _of_block(block)
+    yield from plan.refused.items()  # some of which other calls of the same module fuse
+    yield from ((pair.conv, "") for pair in plan.pairs)
+    yield from ((conv, "") for conv in plan.alone)
+    for conv in plan.affine:
+        if not conv.training and not any(p.requires_grad for p in conv.parameters()):
+            yield conv, ""
+
+
+def _of_row(queue: list[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
+    for position, module in enumerate(queue):
+        if isinstance(module, _CONVS):
+            fused = conv_norm_act_length(queue, position) or conv_act_length(queue, position)
+            watched = any(observed(m) for m in queue[position : position + 3])
+            yield module, "" if fused else "it, its norm or its ReLU has a hook" if watched else _why_alone(module)
+        else:
+            yield from _judged(module)
 
 
 def _why_not(module: nn.Module) -> str | None:
     """Why a module is not fused; "" where it is, None where it is none that the report speaks of."""
     fused = isinstance(module, Fused)
-    if isinstance(module, Block | PreActivation):
+    if is_block(module):
         return module.why_not() or ""
     if isinstance(module, _NETWORKS):
         return _stem_reason(module)
+    if isinstance(module, Structured):
+        traced, plan = plans_of(module).current()
+        if plan is None:
+            return traced.why
+        return "" if plan.fuses else None
     if is_sequence(module):
         holds = holds_layer(module)
         if not holds and not may_hold_layer(module):
             return None
         if holds:
-            return "" if fused else "fuse(model) was not called on it"
+            return "" if fused else NOT_CALLED
         watched = any(observed(m) for m in flatten(module))
         return "a member has a hook" if watched else "no nn.Conv2d without bias, nn.BatchNorm2d and nn.ReLU follow each other"
     if knows(module):
-        return "fuse(model) was not called on it"
+        return NOT_CALLED
     children = list(module.children())
     if any(isinstance(m, nn.Conv2d) for m in children) and any(is_norm_layer(m) for m in children):
-        if isinstance(module, torch.fx.GraphModule):
-            return "torch.fx has traced it, and runs its convolutions one by one: call fuse before"
-        return f"{type(module).__name__} is no block that is known"
+        return _why_not_known(module)
     return None
+
+
+def _why_not_known(module: nn.Module) -> str:
+    """Why a module that holds convolutions has no class of ours."""
+    name = type(module).__name__
+    if isinstance(module, torch.fx.GraphModule):
+        return "torch.fx has traced it, and runs its convolutions one by one: call fuse before"
+    if type(module).__module__.startswith("torch.nn."):
+        return NOT_CALLED
+    why = trace(module, is_leaf).why
+    return f"{name} is no block that is known, and its forward can't be followed: {why}" if why else NOT_CALLED
 
 
 def knows(module: nn.Module) -> bool:
@@ -104,12 +218,11 @@ def knows(module: nn.Module) -> bool:
 
 def _stem_reason(network: nn.Module) -> str | None:
     """What keeps the stem of a network from being fused; None for a network without one."""
-    if "conv1" not in network._modules:
+    if not holds_stem(network):
         return None
-    queue = flatten(network.children())
-    if conv_norm_act_length(queue, 0) or conv_act_length(queue, 0):
+    if stem_length(network):
         return ""
-    watched = any(observed(m) for m in queue[:3])
+    watched = any(observed(m) for m in flatten(network.children())[:3])
     return "the stem has a hook" if watched else "the stem is no nn.Conv2d without bias, nn.BatchNorm2d and nn.ReLU"
 
 
@@ -120,5 +233,9 @@ def _implementation(module: nn.Module) -> str:
     return resolve(weight.device, compute_dtype(weight))
 
 
+def _why_alone(conv: nn.Module) -> str:
+    return why_no_conv(conv) or "no batch norm and ReLU follow it"
+
+
 def _original(module: nn.Module) -> type[nn.Module]:
-    return module.original if isinstance(module, Fused) else type(module)
+    return original_of(type(module))

@@ -26,3 +26,21 @@ def worth_fusing(module: nn.Module) -> bool:
     if not is_sequence(module):
         return True
     return may_hold_layer(module) or any(isinstance(member, Block) for member in flatten(module))
+
+
+def all_known(sequence: nn.Sequential) -> bool:
+    """Whether a sequence runs fused as a row: no convolution is left over but one at the end, whose norm may follow the sequence."""
+    queue = flatten(sequence)
+    rows = [conv_norm_act_length(queue, i) or conv_act_length(queue, i) for i in range(len(queue) - 1)]
+    return all(length for length, module in zip(rows, queue, strict=False) if isinstance(module, nn.Conv2d))
+
+
+def holds_stem(network: nn.Module) -> bool:
+    """Whether a network that is known begins with a convolution, under the name that they all use."""
+    return "conv1" in network._modules
+
+
+def stem_length(network: nn.Module) -> int:
+    """How many modules at its beginning run fused as a row."""
+    queue = flatten(network.children())
+    return conv_norm_act_length(queue, 0) or conv_act_length(queue, 0)

@@ -5,55 +5,69 @@ and attributes are as before, and no other instance sees anything. A fused modul
 """
 
 import copyreg
+import inspect
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..nn import Block, PreActivation, Stage
-from .known import knowledge_of
-from .sequences import worth_fusing
+from ..nn.chain import is_sequence
+from ..nn.modules import observed
+from .known import is_as_known, knowledge_of
+from .sequences import all_known, holds_stem, stem_length, worth_fusing
+from .structure import Structured, may_be_looked_into, plans_of
 
 
 class Fused:
     """First base of every class that `fuse` gives to a module. Its `__call__` stays nn.Module's, with all hooks."""
 
-    original: type[nn.Module]
-
-    def forward(self, x: Any) -> Any:
-        """As the original's, by the operators where they take x."""
-        if isinstance(x, torch.fx.Proxy):
-            return self.trace(x)
-        return super().forward(x)
-
-    def forward_modules(self, x: Any) -> Any:
-        """The original's own forward."""
-        return self.original.forward(self, x)
+    # Attributes of the class, whose names somebody's own module is not likely to have.
+    fuse_original: type[nn.Module]
+    fuse_methods: tuple[tuple[str, Any], ...]  #: those of the original that are stood for, as they were
 
     def __reduce_ex__(self, protocol: int) -> Any:
         constructor, arguments, *state = super().__reduce_ex__(protocol)
-        if constructor is copyreg.__newobj__ and arguments == (fused_class(self.original),):
-            return _new, (self.original,), *state
+        if constructor is copyreg.__newobj__ and "fuse_original" in vars(type(self)):
+            return _new, (self.fuse_original, isinstance(self, Structured)), *state
         return constructor, arguments, *state  # somebody has made a class of ours
 
 
-def _new(original: type[nn.Module]) -> nn.Module:
+def _new(original: type[nn.Module], structured: bool = False) -> nn.Module:
     """An empty module of the fused class, for pickle and deepcopy."""
-    cls = fused_class(original)
+    cls = fused_class(original, Structured if structured else knowledge_of(original))
     return cls.__new__(cls)
 
 
 @cache
-def fused_class(original: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that stands for `original`; None where nothing is known of it."""
-    knowledge = knowledge_of(original)
-    if knowledge is None:
-        return None
+def fused_class(original: type[nn.Module], knowledge: type) -> type[nn.Module]:
+    """The class that stands for `original`, by what is known of it."""
     name = f"Fused{original.__name__}"
-    body = {"original": original, "__module__": __name__, "__qualname__": name, "__doc__": knowledge.__doc__}
+    known = ("forward", "_forward_impl", "forward_features")
+    methods = tuple((method, getattr(original, method)) for method in known if hasattr(original, method))
+    body = {"fuse_original": original, "fuse_methods": methods, "forward": _forward(original, knowledge)}
+    body |= {"__module__": __name__, "__qualname__": name, "__doc__": knowledge.__doc__}
     return type(name, (Fused, knowledge, original), body)
+
+
+def _forward(original: type[nn.Module], knowledge: type) -> Callable:
+    """The forward of a fused class. It has the signature of the original's, which torch.fx and others ask for."""
+    signature = inspect.signature(original.forward)
+
+    @wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(a, torch.fx.Proxy) for a in args) or any(isinstance(a, torch.fx.Proxy) for a in kwargs.values()):
+            return self.fuse_trace(*args, **kwargs)
+        if not is_as_known(self):
+            return original.forward(self, *args, **kwargs)
+        if kwargs and knowledge is not Structured:  # whatever the original calls its argument
+            args, kwargs = signature.bind(self, *args, **kwargs).args[1:], {}
+        return knowledge.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -69,14 +83,46 @@ def fuse(model: nn.Module) -> nn.Module:
     for module in reversed(list(model.modules())):  # members before what holds them: a sequence is judged by its members
         if isinstance(module, Fused | torch.jit.ScriptModule):
             continue
-        cls = fused_class(type(module))
-        if cls is not None and worth_fusing(module):
-            module.__class__ = cls
-    if not any(isinstance(module, Fused | Block | PreActivation | Stage) for module in model.modules()):
+        knowledge = best_knowledge(module)
+        if knowledge is not None:
+            module.__class__ = fused_class(type(module), knowledge)
+    if not any(is_of_use(module) for module in model.modules()):
         warnings.warn(
-            f"fused_resnet.fuse: no block of {type(model).__name__} is known; nothing has changed (see docs/drop-in.md)", stacklevel=2
+            f"fused_resnet.fuse: nothing of {type(model).__name__} can be fused; report(model) says why (see docs/drop-in.md)", stacklevel=2
         )
     return model
+
+
+def best_knowledge(module: nn.Module) -> type | None:
+    """What fuses most of a module: what is known of its class, or its structure; None where neither does anything."""
+    knowledge = knowledge_of(type(module))
+    if knowledge is not None and not worth_fusing(module):
+        knowledge = None
+    if knowledge is not None and suffices(module, knowledge):
+        return knowledge
+    if may_be_looked_into(module) and (knowledge is None or plans_of(module).current()[1].fuses):
+        return Structured
+    return knowledge
+
+
+def suffices(module: nn.Module, knowledge: type) -> bool:
+    """Whether what is known of a module's class fuses all of it, as soon as nobody watches its members."""
+    if is_sequence(module):
+        return all_known(module)
+    if not issubclass(knowledge, Block | PreActivation):
+        return stem_length(module) > 0 or not holds_stem(module)
+    original, module.__class__ = type(module), fused_class(type(module), knowledge)
+    reason = module.why_not()
+    module.__class__ = original
+    return reason is None or any(observed(m) for m in module.modules())
+
+
+def is_of_use(module: nn.Module) -> bool:
+    """Whether a module may run on the operators."""
+    if isinstance(module, Structured):
+        plan = plans_of(module).current()[1]
+        return plan is not None and (plan.fuses or bool(plan.affine))
+    return isinstance(module, Fused | Block | PreActivation | Stage)
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -87,11 +133,12 @@ def unfuse(model: nn.Module) -> nn.Module:
     check(model)
     fused = [(name, module) for name, module in model.named_modules() if isinstance(module, Fused)]
     for name, module in fused:
-        if "original" not in vars(type(module)):
+        if "fuse_original" not in vars(type(module)):
             raise TypeError(f"model: expected {name or 'it'} to have the class that fuse gave it; got {type(module).__name__}")
     for _, module in fused:
-        module.__class__ = module.original
-        vars(module).pop("recompute", None)
+        module.__class__ = module.fuse_original
+        for name in ("recompute", "_plans"):
+            vars(module).pop(name, None)
     return model
 
 

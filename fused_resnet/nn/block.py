@@ -18,6 +18,7 @@ from .modules import (
     is_norm,
     is_nothing,
     is_relu,
+    is_row,
     is_unobserved,
     met,
     runs_modules,
@@ -70,7 +71,7 @@ class Block(nn.Module):
     def projection(self) -> tuple[nn.Module | None, nn.Module, nn.Module] | None:
         """(a pool or None, convolution, norm) of a shortcut that is made of these; None for any other."""
         shortcut = self.downsample
-        if not self.shortcut or not isinstance(shortcut, nn.Sequential) or not 2 <= len(shortcut) <= 3:
+        if not self.shortcut or not is_row(shortcut) or not 2 <= len(shortcut) <= 3:
             return None
         *pools, conv, norm = shortcut
         if not pools:
@@ -96,7 +97,7 @@ class Block(nn.Module):
     def advance(self, a: Activation) -> Activation:
         """From the activation before this block to the one behind it, which stays pending."""
         if not self.fusible():
-            return enter(folded.block_forward(self, a.finish()))
+            return Activation(folded.block_forward(self, a.finish()))  # in its own layout: whoever needs another converts
         first, *rest = self.branch()
         again = recomputation(self.recompute)
         with again or nullcontext():

@@ -19,6 +19,7 @@ from .modules import (
     is_norm,
     is_norm_act,
     is_relu,
+    is_row,
     observed,
     runs_fused,
 )
@@ -65,7 +66,7 @@ def flatten(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 def is_sequence(module: nn.Module) -> bool:
     """Whether a module does nothing but call its members one after the other."""
-    return isinstance(module, Stage) or (isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward)
+    return isinstance(module, Stage) or (is_row(module) and type(module).forward is nn.Sequential.forward)
 
 
 def conv_norm_act_length(queue: list[nn.Module], position: int) -> int:

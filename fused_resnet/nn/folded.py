@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .modules import Requirement, compute_dtype, geometry, is_conv, is_folded_conv, is_norm, is_nothing, is_relu, met
+from .modules import Requirement, compute_dtype, geometry, is_conv, is_folded_conv, is_norm, is_nothing, is_relu, is_row, met
 
 #: What stands, in a folded block, where a block has what the first asks for.
 _INSTEAD = {is_conv: is_folded_conv, is_norm: is_nothing}
@@ -29,7 +29,7 @@ def is_folded(block: nn.Module) -> bool:
 
 def block_forward(block: nn.Module, x: Tensor) -> Tensor:
     """The output of a `Block` that is not `fusible`, for an activation x [N, C, H, W]: folded, or by PyTorch's modules."""
-    if block.training or not (_inferring(x, block.modules()) and is_folded(block)):
+    if block.training or not (inferring(x, block.modules()) and is_folded(block)):
         return block.forward_modules(x)
     out = x = _as_read(x, compute_dtype(x))
     *inner, (last, _) = block.branch()
@@ -48,7 +48,7 @@ def conv_act_length(queue: Sequence[nn.Module], position: int) -> int:
 
 def row_forward(members: Sequence[nn.Module], x: Tensor) -> Tensor:
     """What the members that `conv_act_length` counts make of x [N, C, H, W]."""
-    if not members[0].training and _inferring(x, members):
+    if not members[0].training and inferring(x, members):
         return _conv_act(_as_read(x, compute_dtype(x)), members[0], relu=len(members) == 3)
     for module in members:
         x = module(x)
@@ -59,7 +59,7 @@ def _shortcut(block: nn.Module, x: Tensor) -> Tensor:
     projection = block.downsample
     if projection is None:
         return x
-    *before, conv, norm = projection if isinstance(projection, nn.Sequential) and len(projection) > 1 else (None, None)
+    *before, conv, norm = projection if is_row(projection) and len(projection) > 1 else (None, None)
     if is_folded_conv(conv) and is_nothing(norm):
         for module in before:  # timm's average pool
             x = module(x)
@@ -71,7 +71,7 @@ def _conv_act(x: Tensor, conv: nn.Conv2d, residual: Tensor | None = None, relu: 
     return ops.conv_affine_act(x, conv.weight.to(x.dtype), geometry(conv), None, conv.bias, residual, relu)
 
 
-def _inferring(x: Tensor, modules: Iterable[nn.Module]) -> bool:
+def inferring(x: Tensor, modules: Iterable[nn.Module]) -> bool:
     """Whether only numbers are wanted of x and of the parameters of `modules`, and there are any."""
     if not ops.inferring(x) or x.numel() == 0:
         return False

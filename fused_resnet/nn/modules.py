@@ -38,6 +38,12 @@ def observed(module: nn.Module) -> bool:
     )
 
 
+def is_row(module: nn.Module | None) -> bool:
+    """Whether a module is nn.Sequential, or of a subclass that calls its members as that does; also after `fuse`."""
+    cls = getattr(type(module), "fuse_original", type(module))
+    return isinstance(module, nn.Sequential) and cls.forward is nn.Sequential.forward and cls.__call__ is nn.Module.__call__
+
+
 def is_unobserved(module: nn.Module | None) -> bool:
     """A module that nobody watches, or none."""
     return module is None or not observed(module)
@@ -207,9 +213,32 @@ def _is_exporting() -> bool:
 _is_exporting._dynamo_marked_constant = True
 
 
+def _own(cls: type[nn.Module], name: str) -> Callable:
+    """A method as the class's own file defines it; where somebody has put another in its place, a function that is none of the class's."""
+    method = getattr(cls, name)
+    return method if method.__code__.co_filename == cls.__init__.__code__.co_filename else _own
+
+
+#: The methods of PyTorch's modules that the operators stand for.
+_STOOD_FOR = [(nn.Module, "__call__", _own(nn.Module, "__call__"))]
+for _cls in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Sequential, nn.MaxPool2d, nn.AdaptiveAvgPool2d):
+    _STOOD_FOR.append((_cls, "forward", _own(_cls, "forward")))
+
+
+def replaced() -> bool:
+    """Whether somebody has changed PyTorch's classes, or has a torch function mode look at each call: PyTorch's modules then run."""
+    if torch._C._len_torch_function_stack():
+        modes = torch.overrides._get_current_function_mode_stack()
+        if any(type(mode) is not torch.utils._device.DeviceContext for mode in modes):
+            return True
+    return any(getattr(cls, name) is not method for cls, name, method in _STOOD_FOR)
+
+
 def runs_modules(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether PyTorch's own modules run on x, in `dtype`: by choice, or since what is exported has to run without this package."""
-    return _is_exporting() or torch.jit.is_tracing() or resolve(x.device, dtype) == "off"
+    if _is_exporting() or torch.jit.is_tracing() or resolve(x.device, dtype) == "off":
+        return True
+    return not torch.compiler.is_compiling() and replaced()
 
 
 def runs_fused(x: Tensor) -> bool:
@@ -232,11 +261,11 @@ def why_not(requirements: Iterable[Requirement], names: Mapping[nn.Module, str])
             name = names.get(module, "a module")
             if module is not None and any(observed(m) for m in module.modules()):
                 return f"{name} has a hook, or is compiled by itself"
-            return f"{name} is {type(module).__name__}, {_WANTED[fits]}"
+            return f"{name} is {type(module).__name__}, {WANTED[fits]}"
     return None
 
 
-_WANTED = {
+WANTED = {
     is_unobserved: "not free of hooks",
     is_conv: "not an nn.Conv2d without bias, padded with zeros",
     is_folded_conv: "not an nn.Conv2d with the bias of a norm that it holds, padded with zeros",

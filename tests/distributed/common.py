@@ -28,6 +28,11 @@ def processes() -> Iterator[int]:
     dist.init_process_group("gloo")
     torch.manual_seed(int(sys.argv[1]))
     yield dist.get_rank()
+    leave()
+
+
+def leave() -> None:
+    """The end of a process group."""
     dist.barrier()  # none leaves while another still talks
     dist.destroy_process_group()
     gc.collect()  # DistributedDataParallel's cycles keep gloo's threads, which have to end before the interpreter does (pytorch#179291)

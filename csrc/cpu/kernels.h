@@ -1,0 +1,163 @@
+// What a kernel is given, and the table of kernels of an instruction set.
+//
+// A kernel takes a range of work, so that threads may share it: rows, parts, images or channels. How the work is divided depends on
+// shapes alone and sums are merged in one order, so the same input gives the same bits, whatever the number of threads.
+#pragma once
+
+#include <stdint.h>
+
+#include "../layout.h"
+
+namespace fused_resnet {
+
+enum class Element { kFloat, kHalf, kBFloat16 };
+
+// A tensor in NHWC as a matrix [rows, channels].
+struct Extent {
+  int64_t rows;
+  int channels;
+  Element element;
+};
+
+// Rows that are summed together: part p is [p * rows_per_part, (p + 1) * rows_per_part), cut at `rows`.
+struct Parts {
+  int64_t count, rows_per_part;
+};
+
+struct NormAddAct {
+  Extent extent;
+  const void* x;
+  const float* scale;
+  const float* bias;
+  Residual kind;
+  const void* residual;         // nullptr for kNone
+  const float* residual_scale;  // nullptr but for kRaw, as its bias
+  const float* residual_bias;
+  bool relu;
+  void* act;
+  uint8_t* mask;  // or nullptr
+};
+
+struct Moments {
+  Extent extent;
+  const void* y;
+  Parts parts;
+  float* mean;  // [parts, channels], as m2 and sum
+  float* m2;
+  float* sum;  // to work in
+};
+
+// What is made of the moments of all rows. Each [channels].
+struct MergeMoments {
+  const float* means;  // [parts, channels], as m2s
+  const float* m2s;
+  const int64_t* counts;  // [parts]; or nullptr, where `parts` and `rows` tell them
+  Parts parts;
+  int64_t rows;
+  int channels;
+  const float* gamma;  // or nullptr
+  const float* beta;   // or nullptr
+  double eps;
+  float* mean;
+  float* m2;      // nullptr, or the one result beside the mean
+  float* invstd;  // this and all that follow: nullptr with m2
+  float* var;
+  float* scale;
+  float* bias;
+};
+
+// Where the gradient of a backward reduction comes from.
+enum class Gradient { kPlain, kSummed, kAveraged, kMaxPooled };
+
+struct PoolWindow {
+  int size, stride, padding;
+  int height, width;  // of x
+  int pooled_height, pooled_width;
+};
+
+struct BackwardReduce {
+  Extent extent;
+  Gradient gradient;
+  const void* d;
+  const void* dact;       // kSummed
+  int64_t pixels;         // kAveraged: of an image
+  const uint8_t* index;   // kMaxPooled, as the window
+  PoolWindow window;
+  Mask kind;
+  const uint8_t* mask;  // kBits
+  const void* x;
+  const float* mean;
+  const float* scale;  // this and bias: kRecomputed
+  const float* bias;
+  const void* residual;  // or nullptr: of a raw residual
+  const float* residual_mean;
+  void* dz;
+  Parts parts;
+  float* sums;  // [2, or 3 with a residual; parts; channels]: Σ dz, Σ dz·(x − mean), Σ dz·(residual − its mean)
+};
+
+struct MergeSums {
+  const float* sums;  // as in BackwardReduce
+  int64_t parts;
+  int channels;
+  int count;               // of sums: 2 or 3
+  const float* factor[3];  // [channels], or nullptr for 1
+  float* total[3];         // [channels]
+};
+
+struct BackwardApply {
+  Extent extent;
+  const void* dz;
+  const void* y;
+  const float* mean;
+  const float* invstd;
+  const float* gamma;  // or nullptr
+  const float* s1;
+  const float* s2;
+  float* coefficients;  // [3, channels], by prepare_apply
+  void* dy;
+};
+
+struct MaxPool {
+  Extent extent;  // of x
+  const void* x;
+  const float* scale;
+  const float* bias;
+  PoolWindow window;
+  void* out;
+  uint8_t* index;
+};
+
+struct AvgPool {
+  NormAddAct given;  // act: nullptr
+  int64_t pixels;    // of an image
+  float* sums;       // [images, channels], to work in
+  void* out;         // [images, channels]
+};
+
+struct Kernels {
+  void (*norm_add_act)(const NormAddAct&, int64_t first_row, int64_t last_row);
+  void (*moments)(const Moments&, int64_t first_part, int64_t last_part);
+  void (*merge_moments)(const MergeMoments&, int64_t first_channel, int64_t last_channel);
+  void (*backward_reduce)(const BackwardReduce&, int64_t first_part, int64_t last_part);
+  void (*merge_sums)(const MergeSums&, int64_t first_channel, int64_t last_channel);
+  void (*prepare_apply)(const BackwardApply&, int64_t first_channel, int64_t last_channel);
+  void (*backward_apply)(const BackwardApply&, int64_t first_row, int64_t last_row);
+  void (*max_pool)(const MaxPool&, int64_t first_line, int64_t last_line);  // lines of out: image by image, height by height
+  void (*avg_pool)(const AvgPool&, int64_t first_image, int64_t last_image);
+};
+
+// The tables that are compiled in. The numbers of fused_resnet.native.INSTRUCTION_SETS.
+namespace portable {
+extern const Kernels kKernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+#endif
+
+}  // namespace fused_resnet

@@ -1,0 +1,186 @@
+"""The native library for CPUs: equal bits whatever the threads and the instruction set, no newer instruction outside its place, errors.
+
+That its passes are right is the business of test_passes.py, which runs them with the instruction set that this machine takes.
+"""
+
+import re
+import shutil
+import subprocess
+import threading
+
+import pytest
+import torch
+
+from fused_resnet import native
+from fused_resnet.backends import BACKENDS
+from fused_resnet.environment import VariableError
+from fused_resnet.reference import Reference
+
+pytestmark = pytest.mark.skipif(native.CPU.load() is not None, reason=f"native library for CPUs: {native.CPU.load()}")
+PASSES = BACKENDS["passes_cpu"]
+#: No vector of any width, some of it; several parts and tiles; few rows of many channels; one value.
+SHAPES = [(3, 13, 9, 11), (4, 64, 33, 31), (2, 520, 7, 7), (1, 1, 2, 1)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def nhwc(shape, dtype, offset=0.0):
+    return (torch.randn(shape) + offset).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def results(shape, dtype, seed) -> dict[str, tuple]:
+    """What every pass makes of the same random tensors."""
+    torch.manual_seed(seed)
+    c = shape[1]
+    x, residual, d, dact = (nhwc(shape, dtype, offset) for offset in (1.0, 0.0, 0.3, 0.0))
+    gamma, beta = torch.rand(c) + 0.5, torch.randn(c)
+    of_x = mean, invstd, _, scale, bias = PASSES.batch_stats(x, gamma, beta, 1e-5)
+    of_residual = PASSES.batch_stats(residual, gamma, beta, 1e-5)
+    raw = residual, of_residual[3], of_residual[4]
+    act, mask = PASSES.norm_add_act(x, scale, bias, *raw, True, True)
+    statistics = mean, invstd, scale, bias
+    dz, s1, s2, _ = reduced = PASSES.norm_backward_reduce(d, dact, x, *statistics, residual, *of_residual[:2], mask, True)
+    found = {
+        "batch_stats": of_x,
+        "batch_moments": PASSES.batch_moments(x),
+        "merge_moments": PASSES.merge_moments(torch.tensor([3, 5]), torch.rand(2, c), torch.rand(2, c), gamma, beta, 1e-5),
+        "norm_add_act": (act, mask),
+        "norm_backward_reduce": reduced,
+        "recomputed mask": PASSES.norm_backward_reduce(d, None, x, *statistics, None, None, None, None, True)[:3],
+        "norm_backward_apply": (PASSES.norm_backward_apply(dz, x, mean, invstd, gamma, s1, s2),),
+        "norm_add_act_avg_pool": PASSES.norm_add_act_avg_pool(x, scale, bias, *raw),
+        "norm_add_act_avg_pool_backward": PASSES.norm_add_act_avg_pool_backward(
+            nhwc((*shape[:2], 1, 1), dtype), x, *statistics, residual, *of_residual[:2], mask
+        ),
+    }
+    if min(shape[2:]) > 1:
+        out, index = found["norm_act_max_pool"] = PASSES.norm_act_max_pool(x, scale, bias, 3, 2, 1)
+        found["norm_act_max_pool_backward"] = PASSES.norm_act_max_pool_backward(
+            nhwc(out.shape, dtype), index, x, *statistics, 3, 2, 1
+        )
+    return found
+
+
+def assert_same_bits(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        for position, (a, b) in enumerate(zip(found[name], expected[name], strict=True)):
+            assert torch.equal(a, b), (name, position)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def instruction_sets():
+    """Those that this machine has, by name; the one in use comes back after the test."""
+    names = []
+    for name in native.INSTRUCTION_SETS:
+        try:
+            names.append(native.use_instruction_set(name))
+        except VariableError as error:
+            assert name in str(error)
+    yield names
+    native.use_instruction_set(native.cpu_instruction_set())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(shape, dtype, seed, threads):
+    threads(1)
+    expected = results(shape, dtype, seed)
+    for number in (2, 3, 7):
+        threads(number)
+        assert_same_bits(results(shape, dtype, seed), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_instruction_set_gives_the_same_bits(shape, dtype, seed, instruction_sets):
+    assert instruction_sets[0] == "portable"
+    native.use_instruction_set("portable")
+    expected = results(shape, dtype, seed)
+    for name in instruction_sets[1:]:
+        assert native.use_instruction_set(name) == name
+        assert_same_bits(results(shape, dtype, seed), expected)
+
+
+def test_rounding_is_pytorchs_on_every_instruction_set(instruction_sets):
+    """Ties, subnormal numbers, overflow, infinities and NaN: an affine map of one and zero only rounds."""
+    words = torch.arange(0, 2**32, 65521).to(torch.uint32).view(torch.float32)  # a prime apart: every exponent, all low bits
+    edges = torch.tensor([0.0, -0.0, 65519.0, 65520.0, 2.0**-24, 2.0**-25, 1.5 * 2.0**-24, 2.0**-133, 3.3961775e38, torch.inf, -torch.inf, torch.nan])
+    x = torch.cat([words, edges])
+    x = x[: len(x) // 24 * 24].view(1, -1, 1, 24).permute(0, 3, 1, 2)
+    ones, zeros = torch.ones(24), torch.zeros(24)
+    for name in instruction_sets:
+        native.use_instruction_set(name)
+        for dtype in DTYPES:
+            given = x.to(dtype).contiguous(memory_format=torch.channels_last)
+            out, _ = PASSES.norm_add_act(given, ones, zeros, None, None, None, False, False)
+            torch.testing.assert_close(out, given, rtol=0, atol=0, equal_nan=True)
+            sums = PASSES.norm_add_act(given, ones, zeros, given, None, None, False, False)[0]
+            torch.testing.assert_close(sums, (given.float() + given.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
+            fine = (given.float() * 0.7310585975646973).to(dtype)  # bits below those of the dtype
+            scaled = PASSES.norm_add_act(given, ones * 0.7310585975646973, zeros, None, None, None, False, False)[0]
+            torch.testing.assert_close(scaled, fine, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_unknown_instruction_set_is_an_error_that_names_the_known():
+    with pytest.raises(ValueError, match="FUSED_RESNET_CPU_ISA: expected one of portable, avx2, avx512; got 'mmx'"):
+        native.use_instruction_set("mmx")
+
+
+def test_wide_registers_are_used_in_their_namespaces_alone():
+    """The linker merges inline functions by name: one that was compiled for a newer machine must not serve an older one."""
+    objdump = shutil.which("objdump") or pytest.skip("objdump is not installed")
+    if native.cpu_instruction_set() == "portable" and native.use_instruction_set() == "portable":
+        pytest.skip("the library holds one instruction set")
+    code = subprocess.run([objdump, "-d", "-C", "--no-show-raw-insn", native.CPU.path], capture_output=True, text=True, check=True).stdout
+    wide = set()
+    for function in re.split(r"\n\n(?=[0-9a-f]+ <)", code)[1:]:
+        name = function.partition("\n")[0]
+        if re.search(r"%[yz]mm|%k[1-7]|\bv[a-z]+[ps][sd]\b", function):
+            wide.add(name.partition("<")[2])
+    assert any("fused_resnet::avx512::" in name for name in wide)
+    assert [name for name in wide if not re.search(r"fused_resnet::avx(2|512)::", name)] == []
+
+
+def test_depends_on_libtorch_and_on_no_thread_pool_of_its_own():
+    readelf = shutil.which("readelf") or pytest.skip("readelf is not installed")
+    dynamic = subprocess.run([readelf, "--dynamic", "--wide", native.CPU.path], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[([^\]]+)\]", dynamic))
+    assert "libtorch_cpu.so" in needed
+    assert not [name for name in needed if re.search("python|cuda|gomp|omp|tbb", name)]
+    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+
+
+def test_tensors_at_any_address():
+    x, (scale, bias) = nhwc((2, 64, 6, 6), torch.bfloat16), torch.rand(2, 64)
+    flat = torch.empty(x.numel() + 1, dtype=x.dtype)
+    shifted = flat[1:].view(2, 6, 6, 64).permute(0, 3, 1, 2).copy_(x)
+    expected = Reference().norm_add_act(x, scale, bias, x, None, None, True, True)
+    for given in (x, shifted):
+        act, mask = PASSES.norm_add_act(given, scale, bias, given, None, None, True, True)
+        assert torch.equal(act, expected[0]) and torch.equal(mask, expected[1])
+
+
+def test_four_threads_at_once(seed):
+    expected, found = results((4, 64, 33, 31), torch.bfloat16, seed), [None] * 4
+    torch.manual_seed(seed)
+    x = nhwc((4, 64, 33, 31), torch.bfloat16, 1.0)
+    scale, bias = expected["batch_stats"][3:]
+
+    def work(i):
+        for _ in range(20):
+            found[i] = PASSES.norm_add_act(x, scale, bias, None, None, None, True, False)[0], *PASSES.batch_moments(x)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    act = PASSES.norm_add_act(x, scale, bias, None, None, None, True, False)[0]
+    assert all(torch.equal(a, act) and torch.equal(mean, expected["batch_moments"][0]) for a, mean, _ in found)
