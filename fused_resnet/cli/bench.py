@@ -102,7 +102,7 @@ def shape(text: str) -> NormProblem | ConvProblem:
         if conv[0] is None:
             return NormProblem(1, c, h, w)
         k, r, s, stride = conv
-        return ConvProblem(1, c, h, w, k, r, s, (stride or 1,) * 2, (r // 2, s // 2))
+        return ConvProblem(1, c, h, w, k, r, s, (1 if stride is None else stride,) * 2, (r // 2, s // 2))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
