@@ -10,12 +10,16 @@ Public: `fuse`, `unfuse`, `report`, `recompute`, `fold`, the modules `ConvBNAct2
 `functional`, `ops`, `nn`, `backend`, `__version__`. The rest may change.
 """
 
-from . import functional, models, nn, ops
-from ._version import __version__
-from .backends import backend
-from .convert import fuse, recompute, report, unfuse
-from .inference import fold
-from .models import BasicBlock, Bottleneck, ConvBNAct2d, PreActBlock
+from .processors import wait_passively
+
+wait_passively()  # before PyTorch is loaded
+
+from . import functional, models, nn, ops  # noqa: E402
+from ._version import __version__  # noqa: E402
+from .backends import backend  # noqa: E402
+from .convert import fuse, recompute, report, unfuse  # noqa: E402
+from .inference import fold  # noqa: E402
+from .models import BasicBlock, Bottleneck, ConvBNAct2d, PreActBlock  # noqa: E402
 
 __all__ = [
     "BasicBlock",

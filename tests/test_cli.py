@@ -439,12 +439,35 @@ def test_demo_trains_compares_and_draws(tmp_path):
     done = command("demo", *size, "--out", folder)
     assert done.returncode == 0, done.stderr
     assert "PyTorch's own modules" in done.stdout
-    assert "fused_resnet, backend eager" in done.stdout
+    taken = backends.resolve(torch.device("cpu"), torch.float32)
+    assert f"fused_resnet, {'eager' if taken == 'off' else taken}" in done.stdout
+    assert ("times that of PyTorch's own modules" in done.stdout) == (taken != "off")
     assert "They agree." in done.stdout
     assert max(map(len, done.stdout.split("time:")[0].splitlines())) <= 80
     picture = Path(done.stdout.split("picture: ")[1].strip())
     assert picture == (folder / CURVES).resolve()
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_demo_trains_fused_and_eager_in_turn(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("FUSED_RESNET_BACKEND", "eager")
+    monkeypatch.setattr(demo, "COMPARED_BATCH", 4)
+    size = ["--epochs", "3", "--limit-train", "16", "--limit-eval", "8", "--device", "cpu", "--no-progress"]
+    assert main(["demo", *size, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.split("time:")[0].splitlines())) <= 80
+    records = {name: [json.loads(line) for line in (tmp_path / name / METRICS).read_text().splitlines()] for name in ("eager", "off")}
+    assert [[r["epoch"] for r in found] for found in records.values()] == [[1, 2, 3]] * 2
+    for ours, theirs in zip(*records.values(), strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.05)
+        ratio = ours["images_per_second"] / theirs["images_per_second"]
+        line = next(line for line in out.splitlines() if line.startswith(f"{ours['epoch']}/3".rjust(7)))
+        assert line.endswith(f"{ratio:7.2f}") and f"{theirs['train_loss']:.4f}" in line
+    assert "times that of PyTorch's own modules\n(median of 2 epochs, " in out
+    accuracies = [f"{100 * found[-1]['eval_accuracy']:.2f}%" for found in records.values()]
+    tail = out.split("After the last epoch")[1]
+    assert "fused_resnet, eager" in tail and all(accuracy in tail for accuracy in accuracies)
+    assert not list(tmp_path.glob("*/lock"))
 
 
 @pytest.mark.gpu
@@ -466,6 +489,7 @@ def test_demo_fails_where_the_operators_do_not_agree(capsys, monkeypatch, tmp_pa
 
     monkeypatch.setattr(backends.BACKENDS["eager"], "norm_backward_apply", without_mean_correction)
     monkeypatch.setattr(demo, "COMPARED_BATCH", 4)
+    monkeypatch.setenv("FUSED_RESNET_BACKEND", "off")
     size = ["--epochs", "1", "--limit-train", "16", "--limit-eval", "8", "--device", "cpu", "--no-progress"]
     assert main(["demo", *size, "--out", str(tmp_path)]) == 1
     assert "THEY DO NOT AGREE." in capsys.readouterr().out

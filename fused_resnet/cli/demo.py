@@ -1,24 +1,28 @@
 """`fused-resnet demo`: a small residual network learns real images, beside PyTorch's own modules."""
 
 import argparse
+import contextlib
+import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import backend, backends, data
-from ..train import CURVES, CheckpointError, FolderError, TrainConfig, Trainer, draw_curves, run
+from .. import backends, data
+from ..processors import busy
+from ..train import CURVES, CheckpointError, FolderError, TrainConfig, Trainer, draw_curves, epochs
 from ..train.progress import loss_text
 from .arguments import UsageError, blaming, build_model, chosen_backend, device, one_of, whole_number
 from .comparison import STEPS, Agreement, compare_losses, time_steps
 
 DESCRIPTION = """Trains resnet20 on the 10,000 images inside the package and compares it, in the
-same run, with PyTorch's own modules: on a GPU both are trained and timed; on a
-CPU a network runs PyTorch's modules anyway, and a few steps of this package's
-operators show that they agree. Ends with a table and a picture. Exit code 1
-where they do not agree."""
+same run, with PyTorch's own modules: both are trained, an epoch each in turn,
+and on a GPU steps are timed as well. Where a network runs PyTorch's modules
+anyway, one is trained. A few steps of this package's operators show that they
+agree. Ends with a table and a picture. Exit code 1 where they do not agree."""
 EXAMPLES = """example:
   fused-resnet demo
   fused-resnet demo --epochs 2 --out runs/demo --device cpu
@@ -64,10 +68,16 @@ def demo(args: argparse.Namespace) -> int:
             "full speed, and one network is trained. A few steps of this package's operators\n"
             "are compared with the modules at the end."
         )
-    runs = {name: _trained(name, config, images, where, folder / name, not args.no_progress) for name in names}
+    if note := busy():
+        print(note)
+    with blaming("--out", FolderError, CheckpointError):
+        runs = _trained(names, config, images, where, folder, not args.no_progress)
     compared = chosen if chosen != "off" else "eager"
     agreement = _agreement(config, images, where, compared)
-    print(f"\n{_losses_table(runs)}\n\n{_agreement_table(agreement, compared)}")
+    print(f"\n{_losses_table(runs)}")
+    if len(runs) > 1:
+        print(_ratio_line(*runs.values()))
+    print(f"\n{_agreement_table(agreement, compared)}")
     if where.type == "cuda":
         print(f"\n{_timing_table(config, images, where, names)}")
     print(f"\ntime:    {time.perf_counter() - start:.0f} s")
@@ -106,12 +116,27 @@ def _device_name(where: torch.device) -> str:
 
 
 def _trained(
-    name: str, config: TrainConfig, images: data.DataSet, where: torch.device, folder: Path, bar: bool
-) -> list[dict[str, Any]]:
-    print(f"\n{_title(name)}", flush=True)
-    torch.manual_seed(config.seed)
-    with backend(name), blaming("--out", FolderError, CheckpointError):
-        return run(Trainer(build_model(config.model, images), images, config, where), folder, progress=bar)
+    names: list[str], config: TrainConfig, images: data.DataSet, where: torch.device, folder: Path, bar: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """The records of a run by each backend, from the same state and on the same batches.
+
+    They take turns, an epoch each, so that whatever else the machine does meets all of them.
+    """
+    runs = {}
+    for name in names:
+        torch.manual_seed(config.seed)
+        trainer = Trainer(build_model(config.model, images), images, replace(config, backend=name), where)
+        runs[name] = epochs(trainer, folder / name, config.epochs, bar)
+    print(f"\n{_epochs_header(names)}", flush=True)
+    histories = {name: [] for name in names}
+    with contextlib.ExitStack() as held:
+        for run in runs.values():
+            held.enter_context(contextlib.closing(run))
+        for records in zip(*runs.values(), strict=True):
+            for name, record in zip(names, records, strict=True):
+                histories[name].append(record)
+            print(_epochs_line(records, config.epochs), flush=True)
+    return histories
 
 
 def _picture(config: TrainConfig, runs: dict[str, list[dict[str, Any]]], path: Path) -> str:
@@ -124,7 +149,7 @@ def _picture(config: TrainConfig, runs: dict[str, list[dict[str, Any]]], path: P
 
 
 def _title(name: str) -> str:
-    return "PyTorch's own modules" if name == "off" else f"fused_resnet, backend {name}"
+    return "PyTorch's own modules" if name == "off" else f"fused_resnet, {name}"
 
 
 def _agreement(config: TrainConfig, images: data.DataSet, where: torch.device, name: str) -> Agreement:
@@ -140,6 +165,31 @@ def _agreement(config: TrainConfig, images: data.DataSet, where: torch.device, n
 
 
 # The tables are at most 80 columns wide.
+
+
+def _epochs_header(names: list[str]) -> str:
+    titles = "".join(f"{_title(name):>32}" for name in names)
+    columns = f"{'training loss':>14}{'accuracy':>9}{'images/s':>9}" * len(names)
+    return f"{'':>7}{titles}\n{'epoch':>7}{columns}" + f"{'ratio':>7}" * (len(names) > 1)
+
+
+def _epochs_line(records: Sequence[dict[str, Any]], count: int) -> str:
+    """An epoch of each run: the training loss, the accuracy of the evaluation, the speed; and the ratio of the speeds."""
+    epoch = f"{records[0]['epoch']}/{count}"
+    columns = [f"{loss_text(r['train_loss']):>14}{100 * r['eval_accuracy']:>8.2f}%{r['images_per_second']:>9,.0f}" for r in records]
+    ratio = [f"{_ratio(*records):>7.2f}"] if len(records) > 1 else []
+    return f"{epoch:>7}" + "".join(columns + ratio)
+
+
+def _ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    return ours["images_per_second"] / theirs["images_per_second"]
+
+
+def _ratio_line(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
+    # The first epoch includes warming up.
+    ratios = sorted(_ratio(*pair) for pair in list(zip(ours, theirs, strict=True))[1 if len(ours) > 1 else 0 :])
+    spread = f"median of {len(ratios)} epochs, {ratios[0]:.2f} to {ratios[-1]:.2f}" if len(ratios) > 1 else "one epoch"
+    return f"Speed: {statistics.median(ratios):.2f} times that of PyTorch's own modules\n({spread})"
 
 
 def _losses_table(runs: dict[str, list[dict[str, Any]]]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import backends, data, models
+from ..processors import busy
 from ..train import (
     CHANGEABLE,
     CHECKPOINT,
@@ -136,8 +137,9 @@ def _train(args: argparse.Namespace, where: torch.device) -> int:
         f"{config.model} on {config.data}: {len(images.train):,} training and {len(images.eval):,} evaluation "
         f"images\n{where}{more}, {config.precision}, backend {chosen}"
     )
-    if slow := slow_precision(where, config.precision):
-        say(slow)
+    for note in (slow_precision(where, config.precision), busy() if rank() == 0 else None):
+        if note:
+            say(note)
     try:
         with blaming("--out" if "out" in options or state is None else "--resume", FolderError, CheckpointError):
             run(trainer, folder, options.get("stop_after"), "no_progress" not in options)

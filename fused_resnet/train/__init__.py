@@ -4,7 +4,19 @@ from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .config import CHANGEABLE, PRECISIONS, SettingError, TrainConfig
 from .curves import draw_curves
 from .processes import launched, processes
-from .trainer import AUTOCAST, CHECKPOINT, CURVES, METRICS, FolderError, Trainer, TrainingDiverged, autocast, resumable, run
+from .trainer import (
+    AUTOCAST,
+    CHECKPOINT,
+    CURVES,
+    METRICS,
+    FolderError,
+    Trainer,
+    TrainingDiverged,
+    autocast,
+    epochs,
+    resumable,
+    run,
+)
 
 __all__ = [
     "AUTOCAST",
@@ -21,6 +33,7 @@ __all__ = [
     "TrainingDiverged",
     "autocast",
     "draw_curves",
+    "epochs",
     "launched",
     "load_checkpoint",
     "processes",

@@ -238,10 +238,23 @@ def run(
     a run that `trainer` does not go on with, another process trains there, or it can't be written; `CheckpointError` where
     the checkpoint can't be.
     """
+    last = trainer.config.epochs if stop_after is None else min(stop_after, trainer.config.epochs)
     if rank() > 0:
-        while trainer.epoch < _last(trainer, stop_after):
+        while trainer.epoch < last:
             trainer.history.append({**trainer.train_epoch(False), **trainer.evaluate()})
         return trainer.history
+    if trainer.epoch < last:
+        say(EPOCH_HEADER)
+    for record in epochs(trainer, folder, last, progress):
+        say(epoch_line(record, trainer.config.epochs))
+    return trainer.history
+
+
+def epochs(trainer: Trainer, folder: Path, last: int, progress: bool) -> Iterator[dict[str, Any]]:
+    """What `run` does in the process that writes, epoch by epoch: yields the record of each once its files are written.
+
+    The folder is locked from the first epoch until this ends or is closed.
+    """
     with contextlib.ExitStack() as held:
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -250,31 +263,20 @@ def run(
             # Written anew from the checkpoint: what an interruption left between the two is mended.
             replace_file(folder / METRICS, lambda file: file.writelines(_line(record) for record in trainer.history))
         try:
-            _epochs(trainer, folder, _last(trainer, stop_after), progress, say)
+            while trainer.epoch < last:
+                record = {**trainer.train_epoch(progress), **trainer.evaluate()}
+                trainer.history.append(record)
+                # The checkpoint first: of an epoch that has a line, there is one.
+                save_checkpoint(folder / CHECKPOINT, trainer.state())
+                with _writing(folder), (folder / METRICS).open("ab") as file:
+                    file.write(_line(record))
+                yield record
         finally:
             # An interrupted run has a picture too. Without matplotlib there is none.
             if trainer.history:
                 with contextlib.suppress(ImportError), _writing(folder):
                     title = f"{trainer.config.model} on {trainer.config.data}, {trainer.config.precision}"
                     draw_curves({trainer.config.model: trainer.history}, title, folder / CURVES)
-    return trainer.history
-
-
-def _epochs(trainer: Trainer, folder: Path, last: int, progress: bool, say: Callable[[str], None]) -> None:
-    if trainer.epoch < last:
-        say(EPOCH_HEADER)
-    while trainer.epoch < last:
-        record = {**trainer.train_epoch(progress), **trainer.evaluate()}
-        trainer.history.append(record)
-        # The checkpoint first: of an epoch that has a line, there is one.
-        save_checkpoint(folder / CHECKPOINT, trainer.state())
-        with _writing(folder), (folder / METRICS).open("ab") as file:
-            file.write(_line(record))
-        say(epoch_line(record, trainer.config.epochs))
-
-
-def _last(trainer: Trainer, stop_after: int | None) -> int:
-    return trainer.config.epochs if stop_after is None else min(stop_after, trainer.config.epochs)
 
 
 @contextlib.contextmanager
