@@ -24,7 +24,7 @@ from fused_resnet.reference import Reference
         (["train", "--impl", "magic"], "argument --impl: expected one of eager, eager_nhwc, compile"),
         (["kernels", "--impl", "apex"], "argument --impl: expected some of eager_nhwc, compile, compile_max, cudnn, ours, ours:passes_cuda, "),
         (["train", "--case", "batch_stats"], "argument --case: expected the suite kernels; got train"),
-        (["kernels", "--largest", "64"], "argument --largest: expected the suite train or inference or blocks; got kernels"),
+        (["kernels", "--largest", "64"], "argument --largest: expected the suite blocks or train or inference; got kernels"),
         (["kernels", "--case", "conv"], "argument --case: expected one of passes, convolutions, "),
         (["kernels", "--model", "resnet20"], "argument --model: expected some of resnet18, resnet34, "),
         (["blocks", "--model", "torch.nn:Identity"], "argument --model: expected networks with residual blocks that fused_resnet.fuse knows; "),

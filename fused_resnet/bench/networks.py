@@ -10,6 +10,7 @@ tuning, compiling; and, where it is asked for, one for `<case>:largest_batch`.
 import copy
 import gc
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -287,7 +288,9 @@ def _part(make: Callable[[], nn.Module], path: str) -> nn.Module:
 
 def _blocks(subject: Subject) -> Iterator[tuple[str, tuple[tuple, tuple[int, int, int]]]]:
     """(path, (what tells blocks apart, shape of an input)) of each residual block, as they are called."""
-    model, seen = fuse(copy.deepcopy(subject.make())).eval(), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there may be nothing to be fused
+        model, seen = fuse(copy.deepcopy(subject.make())).eval(), []
 
     def see(path: str, block: nn.Module, x: torch.Tensor) -> None:
         convolutions = [(tuple(m.weight.shape), m.stride, m.groups) for m in block.modules() if isinstance(m, nn.Conv2d)]

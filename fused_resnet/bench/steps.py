@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import fused_resnet
 
 from ..backends import BACKENDS
+from ..nn import Block, ResidualNetwork
 from . import schema
 from .peers import NORMS, Norms, install
 
@@ -187,7 +188,8 @@ def with_backend(module: nn.Module, how: Implementation) -> nn.Module:
         return fused_resnet.unfuse(module)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        fused_resnet.fuse(module)
+        if not isinstance(module, ResidualNetwork | Block):  # this package's are fused as they are
+            fused_resnet.fuse(module)
     if words := [str(w.message) for w in told if "fuse" in str(w.message)]:
         raise RuntimeError(words[0])
     return fused_resnet.recompute(module) if how.recompute else module
