@@ -21,6 +21,7 @@ from ..bench.steps import IMPLEMENTATIONS, implementations
 from ..bench.table import show, tables
 from ..bench.timing import terminated_as_interrupted
 from ..problem import ConvProblem, NormProblem
+from ..processors import busy
 from ..roofline import DEPTHS, resnet
 from .arguments import UsageError, add_commit, add_form, add_model, blaming, device, one_of, positive
 
@@ -128,6 +129,8 @@ def bench(args: argparse.Namespace) -> int:
     torch.backends.cudnn.benchmark = on_gpu  # for all peers: the framework's convolutions are chosen by measuring
     torch.manual_seed(0)
     ceilings = measure_ceilings(where, dtype, args.repeats)
+    if note := busy():
+        print(note, file=sys.stderr)
     common = where, dtype, ceilings, chosen, args.repeats, args.limit
     suite = kernels.Kernels(*common) if args.suite == "kernels" else networks.Networks(args.suite, *common, args.largest)
     with blaming("--model", LoadError):
