@@ -65,11 +65,13 @@ def test_what_was_done_is_written_where_a_run_is_terminated(monkeypatch, tmp_pat
         return done(self, name, norm, build)
 
     monkeypatch.setattr(Kernels, "rows_of", rows_of)
+    monkeypatch.setattr(bench, "busy", lambda: "This machine is busy.")
     handler = signal.getsignal(signal.SIGTERM)
     assert main([*SMALL, "--commit", "c0ffee", "--out", str(tmp_path)]) == 130
     (path,) = tmp_path.rglob("*.json")
     assert [row.case for row in read_results(path).rows] == ["copy", "matmul", "norm_act"]
-    assert "interrupted" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "interrupted" in err and "This machine is busy.\n" in err
     assert signal.getsignal(signal.SIGTERM) is handler
 
 

@@ -18,6 +18,7 @@ from ..bench.schema import SUITES, Results, Row, results_path, write_results
 from ..bench.steps import IMPLEMENTATIONS, implementations
 from ..bench.table import console, rich_table, tables
 from ..bench.timing import terminated_as_interrupted
+from ..processors import busy
 from ..roofline import DEPTHS, resnet
 from .arguments import UsageError, blaming, device, one_of, positive
 
@@ -104,6 +105,8 @@ def bench(args: argparse.Namespace) -> int:
     torch.backends.cudnn.benchmark = on_gpu  # for all peers: the framework's convolutions are chosen by measuring
     torch.manual_seed(0)
     ceilings = measure_ceilings(where, dtype, args.repeats)
+    if note := busy():
+        print(note, file=sys.stderr)
     jobs = list(_jobs(args, where, dtype, ceilings, chosen))
     with terminated_as_interrupted():
         rows, stopped = _run(jobs, not args.no_progress)
