@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..reference import Conv, ConvOutput, Pending, Source
 from .checks import check_source
-from .convolve import INNER, OPERATORS, Convolved, Operator, operator_for
+from .convolutions import INNER, OPERATORS, Convolved, Operator, operator_for
 from .library import is_watched, is_wrapped, wants_gradient
 
 #: The convolutions that read one activation.
