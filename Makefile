@@ -2,6 +2,7 @@
 # make test    all tests
 # make slow    the tests that are too slow for every day
 # make bench   the benchmarks: small on a CPU, whole on a GPU
+# make findings   what other libraries do that one would not guess, each run anew from its pinned packages: findings/README.md
 #
 # Both set up .venv first. To use a PyTorch that is already there, and no network:
 #
@@ -31,7 +32,7 @@ READY = $(VENV)/installed.stamp
 TEST_READY = $(VENV)/tests.stamp
 endif
 
-.PHONY: demo test slow bench lint clean
+.PHONY: demo test slow bench lint findings clean
 
 demo: $(READY)
 	$(RUN) -m fused_resnet demo $(if $(OUT),--out $(OUT))
@@ -48,6 +49,9 @@ bench: $(TEST_READY)
 
 lint: $(TEST_READY)
 	$(RUN) -m ruff check .
+
+findings:
+	PYTHON=$(PYTHON) PIP_FLAGS="$(PIP_FLAGS)" bash findings/all.bash
 
 clean:
 	rm -rf build .venv runs *.egg-info fused_resnet/*.so fused_resnet/native_*absent.txt

@@ -11,6 +11,7 @@ statistics.
 import argparse
 import copy
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -86,8 +87,15 @@ def pytorchcv() -> Iterator[tuple[str, Maker]]:
         "resnet18 resnet50 preresnet18 preresnet50 resnetd50b wrn50_2 resnet20_cifar10 preresnet20_cifar10 resneta10 seresnet18 senet16 "
         "densenet121 darknet53 bn_vgg11b"
     )
+
+    def make(name: str) -> nn.Module:
+        model = get_model(name)
+        if hasattr(model.features, "final_pool"):  # of 7×7: so that small images fit
+            model.features.final_pool = nn.AdaptiveAvgPool2d(1)
+        return model
+
     for name in names.split():
-        yield name, lambda name=name: get_model(name)
+        yield name, lambda name=name: make(name)
 
 
 def fastai() -> Iterator[tuple[str, Maker]]:
@@ -126,13 +134,15 @@ def mmpretrain() -> Iterator[tuple[str, Maker]]:
 
     yield "ResNet 18", lambda: backbones.ResNet(18)
     yield "ResNet 50", lambda: backbones.ResNet(50)
-    yield "ResNetV1d 50", lambda: backbones.ResNetV1d(50)
+    yield "ResNetV1d 50", lambda: backbones.ResNetV1d(depth=50)
     yield "ResNeXt 50", lambda: backbones.ResNeXt(50)
     yield "SEResNet 50", lambda: backbones.SEResNet(50)
     yield "ResNet_CIFAR 18", lambda: backbones.ResNet_CIFAR(18)
 
 
 def robustness() -> Iterator[tuple[str, Maker]]:
+    # A module that newer releases of torchvision no longer have, and the library's other networks import.
+    sys.modules.setdefault("torchvision.models.utils", torch.hub)
     from robustness.cifar_models import ResNet18, ResNet50
     from robustness.imagenet_models import resnet50
 
@@ -146,6 +156,9 @@ def facenet_pytorch() -> Iterator[tuple[str, Maker]]:
 
     yield "InceptionResnetV1", lambda: InceptionResnetV1(pretrained=None)
 
+
+#: Height and width of what networks with this in their name are made for, where --size does not do.
+SIZES = {"cifar": 32, "inception": 128, "bn_vgg": 224, "botnet": 256}
 
 LIBRARIES = [
     torchvision, timm, transformers, open_clip, pytorchcv, fastai, segmentation_models_pytorch, monai, torchreid, mmpretrain, robustness,
@@ -164,7 +177,8 @@ def tensors(value: object) -> list[Tensor]:
 
 def prepared(model: nn.Module) -> nn.Module:
     """In float64 and training, without draws; norms that are no identity."""
-    model = model.double().train()
+    model.double()
+    model.train()
     torch.manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -187,15 +201,21 @@ def step(model: nn.Module, images: Tensor, backend: str) -> dict[str, Tensor]:
     return found | {name: b.detach().clone() for name, b in model.named_buffers()}
 
 
-def count(make: Maker, size: int) -> dict:
+def forward(model: nn.Module, images: Tensor, backend: str) -> dict[str, Tensor]:
+    """Outputs alone."""
+    with fused_resnet.backend(backend), torch.no_grad():
+        return {f"output {i}": t for i, t in enumerate(tensors(model(images)))}
+
+
+def count(make: Maker, size: int, quick: bool) -> dict:
     """Convolutions that a forward calls, those of them that run fused, and the largest relative difference of a step."""
-    model = prepared(make())
+    model, step_of = prepared(make()), forward if quick else step
     images = torch.randn(2, 3, size, size, dtype=torch.float64)
     plain, called = copy.deepcopy(model), set()
     names = {id(m): name for name, m in plain.named_modules()}
     kinds = tuple(getattr(nn, f"Conv{kind}{n}d") for kind in ("", "Transpose") for n in (1, 2, 3))
     handles = [m.register_forward_hook(lambda m, *_: called.add(names[id(m)])) for m in plain.modules() if isinstance(m, kinds)]
-    expected = step(plain, images, "off")
+    expected = step_of(plain, images, "off")
     for handle in handles:
         handle.remove()
     with warnings.catch_warnings():
@@ -211,7 +231,7 @@ def count(make: Maker, size: int) -> dict:
 
     eager.convolve = convolve
     try:
-        found = step(fused, images, "eager")
+        found = step_of(fused, images, "eager")
     finally:
         del eager.convolve
     expected = {name: t for name, t in expected.items() if t.is_floating_point() and t.numel()}
@@ -235,7 +255,7 @@ def report(args: argparse.Namespace) -> dict[str, dict]:
             if args.only and args.only not in name:
                 continue
             try:
-                result = count(make, args.size)
+                result = count(make, next((size for part, size in SIZES.items() if part in name.lower()), args.size), args.quick)
             except Exception as error:
                 print(f"{library.__name__:28} {name:32} failed, {type(error).__name__}: {error}", flush=True)
                 continue
@@ -263,6 +283,7 @@ def main() -> None:
     parser.add_argument("--library", action="append", metavar="NAME", help="one of " + ", ".join(f.__name__ for f in LIBRARIES))
     parser.add_argument("--only", metavar="TEXT", help="networks whose name holds this")
     parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="height and width of the images")
+    parser.add_argument("--quick", action="store_true", help="compare outputs alone, without backward")
     parser.add_argument("--left", action="store_true", help="name the convolutions that did not run fused")
     parser.add_argument("--out", metavar="FILE", help="write the counts as JSON")
     parser.add_argument("--table", nargs=2, metavar=("BEFORE", "AFTER"), help="print a table of two such files")

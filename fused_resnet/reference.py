@@ -42,6 +42,19 @@ class ConvGeometry(NamedTuple):
     dilation: Sequence[int]
     groups: int
 
+    @classmethod
+    def of(cls, stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int], groups: int) -> "ConvGeometry":
+        """The same from what `conv2d` also takes: one number for both directions."""
+        if type(stride) is type(padding) is type(dilation) is tuple and len(stride) == len(padding) == len(dilation) == 2:
+            return cls(stride, padding, dilation, groups)
+        return cls(_pair(stride), _pair(padding), _pair(dilation), groups)
+
+
+def _pair(value: int | Sequence[int]) -> Sequence[int]:
+    if isinstance(value, int):
+        return value, value
+    return value if len(value) != 1 else (*value, *value)
+
 
 class Norm(NamedTuple):
     """The batch norm of a convolution's output. Vectors are [C] or None; `training` tells whose statistics normalise.
@@ -105,17 +118,28 @@ class ConvOutput(NamedTuple):
     need_dw: bool
     group: str = ""  #: of its norm
 
+    def in_nhwc(self) -> "ConvOutput":
+        """The same with dz in channels_last: autograd may hand over any strides, an expanded one for a sum."""
+        dz = self.dz
+        return self if dz is None or dz.is_contiguous(memory_format=torch.channels_last) else self._replace(dz=nhwc(dz))
+
     def shared(self) -> "ConvOutput":
         """The same with (s1, s2) of all processes that share the norm, as `share_sums` scales them. Every process must ask."""
         if not self.group or not self.training or self.dz is None:
             return self
-        s1, s2 = share_sums(self.y.numel() // self.y.shape[1], self.s1, self.s2, self.group)
+        s1, s2 = share_sums(values_per_channel(self.y), self.s1, self.s2, self.group)
         return self._replace(s1=s1, s2=s2)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums over tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def values_per_channel(t: Tensor) -> int:
+    """N·H·W of t [N, C, H, W]."""
+    n, _, h, w = t.shape
+    return n * h * w
 
 
 def per_channel(vector: Tensor) -> Tensor:
@@ -164,6 +188,13 @@ def ones(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.ones(channels, dtype=dtype, device=device)
 
 
+def _var_mean(y: Tensor) -> tuple[Tensor, Tensor]:
+    """(biased variance, mean) of y [N, C, H, W], each [C] in float64; zeros of an empty batch, which has neither."""
+    if y.shape[0] == 0:
+        return tuple(torch.zeros((2, y.shape[1]), dtype=torch.float64, device=y.device).unbind())
+    return torch.var_mean(y.double(), (0, 2, 3), correction=0)
+
+
 def nhwc(t: Tensor) -> Tensor:
     """`t` in channels_last. For results of ATen whose layout is not promised."""
     return t.contiguous(memory_format=torch.channels_last)
@@ -190,15 +221,15 @@ class Reference:
 
     def batch_stats(self, y: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, ...]:
         """Statistics of y [N, C, H, W] as stored -> (mean, invstd, var, scale, bias), each [C]; var is the biased one."""
-        var, mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+        var, mean = _var_mean(y)
         dtype = accumulate_dtype(y.dtype)
         return self._coefficients(mean.to(dtype), var.to(dtype), gamma, beta, eps)
 
     def batch_moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, M2) of y [N, C, H, W], each [C]; M2 = Σ (y − mean)². What devices that share a batch send each other."""
-        m2, mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+        var, mean = _var_mean(y)
         dtype = accumulate_dtype(y.dtype)
-        return mean.to(dtype), (m2 * (y.numel() // y.shape[1])).to(dtype)
+        return mean.to(dtype), (var * values_per_channel(y)).to(dtype)
 
     def merge_moments(
         self, counts: Tensor, means: Tensor, m2s: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
@@ -291,7 +322,7 @@ class Reference:
         self, dz: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, s1: Tensor, s2: Tensor
     ) -> Tensor:
         """Batch norm's backward: dy = gamma·invstd·(dz − s1/n − x̂·s2/n), n = N·H·W. Ioffe & Szegedy 2015, section 3."""
-        n = y.numel() // y.shape[1]
+        n = values_per_channel(y)
         dx = dz.double() - per_channel(s1) / n - standardise(y, mean, invstd) * (per_channel(s2) / n)
         return nhwc((per_channel(invstd if gamma is None else invstd.double() * gamma) * dx).to(y.dtype))
 
@@ -323,10 +354,9 @@ class Reference:
         padding: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient of `norm_act_max_pool` as (dz, s1, s2): each pixel gathers from the windows that it won."""
-        n, c, h, w = x.shape
         won = torch.nn.functional.one_hot(index.long(), kernel_size**2) * dout.double().unsqueeze(-1)  # [N, C, P, Q, taps]
-        columns = won.permute(0, 1, 4, 2, 3).reshape(n, c * kernel_size**2, -1)
-        d = torch.nn.functional.fold(columns, (h, w), kernel_size, padding=padding, stride=stride)
+        columns = won.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)
+        d = torch.nn.functional.fold(columns, x.shape[2:], kernel_size, padding=padding, stride=stride)
         dz = torch.where(passes_gradient(affine(x, scale, bias)), d, 0.0)
         return self._reduced(nhwc(dz.to(x.dtype)), x, mean, invstd)[:3]
 
@@ -415,7 +445,7 @@ class Reference:
         vectors = norm.gamma, norm.beta, norm.eps
         if not norm.group:
             return Pending(y, *(self.batch_stats(y, *vectors) if parts is None else self.merge_moments(*parts, *vectors)))
-        count = y.numel() // y.shape[1]
+        count = values_per_channel(y)
         if parts is None:
             mean, m2 = self.batch_moments(y)
         else:

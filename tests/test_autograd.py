@@ -35,18 +35,21 @@ def test_gradcheck_of_one_layer(training, relu, residual):
         statistics = [t.clone() for t in running]
         return conv_bn_act(x, weight, gamma, beta, *statistics, r, training=training, stride=2, padding=1, relu=relu)
 
-    assert torch.autograd.gradcheck(f, [x, weight, gamma, beta, *([r] if residual else [])])
+    with fused_resnet.backend("eager"):
+        assert torch.autograd.gradcheck(f, [x, weight, gamma, beta, *([r] if residual else [])])
 
 
+@pytest.mark.parametrize("backend", ["eager", "off"])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("running", [True, False])
-def test_conv_bn_act_is_pytorchs_three_calls(affine, running):
+def test_conv_bn_act_is_pytorchs_three_calls(affine, running, backend):
     """Output and running statistics, with and without the optional vectors, any layout of x and residual."""
     (weight, gamma, beta), statistics = layer(k=6, c=4, dtype=torch.float32)
     gamma, beta = (gamma, beta) if affine else (None, None)
     ours, theirs = ([t.clone() for t in statistics] if running else [None, None] for _ in range(2))
     x, r = torch.randn(3, 4, 6, 7), torch.randn(3, 6, 7, 6).transpose(2, 3)
-    out = conv_bn_act(x, weight, gamma, beta, *ours, r, momentum=0.3, padding=1)
+    with fused_resnet.backend(backend):
+        out = conv_bn_act(x, weight, gamma, beta, *ours, r, momentum=0.3, padding=1)
     expected = F.relu(F.batch_norm(F.conv2d(x, weight, None, 1, 1), *theirs, gamma, beta, True, 0.3) + r)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -111,7 +114,8 @@ def test_backward_keeps_the_backend_of_its_forward(monkeypatch):
 def test_double_backward_is_an_error_and_never_a_wrong_number():
     (weight, gamma, beta), _ = layer()
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
-    out = conv_bn_act(x, weight, gamma, beta, None, None)
+    with fused_resnet.backend("eager"):
+        out = conv_bn_act(x, weight, gamma, beta, None, None)
     (g,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         g.square().sum().backward()
@@ -153,7 +157,8 @@ def test_weight_gradients_have_the_weights_strides(strides, size):
     (weight, gamma, beta), _ = layer(size=size, k=4, c=4, dtype=torch.float32)
     weight = weight.detach()
     weight = (weight.contiguous(memory_format=torch.channels_last) if strides == "channels_last" else weight).requires_grad_()
-    conv_bn_act(torch.randn(2, 4, 5, 5), weight, gamma, beta, None, None).sum().backward()
+    with fused_resnet.backend("eager"):
+        conv_bn_act(torch.randn(2, 4, 5, 5), weight, gamma, beta, None, None).sum().backward()
     assert weight.grad.stride() == weight.stride()
 
 

@@ -171,10 +171,19 @@ def test_norm_of_an_activation(layout, training):
     torch.library.opcheck(overload("norm_act_backward"), (*saved, training, "eager"))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics(momentum):
+    """The one operator that writes into its arguments, as its schema says."""
+    vectors = [[torch.rand(c) + 0.5 for c in (3, 5)] for _ in range(4)]
+    vectors[0][0] = vectors[0][0].half()
+    counts = [torch.tensor(2), torch.tensor(7)]
+    torch.library.opcheck(overload("update_running_statistics"), (counts, *vectors, [12, 0], momentum))
+
+
 def test_no_operator_is_left_out():
     checked = [*OPERATORS, *(name for name, _ in FINISHING), "norm_act"]
     there = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::")}
-    assert there == {*checked, *(f"{name}_backward" for name in checked)}
+    assert there == {*checked, *(f"{name}_backward" for name in checked), "update_running_statistics"}
 
 
 @pytest.mark.parametrize("fault", ["fake of another stride", "an argument that is written"])

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fused_resnet
 from fused_resnet.backends import BACKENDS
-from fused_resnet.nn import activation
+from fused_resnet.ops import running
 
 
 def step(model: nn.Module, x: torch.Tensor, backend: str, call=None) -> torch.Tensor:
@@ -217,7 +217,7 @@ def test_checkpointing_updates_statistics_once(what, reentrant):
 
 
 def test_the_checkpoint_test_sees_a_second_update(monkeypatch):
-    monkeypatch.setattr(activation.torch._C, "_current_graph_task_id", lambda: -1)
+    monkeypatch.setattr(running.torch._C, "_current_graph_task_id", lambda: -1)
     with pytest.raises(AssertionError):
         test_checkpointing_updates_statistics_once("blocks", False)
 

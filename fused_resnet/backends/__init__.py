@@ -6,6 +6,7 @@ those with the convolutions that were measured to be faster as Triton kernels or
 where it can't run, an error says why.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -45,7 +46,22 @@ def choices() -> tuple[str, ...]:
     return ("auto", "off", "passes", "tuned", *BACKENDS)
 
 
-_forced: str | None = None
+class _Forced(threading.local):
+    """The choice of the thread that asks. Not a ContextVar, which the compilers of PyTorch up to 2.13 can't trace; this they guard."""
+
+    name: str | None = None
+
+
+_forced = _Forced()
+#: Where the threads of autograd find the choice of the thread that called backward: PyTorch hands them what is under such keys.
+_KEY = "fused_resnet.backend"
+
+
+def _inherited() -> str | None:
+    """The choice in force where backward was called, asked from within it: a checkpoint's second forward runs there."""
+    if torch._C._current_graph_task_id() == -1 or not torch._C._is_key_in_tls(_KEY):
+        return None
+    return torch._C._get_obj_in_tls(_KEY)
 
 
 def _checked(name: str, origin: str) -> str:
@@ -58,16 +74,22 @@ def _checked(name: str, origin: str) -> str:
 def backend(name: str) -> Iterator[None]:
     """Force a backend within a `with` block: one of `choices()`; it goes before `FUSED_RESNET_BACKEND`.
 
-    The choice is made when an operator's forward runs, and its backward keeps it, wherever that runs. It holds for the whole
-    process, since autograd runs in threads of its own. Raises ValueError for an unknown name; a backend that can't run where
-    the tensors are raises RuntimeError at the first operator.
+    The choice is made when an operator's forward runs, and its backward keeps it, wherever that runs. It holds for the thread that makes
+    it, and for autograd's threads while a backward runs that was called from there; any other thread makes its own, or takes that of the
+    variable. Raises ValueError for an unknown name; a backend that can't run where the tensors are raises RuntimeError at the
+    first operator.
     """
-    global _forced
-    before, _forced = _forced, _checked(name, "backend(name)")
+    before = _forced.name
+    _force(_checked(name, "backend(name)"))
     try:
         yield
     finally:
-        _forced = before
+        _force(before)
+
+
+def _force(name: str | None) -> None:
+    _forced.name = name
+    torch._C._stash_obj_in_tls(_KEY, name)
 
 
 @cache  # asked at every call of an operator; what the answer depends on stays as it is while a process runs
@@ -88,7 +110,10 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
 
     Raises RuntimeError where a forced backend can't run there, and ValueError where `FUSED_RESNET_BACKEND` names none.
     """
-    choice = _forced or _checked(environment.backend_name(), "FUSED_RESNET_BACKEND")
+    choice = _forced.name
+    if choice is None and not torch.compiler.is_compiling():
+        choice = _inherited()
+    choice = choice or _checked(environment.backend_name(), "FUSED_RESNET_BACKEND")
     if choice == "off":
         return choice
     candidates = automatic(device, dtype) if choice == "auto" else FAMILIES.get(choice, (choice,))

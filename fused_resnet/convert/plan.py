@@ -68,10 +68,10 @@ class Ref(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A convolution and the norm that alone reads its output."""
+    """A convolution and the norm that alone reads its output; None where no norm does."""
 
     conv: nn.Conv2d
-    norm: nn.Module
+    norm: nn.Module | None
 
 
 class Run:
@@ -157,13 +157,13 @@ class Plan:
         convs = {norm: conv for norm in nodes if (conv := self._conv_before(norm)) is not None}
         acts = {relu: norm for relu in nodes if (norm := self._norm_before(relu)) is not None and norm not in convs}
         within = {*convs.values(), *acts.values()}
-        partners, last = self._partners(convs), self._last_reads(nodes, within)
+        partners, last = self._partners(convs, nodes), self._last_reads(nodes, within)
         steps = []
         for node in nodes:
             if node.op == "placeholder" or node in within:
                 continue
-            if node in convs:
-                step = self._pair_step(node, convs[node], partners.get(node))
+            if node in convs or node in partners or node in partners.values():
+                step = self._pair_step(node, convs, partners.get(node))
             elif node in acts:
                 norm = acts[node]
                 step = Step(run_norm_act, self.order[node], self._template(norm.args), {}, self._module(norm))
@@ -207,12 +207,15 @@ class Plan:
         module = self._module(node)
         return is_relu_like(module) if module is not None else calls(node, "relu", "relu_")
 
-    def _partners(self, convs: dict[Node, Node]) -> dict[Node, Node]:
-        """Norms whose convolution reads what an earlier one's reads: first -> second. One node then has both gradients."""
+    def _partners(self, convs: dict[Node, Node], nodes: list[Node]) -> dict[Node, Node]:
+        """Two convolutions of one value, each by its norm or, without one, by itself: first -> second. One node then has both gradients."""
         readers: dict[Node, list[Node]] = {}
-        for norm, conv in convs.items():
-            readers.setdefault(conv.args[0], []).append(norm)
-        pairs = [norms[:2] for norms in readers.values() if len(norms) > 1]
+        for node in nodes:
+            module = self._module(node)
+            bare = node not in convs.values() and is_conv_like(module) and module.bias is None
+            if node in convs or (bare and self._only_input(node) is not None):
+                readers.setdefault(convs.get(node, node).args[0], []).append(node)
+        pairs = [found[:2] for found in readers.values() if len(found) > 1 and any(node in convs for node in found[:2])]
         return {one: two for one, two in pairs if not self._writes_between(one, two)}
 
     def _last_reads(self, nodes: list[Node], within: set[Node]) -> dict[Node, list[Node]]:
@@ -224,13 +227,17 @@ class Plan:
                 last.setdefault(max(readers, key=self.order.__getitem__), []).append(node)
         return last
 
-    def _pair_step(self, norm: Node, conv: Node, partner: Node | None) -> Step:
-        read, along, readers = conv.args[0], None, 1
-        if partner is not None:
-            other = Pair(self._module(partner.args[0]), self._module(partner))
-            along, readers = (self.order[partner], other), 2
-        pair = Pair(self._module(conv), self._module(norm))
-        return Step(run_pair, self.order[norm], (Ref(self.order[read]),), {}, alone=len(read.users) == readers, pair=pair, partner=along)
+    def _pair_step(self, node: Node, convs: dict[Node, Node], partner: Node | None) -> Step:
+        read = convs.get(node, node).args[0]
+        along = None if partner is None else (self.order[partner], self._pair(partner, convs))
+        alone = len(read.users) == (1 if partner is None else 2)
+        return Step(run_pair, self.order[node], (Ref(self.order[read]),), {}, alone=alone, pair=self._pair(node, convs), partner=along)
+
+    def _pair(self, node: Node, convs: dict[Node, Node]) -> Pair:
+        if node in convs:
+            return Pair(self._module(convs[node]), self._module(node))
+        self.alone.append(self._module(node))
+        return Pair(self._module(node), None)
 
     def _other_step(self, node: Node) -> Step:
         module = self._module(node)
@@ -239,6 +246,8 @@ class Plan:
         if node.op == "get_attr":
             owner, _, name = node.target.rpartition(".")
             return step._replace(run=run_read, call=(self.traced.root.get_submodule(owner), name))
+        if calls(node, "view"):
+            return step._replace(run=run_view)
         read = self._only_input(node)
         alone = read is not None and len(read.users) == 1
         if self._is_relu(node) and read is not None:
@@ -355,6 +364,14 @@ def run_call(step: Step, run: Run) -> Any:
     return step.call(*args, **kwargs)
 
 
+def run_view(step: Step, run: Run) -> Any:
+    """A view of what the operators give in channels_last, where PyTorch's modules would give it in the order that a view wants."""
+    x, *sizes = filled(step.args, run)
+    if isinstance(x, Tensor) and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous()
+    return x.view(*sizes, **filled(step.kwargs, run))
+
+
 def run_read(step: Step, run: Run) -> Any:
     """A parameter or buffer."""
     return getattr(*step.call)
@@ -426,9 +443,7 @@ def run_conv(step: Step, run: Run) -> Any:
     value, conv = run.values[step.args[0].index], step.call
     if not (type(value) is Lazy and value.relu and value.residual is None and takes(value, conv)):
         return run_call(step, run)
-    weight = conv.weight.to(value.x.y.dtype)
-    zeros, ones = conv.weight.new_zeros(conv.out_channels), conv.weight.new_ones(conv.out_channels)
-    return ops.norm_act_conv(value.x, Conv(weight, Norm(None, None, zeros, ones, False, 0.0), geometry(conv))).y
+    return ops.norm_act_conv(value.x, layer(Pair(conv, None), value.x.y.dtype)).y
 
 
 def run_affine(step: Step, run: Run) -> Any:
@@ -448,7 +463,8 @@ def run_pair(step: Step, run: Run) -> Any:
     if type(value) is Lazy and not value.relu:
         value = run.tensor(index)
     if not takes(value, step.pair.conv):
-        return norm_forward(step.pair.norm, step.pair.conv(run.tensor(index)))
+        out = step.pair.conv(run.tensor(index))
+        return out if step.pair.norm is None else norm_forward(step.pair.norm, out)
     both = step.partner is not None and takes(value, step.partner[1].conv)
     pairs = [step.pair, step.partner[1]] if both else [step.pair]
     if type(value) is Lazy:
@@ -466,9 +482,10 @@ def run_pair(step: Step, run: Run) -> Any:
         made = ops.conv_stats_pair(x, *layers) if both else [ops.conv_stats(x, layers[0])]
     for pair, out in zip(pairs, made, strict=True):
         run.statistics += told(pair, out)
+    first, *second = (out.y if pair.norm is None else Lazy(out) for pair, out in zip(pairs, made, strict=True))
     if both:
-        run.values[step.partner[0]] = Lazy(made[1])
-    return Lazy(made[0])
+        run.values[step.partner[0]] = second[0]
+    return first
 
 
 def takes(value: Any, conv: nn.Conv2d) -> bool:
@@ -482,7 +499,11 @@ def takes(value: Any, conv: nn.Conv2d) -> bool:
 def layer(pair: Pair, dtype: torch.dtype) -> Conv:
     """A convolution and its norm as an operator takes them. A bias of the convolution goes into the norm's."""
     conv, norm = pair
-    weight, bias, norm = conv.weight, conv.bias, taken(norm)
+    weight, bias = conv.weight, conv.bias
+    if norm is None:  # one that changes nothing, exactly
+        norm = Norm(None, None, weight.new_zeros(conv.out_channels), weight.new_ones(conv.out_channels), False, 0.0)
+    else:
+        norm = taken(norm)
     return Conv(weight if weight.dtype == dtype else weight.to(dtype), norm if bias is None else with_bias(norm, bias), geometry(conv))
 
 
@@ -498,6 +519,6 @@ def with_bias(norm: Norm, bias: Tensor) -> Norm:
 
 def told(pair: Pair, out: Pending) -> tuple[BatchStatistics, ...]:
     """What a convolution's output tells its norm's running statistics."""
-    statistics = batch_statistics(pair.norm, out)
+    statistics = () if pair.norm is None else batch_statistics(pair.norm, out)
     bias = pair.conv.bias
     return statistics if bias is None else tuple(s._replace(mean=s.mean + bias.detach()) for s in statistics)

@@ -57,7 +57,7 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         left = Counter(c.reason for c in self.convolutions if not c.fused)
-        if len(left) == 1 and OFF in left:
+        if OFF in left and left.total() == len(self.convolutions):
             return f"0 of {len(self.convolutions)} convolutions fused: {OFF}"
         lines = self._table() if self.rows else []
         for reason in left:
@@ -144,10 +144,9 @@ def _of_block(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 def _of_structure(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     traced, plan = plans_of(module).current()
-    if plan is None or not plan.fuses:
+    if plan is None:
         for child in module.children():
-            reason = f"{_original(module).__name__}: {traced.why}" if traced.why else "no batch norm follows it"
-            yield from ((m, reason if m is child else why) for m, why in _judged(child))
+            yield from ((m, f"{_original(module).__name__}: {traced.why}" if m is child else why) for m, why in _judged(child))
         return
     for called in plan.calls:
         if not isinstance(called, _CONVS):

@@ -10,7 +10,7 @@ from ..nn import Block, PreActivation, ResidualNetwork, Stage
 from ..nn.modules import observed, runs_fused
 from .kinds import is_conv_like, is_norm_like
 from .plan import Plan
-from .trace import Traced, original_of, trace
+from .trace import Traced, original_of, same, trace
 
 #: Forwards that are kept for one module: a network switches between training and eval mode, and hooks come and go.
 _KEPT = 4
@@ -58,7 +58,7 @@ class Structured:
         replica = vars(self).get("_is_replica", False)  # of DataParallel, which lives for one forward
         traced, plan = (None if replica else plans_of(self).current()) or (None, None)
         if plan is not None and plan.fuses:
-            given = arguments(traced.parameters, args, kwargs)
+            given = arguments(traced, args, kwargs)
             if given is not None and runs_fused(given[0]):
                 return plan.run(given)
         return self.fuse_original.forward(self, *args, **kwargs)
@@ -68,13 +68,17 @@ class Structured:
         return self.fuse_original.forward(self, *args, **kwargs)
 
 
-def arguments(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...] | None:
-    """What a forward was given, in order, where that is a tensor for each argument that it must have, and nothing else."""
-    if kwargs:
-        rest = names[len(args) :]
-        if set(rest) != set(kwargs):
+def arguments(traced: Traced, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...] | None:
+    """What a forward was given, in order, where that is a tensor for each argument that it must have, and the default of any other."""
+    names = traced.parameters
+    if kwargs or len(args) > len(names):
+        given = dict(zip((*names, *traced.defaults), args, strict=False))
+        if len(given) < len(args) or given.keys() & kwargs.keys():
             return None
-        args = (*args, *(kwargs[name] for name in rest))
+        given |= kwargs
+        args = tuple(given.pop(name, None) for name in names)
+        if any(name not in traced.defaults or not same(traced.defaults[name], value) for name, value in given.items()):
+            return None
     return args if len(args) == len(names) and all(isinstance(a, Tensor) for a in args) else None
 
 
@@ -114,7 +118,7 @@ def holds_convolution(module: nn.Module) -> bool:
 
 def may_be_looked_into(module: nn.Module) -> bool:
     """Whether a module holds convolutions, is somebody's own or a sequence, and can be traced."""
-    if isinstance(module, torch.jit.ScriptModule | nn.ModuleList | nn.ModuleDict) or not holds_convolution(module):
+    if isinstance(module, torch.jit.ScriptModule) or type(module).forward is nn.Module.forward or not holds_convolution(module):
         return False
     if type(module).__module__.startswith("torch.nn.") and type(module).forward is not nn.Sequential.forward:
         return False

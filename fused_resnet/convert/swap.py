@@ -29,6 +29,13 @@ class Fused:
     fuse_original: type[nn.Module]
     fuse_methods: tuple[tuple[str, Any], ...]  #: those of the original that are stood for, as they were
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles: the module as before `fuse`, with the same parameters. This one stays fused."""
+        twin = self.fuse_original.__new__(self.fuse_original)
+        vars(twin).update(vars(self), _modules=dict(self._modules))
+        vars(twin).pop("_plans", None)
+        return twin
+
     def __reduce_ex__(self, protocol: int) -> Any:
         constructor, arguments, *state = super().__reduce_ex__(protocol)
         if constructor is copyreg.__newobj__ and "fuse_original" in vars(type(self)):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import Attribute, TracerBase
 
+from ..nn import Block, PreActivation
 from ..nn.modules import autocasts, observed
 
 #: Attributes that every nn.Module has for itself; what of them matters is asked for by other means.
@@ -54,7 +55,8 @@ class Traced(NamedTuple):
     graph: Graph | None  #: None where it can't be traced
     why: str  #: why not
     modules: dict[str, nn.Module]  #: those that nodes call, by target
-    parameters: tuple[str, ...]  #: names of the arguments
+    parameters: tuple[str, ...]  #: names of the arguments that are tensors
+    defaults: dict[str, Any]  #: of the other arguments, in order
     conditions: tuple["Condition", ...]
 
     def holds(self) -> bool:
@@ -89,7 +91,7 @@ class Condition(NamedTuple):
         if read:
             values = module.__dict__
             for name, value in read:
-                if name not in values or not _same(values[name], value):
+                if name not in values or not same(values[name], value):
                     return False
         return True
 
@@ -108,10 +110,11 @@ def trace(root: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
     """One forward of `root`, looking into every module that is no leaf."""
     tracer = Tracer(root, is_leaf)
     forward = forward_of(type(root))
-    parameters: tuple[str, ...] = ()
+    parameters, defaults = _arguments(forward)
     graph, why = None, ""
     try:
-        parameters = _required(forward)
+        if not parameters:
+            raise Untraceable("its forward takes no tensor")
         with tracer.watching():
             arguments = [tracer.create_proxy("placeholder", name, (), {}) for name in parameters]
             out = forward(root, *arguments)
@@ -121,18 +124,14 @@ def trace(root: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
         why = str(error)
     except Exception as error:  # a forward that asks a stand-in for what only a tensor has may fail in any way
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
-    return Traced(root, graph, why, tracer.called, parameters, tracer.conditions())
+    return Traced(root, graph, why, tracer.called, parameters, defaults, tracer.conditions())
 
 
-def _required(forward: Callable) -> tuple[str, ...]:
-    """The names of the arguments that a forward has to be given."""
+def _arguments(forward: Callable) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The arguments that a forward has to be given, which are taken for tensors (any number for one), and the defaults of the others."""
     _, *parameters = inspect.signature(forward).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        raise Untraceable("its forward takes any number of arguments")
-    names = tuple(p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-    if not names:
-        raise Untraceable("its forward takes no tensor")
-    return names
+    given = tuple(p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD)
+    return given, {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 class Stand(Proxy):
@@ -147,6 +146,11 @@ class Stand(Proxy):
         if not self.is_tensor_for_sure:
             raise Untraceable("its forward asks for the type of a value")
         return Tensor
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "is_tensor_for_sure"):
+            raise Untraceable("its forward sets attributes of tensors")
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Attribute:
         if not hasattr(Tensor, name):
@@ -279,7 +283,7 @@ class Tracer(TracerBase):
         for module, reads in self.reads.items():
             for name, value in reads.items():
                 held = module.__dict__.get(name)
-                if isinstance(held, (list, dict, set)) and not _same(held, value):
+                if isinstance(held, (list, dict, set)) and not same(held, value):
                     held.clear()
                     held.extend(value) if isinstance(held, list) else held.update(value)
                     changed = name
@@ -317,6 +321,8 @@ def type_of(module: nn.Module) -> type:
 def gives_tensor(module: nn.Module) -> bool:
     """Whether a leaf is certain to give one tensor."""
     cls = type_of(module)
+    if isinstance(module, Block | PreActivation | nn.Conv2d | nn.modules.batchnorm._BatchNorm):
+        return True
     if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention | nn.Transformer) or getattr(module, "return_indices", False):
         return False
     return cls.__module__.startswith("torch.nn.modules")
@@ -369,7 +375,7 @@ def _snapshot(value: Any, name: str) -> Any:
     raise Untraceable(f"its forward reads {name}, {_a(type(value).__name__)}")
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, complex, str, bytes, tuple, list, dict, set)) and a == b)
 
 

@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -15,9 +14,9 @@ class BatchStatistics(NamedTuple):
     """What one forward tells the running statistics of a norm that tracks them."""
 
     norm: nn.BatchNorm2d | nn.SyncBatchNorm
-    mean: Tensor  #: [C]
-    var: Tensor  #: [C]
-    correction: float  #: by which var is multiplied to be unbiased
+    mean: Tensor | None  #: [C]; None of an empty batch, which is counted, and tells nothing else
+    var: Tensor | None  #: [C]
+    size: int  #: of how many values a channel `var` is the biased variance; 0 where it is unbiased
 
 
 class Activation(NamedTuple):
@@ -38,45 +37,27 @@ class Activation(NamedTuple):
         return ops.norm_add_act(self.x, self.residual) if isinstance(self.x, Pending) else self.x
 
 
-@torch.no_grad()
-def update_running_statistics(statistics: tuple[BatchStatistics, ...]) -> None:
-    """Write the batch statistics of one forward into the running statistics of their norms, as nn.BatchNorm2d does.
+def update_running_statistics(statistics: Sequence[BatchStatistics]) -> None:
+    """Write the batch statistics of one forward, in order, into the running statistics of their norms, as nn.BatchNorm2d does.
 
-    running = (1 − momentum)·running + momentum·batch, with the unbiased variance; a momentum of None is a running average.
-    A forward that runs within a backward is a checkpoint's second one, whose batch the norms have been told of: it writes nothing.
+    A norm that several convolutions share is told of them one after the other.
     """
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-        return
-    groups = defaultdict(list)
-    for s in statistics:
-        buffers = s.norm._buffers
-        if buffers["running_mean"] is not None:
-            groups[s.norm.momentum].append((s, buffers))
-    for momentum, members in groups.items():
-        torch._foreach_add_([buffers["num_batches_tracked"] for _, buffers in members], 1)
-        if momentum is not None:
-            running = [(buffers["running_mean"], buffers["running_var"]) for _, buffers in members]
-            blend(running, [s[1:] for s, _ in members], momentum)
+    told, groups = {}, defaultdict(list)
+    for norm, *batch in statistics:
+        momentum, count, mean = norm.momentum, _buffer(norm, "num_batches_tracked"), _buffer(norm, "running_mean")
+        if mean is None or (momentum is None and count is None):  # PyTorch then leaves them alone, too
             continue
-        for (_, mean, var, correction), buffers in members:
-            # The weight stays where it is: a GPU need not wait, nor a graph break.
-            for running, value in ((buffers["running_mean"], mean), (buffers["running_var"], var * correction)):
-                running.lerp_(value.to(running.dtype), buffers["num_batches_tracked"].to(running.dtype).reciprocal())
+        before = told.get(norm, 0)
+        told[norm] = before + 1
+        groups[before, momentum].append((count, mean, _buffer(norm, "running_var"), *batch))
+    for (_, momentum), members in groups.items():
+        members.sort(key=lambda member: member[3] is None)
+        counts = [count for count, *_ in members if count is not None]
+        filled = [rest for _, *rest in members if rest[2] is not None]
+        ops.update_running_statistics(counts, *(zip(*filled, strict=True) if filled else [()] * 5), momentum)
 
 
-def moments(out: Pending, shared: bool = False) -> tuple[Tensor, Tensor, float]:
-    """(mean, variance, what makes it unbiased) of the batch that `out` is, or is this process's share of."""
-    if shared:
-        return out.mean, out.var, 1.0
-    count = out.y.numel() // out.y.shape[1]
-    return out.mean, out.var, count / (count - 1)
-
-
-@torch.no_grad()
-def blend(running: Sequence[tuple[Tensor, Tensor]], batches: Sequence[tuple[Tensor, Tensor, float]], weight: float) -> None:
-    """running = (1 − weight)·running + weight·batch in place, of pairs (mean, variance). A batch's are `moments`."""
-    means, variances, corrections = zip(*batches, strict=True)
-    values = [*means, *torch._foreach_mul(variances, corrections)]
-    running_means, running_variances = zip(*running, strict=True)
-    targets = running_means + running_variances
-    torch._foreach_lerp_(targets, [v if v.dtype == t.dtype else v.to(t.dtype) for v, t in zip(values, targets, strict=True)], weight)
+def _buffer(norm: nn.Module, name: str) -> Tensor | None:
+    """norm.<name>: where a module keeps buffers, it is found sooner than by nn.Module's own search."""
+    buffers = norm._buffers
+    return buffers[name] if name in buffers else getattr(norm, name)

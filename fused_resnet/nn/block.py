@@ -1,12 +1,12 @@
 """The residual block: convolutions with norms, a shortcut around them, and the rule by which activations stay pending."""
 
 from abc import abstractmethod
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import Pending, Source
 from . import folded
 from .activation import Activation
 from .modules import (
@@ -22,9 +22,10 @@ from .modules import (
     is_unobserved,
     met,
     runs_modules,
+    takes,
     why_not,
 )
-from .recompute import Recomputation, recomputation
+from .recompute import run_of
 
 
 class Block(nn.Module):
@@ -48,10 +49,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output [N, K, P, Q] for an activation x [N, C, H, W]."""
-        dtype = compute_dtype(x)
-        if runs_modules(x, dtype):
+        if runs_modules(x, compute_dtype(x)):
             return self.forward_modules(x)
-        return self.advance(enter(x, dtype)).finish()
+        return self.advance(Activation(x)).finish()
 
     def forward_modules(self, x: Tensor) -> Tensor:
         """The same by PyTorch's own modules, one after the other."""
@@ -96,53 +96,36 @@ class Block(nn.Module):
 
     def advance(self, a: Activation) -> Activation:
         """From the activation before this block to the one behind it, which stays pending."""
-        if not self.fusible():
-            return Activation(folded.block_forward(self, a.finish()))  # in its own layout: whoever needs another converts
-        first, *rest = self.branch()
-        again = recomputation(self.recompute)
-        with again or nullcontext():
-            out, residual, statistics = self._first_convolution(a, first, again)
-            for conv, norm in rest:
-                x, conv = out, conv_and_norm(conv, norm, out.y.dtype)
-                out = ops.norm_act_conv(x, conv)
-                if again is not None:
-                    again.ran(x, conv, out)
-                statistics += batch_statistics(norm, out)
-        return Activation(out, residual, a.statistics + statistics)
-
-    def _first_convolution(self, a: Activation, first: tuple[nn.Conv2d, nn.BatchNorm2d], again: Recomputation | None):
-        """Make the activation before this block while the first convolution (and the projection) reads it."""
-        exists = isinstance(a.x, Tensor)
-        if exists:  # under autocast, PyTorch's modules may have made it in float32
-            a = enter(a.x, compute_dtype(a.x))
-        dtype = a.x.dtype if exists else a.x.y.dtype
-        conv, norm, projection = conv_and_norm(*first, dtype), first[1], self.projection()
-        if projection is not None and projection[0] is None:
-            _, conv2, norm2 = projection
-            shortcut = conv_and_norm(conv2, norm2, dtype)
-            if exists:
-                (out, residual), act = ops.conv_stats_pair(a.x, conv, shortcut), a.x
-            else:
-                out, residual, act = ops.norm_add_act_conv_pair(a.x, a.residual, conv, shortcut)
-            if again is not None:
-                again.ran(a.x, conv, out, a.residual, act)
-            return out, residual, batch_statistics(norm, out) + batch_statistics(norm2, residual)
-        if exists:
-            out, act = ops.conv_stats(a.x, conv), a.x
-        elif self.shortcut or a.residual is not None:
-            out, act = ops.norm_add_act_conv(a.x, a.residual, conv)
-        else:  # nobody but this convolution reads the activation
-            out, act = ops.norm_act_conv(a.x, conv), None
-        if again is not None:
-            again.ran(a.x, conv, out, a.residual, act)
-        statistics = batch_statistics(norm, out)
-        if not self.shortcut or self.downsample is None:
-            return out, act if self.shortcut else None, statistics
-        if projection is None:
-            return out, enter(self.downsample(act), dtype).x, statistics
-        pool, conv2, norm2 = projection
-        residual = ops.conv_stats(enter(pool(act), dtype).x, conv_and_norm(conv2, norm2, dtype))
-        return out, residual, statistics + batch_statistics(norm2, residual)
+        branch = self.branch()
+        if not self.fusible() or not (isinstance(a.x, Pending) or takes(branch[0][0], a.x)):
+            return Activation(folded.block_forward(self, a.finish()))
+        if isinstance(a.x, Tensor):  # under autocast, PyTorch's modules may have made it in float32
+            x = enter(a.x, compute_dtype(a.x)).x
+            given = Source(x)
+        else:
+            x, given = a.x.y, ops.source(a.x, a.residual)
+        projection = self.projection()
+        layers = [[conv_and_norm(conv, norm, x)] for conv, norm in branch]
+        beside = projection is not None and projection[0] is None  # it reads what the branch's first convolution reads
+        if beside:
+            layers[0].append(conv_and_norm(*projection[1:], x))
+        made = run_of(given, layers, self.shortcut, self.recompute)
+        outs = [first for (first, *_), _, _ in made]
+        act = made[0].act
+        statistics = a.statistics
+        for (_, norm), out in zip(branch, outs, strict=True):
+            statistics += batch_statistics(norm, out)
+        if beside:
+            residual = made[0].pendings[-1]
+        elif not self.shortcut or self.downsample is None:
+            residual = act if self.shortcut else None
+        elif projection is None:
+            residual = enter(self.downsample(act), x.dtype).x
+        else:
+            residual = ops.conv_stats(enter(projection[0](act), x.dtype).x, conv_and_norm(*projection[1:], x))
+        if projection is not None:  # PyTorch's modules run it last
+            statistics += batch_statistics(projection[-1], residual)
+        return Activation(outs[-1], residual, statistics)
 
 
 def enter(x: Tensor, dtype: torch.dtype | None = None) -> Activation:

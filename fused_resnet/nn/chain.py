@@ -22,17 +22,18 @@ from .modules import (
     is_row,
     observed,
     runs_fused,
+    takes,
 )
 
 
 class Stage(nn.Sequential):
     """nn.Sequential that leaves activations pending within; its own output is a tensor."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the modules make of x, one after the other."""
-        if not runs_fused(x):
-            return super().forward(x)
-        return run(self, Activation(x)).finish()
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (nn.Sequential's word)
+        """What the modules make of `input`, one after the other."""
+        if not runs_fused(input):
+            return super().forward(input)
+        return run(self, Activation(input)).finish()
 
 
 def run(modules: Iterable[nn.Module], a: Activation) -> Activation:
@@ -41,7 +42,7 @@ def run(modules: Iterable[nn.Module], a: Activation) -> Activation:
     position = 0
     while position < len(queue):
         length = conv_norm_act_length(queue, position)
-        if length:
+        if length and (isinstance(a.x, Pending) or takes(queue[position], a.x)):
             a = _conv_norm_act(a, *queue[position : position + 2])
             position += length
         elif length := conv_act_length(queue, position):
@@ -82,11 +83,11 @@ def conv_norm_act_length(queue: list[nn.Module], position: int) -> int:
 def _conv_norm_act(a: Activation, conv: nn.Conv2d, norm: nn.Module) -> Activation:
     if isinstance(a.x, Tensor):
         x = enter(a.x, compute_dtype(a.x)).x
-        out = ops.conv_stats(x, conv_and_norm(conv, norm, x.dtype))
+        out = ops.conv_stats(x, conv_and_norm(conv, norm, x))
     elif a.residual is None:
-        out = ops.norm_act_conv(a.x, conv_and_norm(conv, norm, a.x.y.dtype))
+        out = ops.norm_act_conv(a.x, conv_and_norm(conv, norm, a.x.y))
     else:
-        out, _ = ops.norm_add_act_conv(a.x, a.residual, conv_and_norm(conv, norm, a.x.y.dtype))
+        out, _ = ops.norm_add_act_conv(a.x, a.residual, conv_and_norm(conv, norm, a.x.y))
     return Activation(out, None, a.statistics + batch_statistics(norm, out))
 
 

@@ -11,7 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .modules import Requirement, compute_dtype, geometry, is_conv, is_folded_conv, is_norm, is_nothing, is_relu, is_row, met
+from .modules import (
+    Requirement,
+    compute_dtype,
+    geometry,
+    is_conv,
+    is_folded_conv,
+    is_norm,
+    is_nothing,
+    is_relu,
+    is_row,
+    met,
+    takes,
+    weight_for,
+)
 
 #: What stands, in a folded block, where a block has what the first asks for.
 _INSTEAD = {is_conv: is_folded_conv, is_norm: is_nothing}
@@ -29,7 +42,7 @@ def is_folded(block: nn.Module) -> bool:
 
 def block_forward(block: nn.Module, x: Tensor) -> Tensor:
     """The output of a `Block` that is not `fusible`, for an activation x [N, C, H, W]: folded, or by PyTorch's modules."""
-    if block.training or not (inferring(x, block.modules()) and is_folded(block)):
+    if block.training or not (inferring(x, block.modules()) and is_folded(block) and takes(block.branch()[0][0], x)):
         return block.forward_modules(x)
     out = x = _as_read(x, compute_dtype(x))
     *inner, (last, _) = block.branch()
@@ -48,7 +61,7 @@ def conv_act_length(queue: Sequence[nn.Module], position: int) -> int:
 
 def row_forward(members: Sequence[nn.Module], x: Tensor) -> Tensor:
     """What the members that `conv_act_length` counts make of x [N, C, H, W]."""
-    if not members[0].training and inferring(x, members):
+    if not members[0].training and takes(members[0], x) and inferring(x, members):
         return _conv_act(_as_read(x, compute_dtype(x)), members[0], relu=len(members) == 3)
     for module in members:
         x = module(x)
@@ -68,7 +81,7 @@ def _shortcut(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def _conv_act(x: Tensor, conv: nn.Conv2d, residual: Tensor | None = None, relu: bool = True) -> Tensor:
-    return ops.conv_affine_act(x, conv.weight.to(x.dtype), geometry(conv), None, conv.bias, residual, relu)
+    return ops.conv_affine_act(x, weight_for(conv, x), geometry(conv), None, conv.bias, residual, relu)
 
 
 def inferring(x: Tensor, modules: Iterable[nn.Module]) -> bool:
@@ -77,7 +90,7 @@ def inferring(x: Tensor, modules: Iterable[nn.Module]) -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    return not any(p.requires_grad for m in modules for p in m._parameters.values() if p is not None)
+    return not any(isinstance(t, Tensor) and t.requires_grad for m in modules for t in (*m._parameters.values(), *vars(m).values()))
 
 
 def _as_read(x: Tensor, dtype: torch.dtype) -> Tensor:

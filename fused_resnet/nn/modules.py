@@ -11,9 +11,10 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
+from .. import ops
 from ..backends import resolve
-from ..ops import Conv, ConvGeometry, Norm, Pending
-from .activation import BatchStatistics, moments
+from ..ops import Conv, ConvGeometry, Norm, Pending, values_per_channel
+from .activation import BatchStatistics
 
 #: What a block asks of a module of its own: one of the predicates below, and the module.
 Requirement = tuple[Callable[[nn.Module | None], bool], nn.Module | None]
@@ -51,12 +52,12 @@ def is_unobserved(module: nn.Module | None) -> bool:
 
 def is_conv(module: nn.Module | None) -> bool:
     """A convolution that the operators can run: nn.Conv2d itself, without bias, padded with zeros by numbers."""
-    return _is_plain_conv(module) and module._parameters.get("bias") is None
+    return _is_plain_conv(module) and held(module, "bias") is None
 
 
 def is_folded_conv(module: nn.Module | None) -> bool:
     """The same with a bias, as a convolution that holds a norm has."""
-    return _is_plain_conv(module) and module._parameters.get("bias") is not None
+    return _is_plain_conv(module) and held(module, "bias") is not None
 
 
 def _is_plain_conv(module: nn.Module | None) -> bool:
@@ -155,18 +156,37 @@ def norm_of(norm: nn.Module) -> Norm:
 
 def geometry(conv: nn.Conv2d) -> ConvGeometry:
     """How a convolution moves over its input."""
-    return ConvGeometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+    return ConvGeometry.of(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def conv_and_norm(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype) -> Conv:
-    """The two modules as an operator takes them, the weight in `dtype`."""
+def conv_and_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Conv:
+    """The two modules as an operator takes them that reads x."""
+    return Conv(weight_for(conv, x), norm_of(norm), geometry(conv))
+
+
+def weight_for(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The weight of a convolution of x: in x's dtype, where autocast is on."""
     weight = held(conv, "weight")
-    return Conv(weight if weight.dtype == dtype else weight.to(dtype), norm_of(norm), geometry(conv))
+    return weight if weight.dtype == x.dtype or not autocasts(x.device.type) else weight.to(x.dtype)
+
+
+def takes(conv: nn.Conv2d, x: object) -> bool:
+    """Whether a convolution can read x. Where it can't, PyTorch's own says what is wrong."""
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return False
+    weight = held(conv, "weight")
+    return x.shape[1] == weight.shape[1] * conv.groups and (x.dtype == weight.dtype or autocast_dtype(x) is not None)
 
 
 def held(module: nn.Module, name: str) -> Tensor | None:
-    """module.<name>, a parameter: where a module keeps those, it is found sooner than by nn.Module's own search."""
-    parameters = module._parameters
+    """module.<name>, a parameter or whatever holds its place: found sooner than by nn.Module's own search.
+
+    FSDP, DataParallel's replicas and networks that make the weights of others keep tensors in a module's `__dict__`, where it looks first.
+    """
+    own = module.__dict__
+    if name in own:
+        return own[name]
+    parameters = own["_parameters"]
     return parameters[name] if name in parameters else getattr(module, name)
 
 
@@ -186,7 +206,10 @@ def batch_statistics(norm: nn.BatchNorm2d | nn.SyncBatchNorm, out: Pending) -> t
     """What `out` tells `norm`'s running statistics: nothing outside training."""
     if not norm.training or not getattr(norm, "track_running_stats", False):  # a frozen norm has no such attribute
         return ()
-    return (BatchStatistics(norm, *moments(out, shared=bool(sharing_group(norm)))),)
+    if sharing_group(norm):
+        return (BatchStatistics(norm, out.mean, out.var, 0),)
+    size = values_per_channel(out.y)
+    return (BatchStatistics(norm, out.mean, out.var, size) if size else BatchStatistics(norm, None, None, 0),)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -235,8 +258,12 @@ def replaced() -> bool:
 
 
 def runs_modules(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's own modules run on x, in `dtype`: by choice, or since what is exported has to run without this package."""
-    if _is_exporting() or torch.jit.is_tracing() or resolve(x.device, dtype) == "off":
+    """Whether PyTorch's own modules run on x, in `dtype`.
+
+    By choice; since what is exported has to run without this package; or within a transform of torch.func and under forward-mode AD, for
+    which the operators have no rules.
+    """
+    if _is_exporting() or torch.jit.is_tracing() or ops.is_transformed() or resolve(x.device, dtype) == "off":
         return True
     return not torch.compiler.is_compiling() and replaced()
 

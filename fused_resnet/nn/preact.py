@@ -1,13 +1,11 @@
 """The pre-activation block of He et al. 2016: norm and ReLU before each convolution, the shortcut free of both."""
 
 from abc import abstractmethod
-from contextlib import nullcontext
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import Conv, Norm
+from ..ops import Conv, Norm, Source
 from .activation import update_running_statistics
 from .block import enter
 from .modules import (
@@ -20,9 +18,11 @@ from .modules import (
     met,
     norm_of,
     runs_fused,
+    takes,
+    weight_for,
     why_not,
 )
-from .recompute import recomputation
+from .recompute import run_of
 
 
 class PreActivation(nn.Module):
@@ -66,39 +66,32 @@ class PreActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output [N, K, P, Q] for x [N, C, H, W], which is no activation: a sum of branches."""
-        if not (runs_fused(x) and self.fusible()):
+        if not (runs_fused(x) and self.fusible() and takes(self.layers()[0][1], x)):
             return self.forward_modules(x)
         x = enter(x, compute_dtype(x)).x
-        (norm, conv), *rest = self.layers()
-        act, out = ops.norm_act(x, norm_of(norm))
-        statistics = batch_statistics(norm, out)
-        following = [norm for norm, _ in rest] + [None]
-        pool, projection = self.shortcut_modules()
-        residual, first = x, _conv(conv, following[0], x)
-        again = recomputation(self.recompute)
-        with again or nullcontext():
-            if projection is None:
-                out = ops.conv_stats(act, first)
-            elif pool is None:
-                out, residual = ops.conv_stats_pair(act, first, _conv(projection, None, x))
-            else:
-                out = ops.conv_stats(act, first)
-                residual = enter(torch.conv2d(pool(act), projection.weight.to(x.dtype), None, *geometry(projection))).x
-            if again is not None:
-                again.ran(act, first, out, act=act)
-            for (norm, conv), after in zip(rest, following[1:], strict=True):
-                statistics += batch_statistics(norm, out)
-                before, layer = out, _conv(conv, after, x)
-                out = ops.norm_act_conv(before, layer)
-                if again is not None:
-                    again.ran(before, layer, out)
-        update_running_statistics(statistics)
-        return ops.norm_add_act(out, residual, relu=False)
+        pairs, (pool, projection) = self.layers(), self.shortcut_modules()
+        norms = [norm for norm, _ in pairs]
+        act, normed = ops.norm_act(x, norm_of(norms[0]))
+        layers = [[_conv(conv, after, x)] for (_, conv), after in zip(pairs, [*norms[1:], None], strict=True)]
+        if projection is not None and pool is None:
+            layers[0].append(_conv(projection, None, x))
+        made = run_of(Source(act), layers, True, self.recompute)
+        outs = [normed, *(first for (first, *_), _, _ in made)]
+        if projection is None:
+            residual = x
+        elif pool is None:
+            residual = made[0].pendings[-1]
+        else:
+            # By an operator: its weight's gradient has the weight's strides. Its norm changes nothing, so y is what it stands for.
+            residual = ops.conv_stats(enter(pool(act), x.dtype).x, _conv(projection, None, x)).y
+        update_running_statistics(sum((batch_statistics(norm, out) for norm, out in zip(norms, outs, strict=False)), ()))
+        return ops.norm_add_act(outs[-1], residual, relu=False)
 
 
 def _conv(conv: nn.Conv2d, norm: nn.Module | None, x: Tensor) -> Conv:
     """A convolution with the norm behind it. Where there is none, one that changes nothing: scale 1, bias 0, exactly."""
     if norm is not None:
-        return conv_and_norm(conv, norm, x.dtype)
-    zeros, ones = conv.weight.new_zeros(conv.out_channels), conv.weight.new_ones(conv.out_channels)
-    return Conv(conv.weight.to(x.dtype), Norm(None, None, zeros, ones, False, 0.0), geometry(conv))
+        return conv_and_norm(conv, norm, x)
+    weight = weight_for(conv, x)
+    zeros, ones = (fill((conv.out_channels,)) for fill in (weight.new_zeros, weight.new_ones))
+    return Conv(weight, Norm(None, None, zeros, ones, False, 0.0), geometry(conv))

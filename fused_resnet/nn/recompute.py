@@ -7,7 +7,7 @@ the bits are the same, no statistics are taken, and no process is asked. What th
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from .. import ops
-from ..ops import Conv, Pending
-from ..reference import Reference, Source
+from ..ops import Conv, Convolved, Layer, Source
+from ..reference import Reference
 from .modules import autocasts
 
 #: Of a tensor: its storage, and what it is of that. No two tensors that are alive have the same.
@@ -112,11 +112,9 @@ class Recomputation:
             self._let_go()
         del self._kept, self._layers, self._hooks  # which the graph would hold
 
-    def ran(
-        self, x: Tensor | Pending, conv: Conv, out: Pending, residual: Tensor | Pending | None = None, act: Tensor | None = None
-    ) -> None:
-        """A convolution has made `out`: of `act`, which exists now, or of relu(norm(x)), which nobody else reads."""
-        given = Source(x) if isinstance(x, Tensor) else ops.source(x, residual)
+    def ran(self, given: Source, conv: Conv, made: Convolved) -> None:
+        """A convolution, the first of its layer, has run: on an activation that exists now, or on what `given` stands for."""
+        out, act = made.pendings[0], made.act
         implementation = ops.implementation(given.x)
         conv = conv._replace(weight=conv.weight.detach())
         written = act is not None or implementation.keeps_act(given, [conv])
@@ -167,6 +165,20 @@ class Recomputation:
                 read = origin(layer.hidden)
             if layer is not self._layers[-1]:
                 let_go(layer.y, layer.maker.output, read)
+
+
+def run_of(source: Source, layers: Sequence[Layer], act_is_read: bool, recompute: bool) -> list[Convolved]:
+    """`ops.convolve`; with `recompute` in a context in which what is kept between the layers can be let go of, each a node of its own."""
+    again = recomputation(recompute)
+    if again is None:
+        return ops.convolve(source, layers, act_is_read)
+    made = []
+    with again:
+        for layer in layers:
+            made += ops.convolve(source, [layer], act_is_read)
+            again.ran(source, layer[0], made[-1])
+            source, act_is_read = ops.source(made[-1].pendings[0]), False
+    return made
 
 
 def recomputation(wanted: bool) -> Recomputation | None:

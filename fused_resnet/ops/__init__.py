@@ -8,28 +8,38 @@ of y, mean and invstd by themselves.
 The backend is resolved once per call, before the operator is entered, and handed to it, so that backward takes the same one.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..backends import BACKENDS, resolve
-from ..reference import Conv, ConvGeometry, Norm, Pending, Reference, Source, unpack_mask
+from ..reference import Conv, ConvGeometry, Norm, Pending, Reference, Source, unpack_mask, values_per_channel
 from . import norm as _norm  # noqa: F401  (registers the operators)
 from . import norm_act as _norm_act  # noqa: F401
 from .checks import check_conv, check_inference
-from .convolve import OPERATORS, Made
-from .library import call, is_plain
+from .convolve import Convolved
+from .library import call, is_plain, is_transformed
+from .node import Layer
+from .node import convolve as _convolve
+from .node import source_of as source
+from .running import update_running_statistics
 
 __all__ = [
     "Conv",
     "ConvGeometry",
+    "Convolved",
+    "Layer",
     "Norm",
     "Pending",
+    "Source",
     "conv_affine_act",
     "conv_stats",
     "conv_stats_pair",
+    "convolve",
     "implementation",
     "inferring",
+    "is_transformed",
     "norm_act",
     "norm_act_conv",
     "norm_act_max_pool",
@@ -40,13 +50,15 @@ __all__ = [
     "relu_mask",
     "running_affine",
     "source",
+    "update_running_statistics",
+    "values_per_channel",
 ]
 
 
 def _backend(x: Tensor) -> str:
-    """The backend for x. Where PyTorch's own modules are the choice, the operators themselves run on ATen."""
+    """The backend for x. Where PyTorch's own modules are the choice, and for an empty batch, the operators themselves run on ATen."""
     choice = resolve(x.device, x.dtype)
-    return "eager" if choice == "off" else choice
+    return "eager" if choice == "off" or x.shape[0] == 0 else choice
 
 
 def implementation(x: Tensor) -> Reference:
@@ -54,36 +66,34 @@ def implementation(x: Tensor) -> Reference:
     return BACKENDS[_backend(x)]
 
 
-def source(x: Pending, residual: Pending | Tensor | None = None) -> Source:
-    """The activation relu(norm(x) + residual), still to be made. `residual` is an activation, or pending itself."""
-    of_x = (x.y, x.mean, x.invstd, x.scale, x.bias)
-    if isinstance(residual, Pending):
-        return Source(*of_x, residual.y, residual.mean, residual.invstd, residual.scale, residual.bias)
-    return Source(*of_x, residual)
+def convolve(source: Source, layers: Sequence[Layer], act_is_read: bool = True) -> list[Convolved]:
+    """A run of convolutions, one node of autograd -> what each layer makes.
 
-
-def _convolve(name: str, given: Source, *convs: Conv) -> Made:
-    return OPERATORS[name](given, convs, _backend(given.x))
+    The convolutions of the first layer read the activation that `source` stands for: x itself, or relu(norm(x) + residual), which is
+    written and handed out where `act_is_read` by others, too, or a residual comes with it. Those of every other layer read relu(norm(y)) of
+    the first output of the layer before; that output has no gradient of its own, and may be asked for its statistics alone.
+    """
+    return _convolve(source, layers, _backend(source.x), act_is_read)
 
 
 def conv_stats(x: Tensor, conv: Conv) -> Pending:
     """The convolution of an activation x that exists, with the statistics of its output."""
-    return _convolve("conv_stats", Source(x), conv)[0][0]
+    return convolve(Source(x), [[conv]])[0].pendings[0]
 
 
 def conv_stats_pair(x: Tensor, conv: Conv, conv2: Conv) -> tuple[Pending, Pending]:
     """Two convolutions of one activation, conv1 and the projection of a block: one node, so that autograd never adds."""
-    return tuple(_convolve("conv_stats_pair", Source(x), conv, conv2)[0])
+    return tuple(convolve(Source(x), [[conv, conv2]])[0].pendings)
 
 
 def norm_act_conv(x: Pending, conv: Conv) -> Pending:
     """The convolution of relu(norm(x)), which nobody else reads, with the statistics of its output."""
-    return _convolve("norm_act_conv", source(x), conv)[0][0]
+    return convolve(source(x), [[conv]], act_is_read=False)[0].pendings[0]
 
 
 def norm_add_act_conv(x: Pending, residual: Pending | Tensor | None, conv: Conv) -> tuple[Pending, Tensor]:
     """act = relu(norm(x) + residual), written once, and its convolution -> (Pending, act)."""
-    (pending,), act, _ = _convolve("norm_add_act_conv", source(x, residual), conv)
+    (((pending,), act, _),) = convolve(source(x, residual), [[conv]])
     return pending, act
 
 
@@ -91,7 +101,7 @@ def norm_add_act_conv_pair(
     x: Pending, residual: Pending | Tensor | None, conv: Conv, conv2: Conv
 ) -> tuple[Pending, Pending, Tensor]:
     """act = relu(norm(x) + residual), written once, and two convolutions of it -> (Pending, Pending, act)."""
-    pendings, act, _ = _convolve("norm_add_act_conv_pair", source(x, residual), conv, conv2)
+    ((pendings, act, _),) = convolve(source(x, residual), [[conv, conv2]])
     return *pendings, act
 
 
@@ -143,9 +153,7 @@ def running_affine(x: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
 
 def inferring(x: Tensor, *others: Tensor | None) -> bool:
     """Whether nothing but numbers is wanted of a computation on these: no gradient flows, and no compiler, mode or transform looks on."""
-    if not is_plain(x) or forward_ad._current_level >= 0:
-        return False
-    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *others))
+    return is_plain(x) and not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *others))
 
 
 def relu_mask(x: Pending, residual: Pending | Tensor | None = None, conv: Conv | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """What the operators expect of their arguments. Every error names the argument, what it was, and what was expected."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ def check_activation(name: str, t: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(f"{name}: expected a tensor of rank 4, [N, C, H, W]; got shape {list(t.shape)}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16; got {t.dtype}")
-    if t.numel() == 0:
-        raise ValueError(f"{name}: expected at least one element; got shape {list(t.shape)}")
+    if 0 in t.shape[1:]:
+        raise ValueError(f"{name}: expected at least one value an image; got shape {list(t.shape)}")
     if not is_channels_last(t):
         raise ValueError(
             f"{name}: expected memory_format=torch.channels_last; got strides {list(t.stride())} for shape {list(t.shape)}"
@@ -99,13 +100,18 @@ def check_inference(
     shape = check_weight(x, weight, geometry)
     check_vectors(("scale", "bias"), (scale, bias), shape[1], x)
     if residual is not None:
-        check_activation("residual", residual)
-        if list(residual.shape) != shape:
-            raise ValueError(f"residual: expected shape {shape}, that of the output; got {list(residual.shape)}")
-        _same_kind("residual", residual, x)
+        check_residual(residual, shape, x)
 
 
-def check_conv(x: Tensor, conv: Conv) -> list[int]:
+def check_residual(residual: Tensor, shape: Sequence[int], x: Tensor) -> None:
+    """What is added to a convolution of x, whose output has this shape."""
+    check_activation("residual", residual)
+    if residual.shape != shape:
+        raise ValueError(f"residual: expected shape {list(shape)}, that of the output; got {list(residual.shape)}")
+    _same_kind("residual", residual, x)
+
+
+def check_conv(x: Tensor, conv: Conv) -> tuple[int, ...]:
     """A convolution of x [N, C, H, W] and its norm -> the shape [N, K, P, Q] of its output."""
     norm = conv.norm
     n, k, p, q = shape = check_weight(x, conv.weight, conv.geometry)
@@ -118,25 +124,41 @@ def check_conv(x: Tensor, conv: Conv) -> list[int]:
     return shape
 
 
-def check_weight(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> list[int]:
+def check_weight(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> tuple[int, ...]:
     """A convolution of x [N, C, H, W] -> the shape [N, K, P, Q] of its output."""
-    stride, padding, dilation, groups = geometry
-    if weight.dim() != 4:
-        raise ValueError(f"weight: expected a tensor of rank 4, [K, C/groups, R, S]; got shape {list(weight.shape)}")
     _same_kind("weight", weight, x)
+    try:
+        return _known_shape(x.shape, weight.shape, *geometry)
+    except TypeError:  # sizes that a compiler leaves open, and lists, have no hash
+        return _output_shape(x.shape, weight.shape, *geometry)
+
+
+def _output_shape(
+    image: Sequence[int], filters: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> tuple[int, ...]:
+    """[N, K, P, Q] of a convolution of `image` with `filters`, if there is one."""
+    if len(filters) != 4:
+        raise ValueError(f"weight: expected a tensor of rank 4, [K, C/groups, R, S]; got shape {list(filters)}")
     for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if len(values) != 2 or min(values) < least:
             raise ValueError(f"{name}: expected two integers of at least {least}; got {list(values)}")
-    (n, c, h, w), (k, c_group, r, s) = x.shape, weight.shape
-    if groups < 1 or c % groups or k % groups:
-        raise ValueError(f"groups: expected a divisor of the {c} input and {k} output channels; got {groups}")
+    (n, c, h, w), (k, c_group, r, s) = image, filters
+    if groups < 1 or k % groups:
+        raise ValueError(f"groups: expected a divisor of the {k} output channels; got {groups}")
     if c_group * groups != c:
-        raise ValueError(f"weight: expected {c // groups} input channels a group, for x of {c}; got shape {list(weight.shape)}")
+        raise ValueError(
+            f"x: expected {c_group * groups} channels, as weight {list(filters)} reads with groups = {groups}; "
+            f"got {c} in [N, C, H, W] = {list(image)}"
+        )
     p = output_size(h, r, stride[0], padding[0], dilation[0])
     q = output_size(w, s, stride[1], padding[1], dilation[1])
     if p < 1 or q < 1:
         raise ValueError(f"x: expected a spatial size that a {r}x{s} window fits into; got {h}x{w} with padding {list(padding)}")
-    return [n, k, p, q]
+    return n, k, p, q
+
+
+#: The same, found once for each problem: a network asks for the same shapes at every step.
+_known_shape = lru_cache(maxsize=4096)(_output_shape)
 
 
 def check_pool(x: Tensor, kernel_size: int, stride: int, padding: int) -> list[int]:

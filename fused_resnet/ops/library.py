@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMESPACE = "fused_resnet"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 PLAIN = (Tensor, torch.nn.Parameter)
 # What is asked at each call, twice, found once.
 _modes = torch._C._len_torch_dispatch_stack
-_transforms, _is_transformed = torch._C._functorch.peek_interpreter_stack, torch._C._functorch.is_functorch_wrapped_tensor
+_transforms, _is_wrapped = torch._C._functorch.peek_interpreter_stack, torch._C._functorch.is_functorch_wrapped_tensor
+_is_stacked = torch._C._functorch.is_legacy_batchedtensor  # by `is_grads_batched` and vectorised jacobians
 _profiles, _traces = torch._C._autograd._profiler_enabled, torch._C._get_tracing_state
 _DIRECT: dict[str, Callable[..., Any]] = {}
 
@@ -71,7 +73,7 @@ def _differentiable(
     node = type(f"{name}_node", (torch.autograd.Function,), members)
 
     def differentiable(*args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if wants_gradient(*args):
             return node.apply(*args)
         return run(*args)
 
@@ -104,10 +106,36 @@ def is_plain(x: Tensor) -> bool:
         or type(x) not in PLAIN
         or x.is_meta
         or _modes() > 0
-        or _transforms() is not None
-        or _is_transformed(x)
+        or is_transformed()
+        or _is_wrapped(x)
+        or _is_stacked(x)
         or _traces() is not None
     )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work, or forward-mode AD."""
+    return forward_ad._current_level >= 0 or _is_in_transform()
+
+
+def _is_in_transform() -> bool:
+    return _transforms() is not None
+
+
+# A compiler asks, too, and does not look inside: while it traces a transform, that is on the stack, which it guards.
+_is_in_transform._dynamo_marked_constant = True
+
+
+def wants_gradient(*args: Any) -> bool:
+    """Whether one of the arguments is a tensor that wants a gradient.
+
+    Raises RuntimeError where one has a tangent: the operators have no formula for forward-mode AD, and none is ever left out.
+    """
+    if forward_ad._current_level >= 0 and any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in args):
+        raise RuntimeError(
+            'forward-mode AD is not supported by the fused operators; use fused_resnet.backend("off") around the forward'
+        )
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
 
 def _refuse(name: str) -> Callable[..., Any]:
@@ -127,7 +155,12 @@ def overload(name: str) -> Callable[..., Any]:
 
 def nothing(like: Tensor, dtype: torch.dtype) -> Tensor:
     """An empty tensor, for a result that there is none of: an operator's results are tensors, of a fixed number."""
-    return like.new_empty(0, dtype=dtype)
+    return like.new_empty((0,), dtype=dtype)
+
+
+def present(t: Tensor | None) -> Tensor | None:
+    """None for what is `nothing`. A tensor of an empty batch is something."""
+    return None if t is None or t.dim() == 1 else t
 
 
 def empty_nhwc(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:

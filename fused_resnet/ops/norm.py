@@ -8,16 +8,12 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..reference import Source, accumulate_dtype
 from .checks import check_pool, check_source
-from .library import call, channels_last, define_with_formula, empty_nhwc, nothing
+from .library import call, channels_last, define_with_formula, empty_nhwc, nothing, present
 
 SOURCE = "Tensor x, Tensor mean, Tensor invstd, Tensor scale, Tensor bias"
 RESIDUAL = (
     "Tensor? residual, Tensor? residual_mean, Tensor? residual_invstd, Tensor? residual_scale, Tensor? residual_bias"
 )
-
-
-def _present(mask: Tensor) -> Tensor | None:
-    return mask if mask.numel() else None
 
 
 def _mask_like(x: Tensor, wanted: bool) -> Tensor:
@@ -28,8 +24,8 @@ def _mask_like(x: Tensor, wanted: bool) -> Tensor:
 def _sums_like(x: Tensor, raw_residual: bool) -> tuple[Tensor, ...]:
     """Fakes of (dz, s1, s2, residual_s2)."""
     dtype = accumulate_dtype(x.dtype)
-    s1, s2 = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
-    return empty_nhwc(x, x.shape), s1, s2, x.new_empty(x.shape[1] if raw_residual else 0, dtype=dtype)
+    s1, s2 = (x.new_empty((x.shape[1],), dtype=dtype) for _ in range(2))
+    return empty_nhwc(x, x.shape), s1, s2, x.new_empty((x.shape[1] if raw_residual else 0,), dtype=dtype)
 
 
 def _sums(results: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> tuple[Tensor, ...]:
@@ -85,7 +81,7 @@ def _norm_add_act_formula(ctx: Any, dact: Tensor | None, _: Any) -> tuple:
     if dact is None:
         return (None,) * 12
     source = Source(*tensors)
-    results = call("norm_add_act_backward")(channels_last(dact), *source, mask, ctx.relu, ctx.backend)
+    results = call("norm_add_act_backward")(dact, *source, mask, ctx.relu, ctx.backend)
     return *_source_gradients(source, ctx.has_residual, results), None, None
 
 
@@ -94,8 +90,8 @@ def _norm_add_act_backward(dact, *args):
     source = Source(*tensors)
     return _sums(
         BACKENDS[backend].norm_backward_reduce(
-            dact, None, source.x, source.mean, source.invstd, source.scale, source.bias,
-            source.residual, source.residual_mean, source.residual_invstd, _present(mask), relu,
+            channels_last(dact), None, source.x, source.mean, source.invstd, source.scale, source.bias,
+            source.residual, source.residual_mean, source.residual_invstd, present(mask), relu,
         )
     )  # fmt: skip
 
@@ -136,13 +132,13 @@ def _norm_act_max_pool_formula(ctx: Any, dout: Tensor | None, _: Any) -> tuple:
     *tensors, index = ctx.saved_tensors
     if dout is None:
         return (None,) * 9
-    dz, s1, s2 = call("norm_act_max_pool_backward")(channels_last(dout), index, *tensors, *ctx.window, ctx.backend)
+    dz, s1, s2 = call("norm_act_max_pool_backward")(dout, index, *tensors, *ctx.window, ctx.backend)
     return dz, s1, s2, None, None, None, None, None, None
 
 
-def _norm_act_max_pool_backward(*args):
+def _norm_act_max_pool_backward(dout, *args):
     *args, backend = args
-    return BACKENDS[backend].norm_act_max_pool_backward(*args)
+    return BACKENDS[backend].norm_act_max_pool_backward(channels_last(dout), *args)
 
 
 def _norm_act_max_pool_backward_fake(dout, index, x, *args):
@@ -183,7 +179,7 @@ def _norm_add_act_avg_pool_formula(ctx: Any, dout: Tensor | None, _: Any) -> tup
     if dout is None:
         return (None,) * 11
     source = Source(*tensors)
-    results = call("norm_add_act_avg_pool_backward")(channels_last(dout), *source, mask, ctx.backend)
+    results = call("norm_add_act_avg_pool_backward")(dout, *source, mask, ctx.backend)
     return *_source_gradients(source, ctx.has_residual, results), None
 
 
@@ -192,8 +188,8 @@ def _norm_add_act_avg_pool_backward(dout, *args):
     source = Source(*tensors)
     return _sums(
         BACKENDS[backend].norm_add_act_avg_pool_backward(
-            dout, source.x, source.mean, source.invstd, source.scale, source.bias,
-            source.residual, source.residual_mean, source.residual_invstd, _present(mask),
+            channels_last(dout), source.x, source.mean, source.invstd, source.scale, source.bias,
+            source.residual, source.residual_mean, source.residual_invstd, present(mask),
         )
     )  # fmt: skip
 

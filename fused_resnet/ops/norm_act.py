@@ -38,7 +38,7 @@ def _norm_act(x: Tensor, *args):
 
 def _fake(x: Tensor, *args):
     _check(x, Norm(*args[:-1]))
-    vectors = [x.new_empty(x.shape[1], dtype=accumulate_dtype(x.dtype)) for _ in range(5)]
+    vectors = [x.new_empty((x.shape[1],), dtype=accumulate_dtype(x.dtype)) for _ in range(5)]
     return empty_nhwc(x, x.shape), *vectors
 
 
@@ -54,7 +54,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _formula(ctx: Any, dact: Tensor | None, *_: Any) -> tuple:
     if dact is None:
         return (None,) * 8
-    results = call("norm_act_backward")(channels_last(dact), *ctx.saved_tensors, ctx.training, ctx.backend)
+    results = call("norm_act_backward")(dact, *ctx.saved_tensors, ctx.training, ctx.backend)
     dx, s1, s2 = results
     dgamma, dbeta = (
         g.to(dtype) if needed and dtype is not None else None
@@ -65,14 +65,14 @@ def _formula(ctx: Any, dact: Tensor | None, *_: Any) -> tuple:
 
 def _backward(dact, x, mean, invstd, scale, bias, gamma, training, backend):
     passes = BACKENDS[backend]
-    dz, s1, s2, _ = passes.norm_backward_reduce(dact, None, x, mean, invstd, scale, bias, None, None, None, None, relu=True)
+    dz, s1, s2, _ = passes.norm_backward_reduce(channels_last(dact), None, x, mean, invstd, scale, bias, None, None, None, None, relu=True)
     if training:
         return passes.norm_backward_apply(dz, x, mean, invstd, gamma, s1, s2), s1, s2
     return (dz * scale[:, None, None]).to(x.dtype), s1, s2  # running statistics are constants
 
 
 def _backward_fake(dact, x, *_):
-    s1, s2 = (x.new_empty(x.shape[1], dtype=accumulate_dtype(x.dtype)) for _ in range(2))
+    s1, s2 = (x.new_empty((x.shape[1],), dtype=accumulate_dtype(x.dtype)) for _ in range(2))
     return empty_nhwc(x, x.shape), s1, s2
 
 

@@ -33,8 +33,8 @@ def step(model: nn.Module, x: torch.Tensor, backend: str, first: int | None = No
 
 
 def same_as_one_process() -> None:
-    """Two steps, with halves and with unequal parts, in float64."""
-    for first in (None, 1):
+    """Two steps, with halves, with unequal parts, and with a process that has none, in float64."""
+    for first in (None, 1, 0):
         for norm in (nn.BatchNorm2d, lambda c: nn.BatchNorm2d(c, momentum=None, affine=False)):
             one = network(norm)
             ours = shared(one, gradient_as_bucket_view=True)
@@ -58,9 +58,9 @@ def kernels_share_too() -> None:
     truth = copy.deepcopy(one).double()
     x = torch.randn(6, 8, 4, 5)
     expected = reference_step(truth, x.double(), labels(x))
-    for backend in ("passes_triton", "triton"):
+    for backend, first in (("passes_triton", 2), ("triton", 2), ("triton", 0)):
         ours = shared(one)
-        found = step(ours, x, backend, first=2)
+        found = step(ours, x, backend, first)
         assert abs(found - expected) < 1e-5 * expected
         for kind, bound in (("gradients", 1e-3), ("buffers", 1e-5)):
             assert worst(ours.module, truth, kind) < bound, (backend, kind, worst(ours.module, truth, kind))
