@@ -170,6 +170,9 @@ def chosen_backend(where: torch.device, precision: str, option: str | None) -> s
 
 def slow_precision(where: torch.device, precision: str) -> str | None:
     """What is to be said where a CPU has no instructions for that precision; None elsewhere."""
-    if where.type != "cpu" or precision == "fp32" or getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")():
+    if where.type != "cpu" or precision == "fp32":
+        return None
+    # oneDNN's answer, which PyTorch itself asks for; a build without oneDNN has neither.
+    if torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")():
         return None
     return f"This CPU has no instructions for {precision}: expect a small part of the speed of --precision fp32."
