@@ -101,6 +101,17 @@ class Source(NamedTuple):
         """Whether x is a raw convolution output."""
         return self.scale is not None
 
+    def kind(self, mask: Tensor | None = None) -> str:
+        """What is read: "act", "norm", "norm_add" or "norm_add_raw", for an activation that exists, or whose residual is none, one, or raw.
+
+        Backward tells a residual that is an activation, and was not kept, by its mask.
+        """
+        if not self.pending:
+            return "act"
+        if self.residual_mean is not None:
+            return "norm_add_raw"
+        return "norm" if self.residual is None and mask is None else "norm_add"
+
 
 class ConvOutput(NamedTuple):
     """One output of `convolve`, as its backward sees it. dz, s1, s2 are None where nobody used the output."""
