@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from fused_resnet.bench import networks, steps, timing
+from fused_resnet.bench import gate, networks, steps, timing
 from fused_resnet.bench.machine import Ceilings
 from fused_resnet.bench.networks import STEPS, Networks, largest_batch, subjects
 from fused_resnet.bench.schema import read_results
-from fused_resnet.bench.steps import BlockStep, InferenceStep, Subject, TrainingStep, distance
+from fused_resnet.bench.steps import BlockStep, InferenceStep, Subject, TrainingStep
 from fused_resnet.bench.timing import Times, attempt, measure
 from fused_resnet.cli import main
 
@@ -60,7 +60,7 @@ def test_the_program_writes_what_it_measured(suite, tmp_path):
     for row in rows:
         assert (row.suite, row.status) == (suite, "ok")
         assert row.images_per_s == pytest.approx(row.batch / (row.median_ms * 1e-3))
-        assert row.max_rel_error < 5e-3  # a ReLU that rounding turns costs some 1e-3
+        assert row.max_rel_error < 5e-2  # a ReLU that rounding turns costs some 1e-2
         assert (row.tflops is not None) == (suite == "train")
     first = [row for row in read_results(path).rows if row.case.endswith(":first_step")]
     assert len(first) == 2 * cases and all(row.median_ms > 0 for row in first)
@@ -69,19 +69,19 @@ def test_the_program_writes_what_it_measured(suite, tmp_path):
 @pytest.mark.parametrize("suite, kind", STEPS.items())
 def test_what_is_wrong_gets_no_figure(suite, kind, tmp_path, monkeypatch):
     class Faulty(kind):
-        def answer(self):
-            return [1.1 * a if self.how.backend == "auto" else a for a in super().answer()]
+        def computed(self, x):
+            return {name: (2 if self.how.backend == "auto" else 1) * a for name, a in super().computed(x).items()}
 
     monkeypatch.setitem(networks.STEPS, suite, Faulty)
     assert main(["bench", suite, *ARGUMENTS, "--out", str(tmp_path), "--impl", "ours", "--batch", "8"]) == 1
     (path,) = tmp_path.rglob("*.json")
     rows = read_results(path).rows
-    assert all(row.status.startswith("wrong: it is 1.0e-01 from float32's") and row.median_ms is None for row in rows)
+    assert all(row.status.startswith("wrong: ") and "is 1.0e+00 from float64's" in row.status and row.median_ms is None for row in rows)
 
 
 def suite(**changes):
     nothing = Times(1.0, 1.0, 1.0)
-    given = Networks("train", CPU, torch.float32, Ceilings(nothing, 1, nothing, 1), ("eager_nhwc", "ours"), repeats=3)
+    given = Networks("train", CPU, torch.float32, Ceilings(nothing, 1, nothing, 10**15), ("eager_nhwc", "ours"), repeats=3)
     return dataclasses.replace(given, **changes)
 
 
@@ -99,7 +99,7 @@ class Small(nn.Module):
 
 
 def test_a_case_that_runs_out_of_memory_is_reported_and_the_rest_goes_on(monkeypatch):
-    monkeypatch.setattr(networks, "CHECKED_BATCH", 32)
+    monkeypatch.setattr(gate, "MOST_IMAGES", 32)
     subject = Subject("small", Small, (3, 4, 4))
     rows = suite(implementations=("eager", "ours")).rows(subject, 64)
     assert [(row.impl, row.status) for row in rows] == [("eager", "oom: no room for 64"), ("ours", "oom: no room for 64")]
@@ -108,7 +108,7 @@ def test_a_case_that_runs_out_of_memory_is_reported_and_the_rest_goes_on(monkeyp
 
 def test_a_reference_that_does_not_fit_is_reported():
     rows = suite(implementations=("eager", "ours")).rows(Subject("small", Small, (3, 4, 4)), 64)
-    assert {row.status for row in rows} == {"oom: no room for 64 (float32 eager, with which all are compared)"}
+    assert {row.status for row in rows} == {"oom: no room for 64 (float64 eager, with which all are compared)"}
 
 
 def test_the_largest_batch_is_a_row_with_its_throughput():
@@ -120,8 +120,8 @@ def test_the_largest_batch_is_a_row_with_its_throughput():
 
 def test_what_is_wrong_has_no_largest_batch(monkeypatch):
     class Faulty(TrainingStep):
-        def answer(self):
-            return [1.1 * a for a in super().answer()] if self.how.backend == "auto" else super().answer()
+        def computed(self, x):
+            return {name: (2 if self.how.backend == "auto" else 1) * a for name, a in super().computed(x).items()}
 
     monkeypatch.setitem(networks.STEPS, "train", Faulty)
     rows = suite(largest=64).rows(Subject("small", Small, (3, 4, 4)), 8)
@@ -130,7 +130,7 @@ def test_what_is_wrong_has_no_largest_batch(monkeypatch):
 
 
 def test_what_did_not_fit_is_checked_before_its_largest_batch_is_timed(monkeypatch):
-    monkeypatch.setattr(networks, "CHECKED_BATCH", 32)
+    monkeypatch.setattr(gate, "MOST_IMAGES", 32)
     rows = suite(largest=64).rows(Subject("small", Small, (3, 4, 4)), 64)
     found = {row.case: row for row in rows if row.impl == "ours"}
     assert found["small"].status == "oom: no room for 64"
@@ -220,8 +220,11 @@ def test_blocks_are_each_shape_once():
 def test_half_precision_answers_are_those_of_float32(kind):
     subject = subjects("blocks" if kind is BlockStep else "train", ["resnet18"], 64)[0]
     wide = kind(subject, "eager_nhwc", torch.float32, 8, CPU)
-    narrow = kind(subject, "eager_nhwc", torch.bfloat16, 8, CPU, wide.module.state_dict())
-    assert 0 < distance(narrow.answer(), wide.answer()) < 0.5
+    narrow = kind(subject.of(wide.module), "eager_nhwc", torch.bfloat16, 8, CPU)
+    images = steps.inputs(8, subject.shape, CPU, 2)
+    found, expected = narrow.answer(images), wide.answer(images)
+    assert found.keys() == expected.keys() and all(t.dtype == torch.float32 for t in found.values())
+    assert 0 < (found[steps.OUTPUT] - expected[steps.OUTPUT]).norm() < 0.1 * expected[steps.OUTPUT].norm()
     assert steps.LOSS_SCALE != 1
 
 
@@ -240,10 +243,6 @@ def test_a_folded_network_is_not_trained():
         assert not any(steps.IMPLEMENTATIONS[impl].folded for impl in steps.implementations(suite))
     assert {"folded", "compile_folded"} < set(steps.implementations("inference"))
     assert main(["bench", "train", *ARGUMENTS, "--impl", "folded"]) == 2
-
-
-def test_distance_of_a_nan_is_infinite():
-    assert distance([torch.tensor([1.0]), torch.tensor([float("nan")])], [torch.tensor([1.0]), torch.tensor([1.0])]) == float("inf")
 
 
 def test_a_peer_that_fails_drops_out_and_the_others_go_on():

@@ -158,7 +158,7 @@ def facenet_pytorch() -> Iterator[tuple[str, Maker]]:
 
 
 #: Height and width of what networks with this in their name are made for, where --size does not do.
-SIZES = {"cifar": 32, "inception": 128, "bn_vgg": 224}
+SIZES = {"cifar": 32, "inception": 128, "bn_vgg": 224, "botnet": 256}
 
 LIBRARIES = [
     torchvision, timm, transformers, open_clip, pytorchcv, fastai, segmentation_models_pytorch, monai, torchreid, mmpretrain, robustness,

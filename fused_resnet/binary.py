@@ -67,9 +67,3 @@ def _dump(option: str, path: Path) -> str:
     if not (tool := shutil.which("cuobjdump") or shutil.which(str(packaged))):
         raise FileNotFoundError("cuobjdump: expected on PATH (it comes with CUDA) or in Triton's package")
     return subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True).stdout
-
-
-def aligned(lines: list[tuple[str, ...]]) -> str:
-    """A table as text, columns aligned."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -72,12 +72,6 @@ def names() -> list[str]:
     return sorted({kernel for kernel, _ in readable([code.function for code in codes()])})
 
 
-def table(name: str = "") -> str | None:
-    """The table as text; None where no kernel's name holds `name`."""
-    lines = [HEADER, *rows(name)]
-    return binary.aligned(lines) if len(lines) > 1 else None
-
-
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 BEGIN, END = "<!-- made by: fused-resnet kernels --language cuda --page docs/kernels/cuda.md -->", "<!-- end -->"

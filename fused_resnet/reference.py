@@ -101,6 +101,17 @@ class Source(NamedTuple):
         """Whether x is a raw convolution output."""
         return self.scale is not None
 
+    def kind(self, mask: Tensor | None = None) -> str:
+        """What is read: "act", "norm", "norm_add" or "norm_add_raw", for an activation that exists, or whose residual is none, one, or raw.
+
+        Backward tells a residual that is an activation, and was not kept, by its mask.
+        """
+        if not self.pending:
+            return "act"
+        if self.residual_mean is not None:
+            return "norm_add_raw"
+        return "norm" if self.residual is None and mask is None else "norm_add"
+
 
 class ConvOutput(NamedTuple):
     """One output of `convolve`, as its backward sees it. dz, s1, s2 are None where nobody used the output."""
@@ -118,17 +129,21 @@ class ConvOutput(NamedTuple):
     need_dw: bool
     group: str = ""  #: of its norm
 
-    def in_nhwc(self) -> "ConvOutput":
-        """The same with dz in channels_last: autograd may hand over any strides, an expanded one for a sum."""
-        dz = self.dz
-        return self if dz is None or dz.is_contiguous(memory_format=torch.channels_last) else self._replace(dz=nhwc(dz))
+    def ready(self) -> "ConvOutput":
+        """The same with dz in channels_last, and with (s1, s2) of all processes that share the norm. Every one of these must ask.
 
-    def shared(self) -> "ConvOutput":
-        """The same with (s1, s2) of all processes that share the norm, as `share_sums` scales them. Every process must ask."""
-        if not self.group or not self.training or self.dz is None:
+        Autograd may hand dz over in any strides, an expanded one for a sum. The sums are scaled as `share_sums` does.
+        """
+        dz, s1, s2 = self.dz, self.s1, self.s2
+        if dz is None:
             return self
-        s1, s2 = share_sums(values_per_channel(self.y), self.s1, self.s2, self.group)
-        return self._replace(s1=s1, s2=s2)
+        if not dz.is_contiguous(memory_format=torch.channels_last):
+            dz = nhwc(dz)
+        elif not self.group:
+            return self
+        if self.group and self.training:
+            s1, s2 = share_sums(values_per_channel(self.y), s1, s2, self.group)
+        return self._replace(dz=dz, s1=s1, s2=s2)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -14,31 +14,34 @@ CLASSES = 5
 
 
 class SmallNetwork(ResidualNetwork):
-    """torchvision's names; channels 8, 16, 32, 32."""
+    """torchvision's names; channels 8, 16, 32, 32, times `width`."""
 
-    def __init__(self, norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d):
+    def __init__(self, norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d, width: int = 1):
         super().__init__()
+        w = width
 
         def projection(inplanes: int, planes: int, stride: int) -> nn.Module:
             return nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), norm_layer(planes))
 
-        self.conv1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False)
-        self.bn1 = norm_layer(8)
+        self.conv1 = nn.Conv2d(3, 8 * w, 7, 2, 3, bias=False)
+        self.bn1 = norm_layer(8 * w)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         self.layer1 = Stage(
-            Bottleneck(8, 4, 1, projection(8, 16, 1), norm_layer=norm_layer, base_width=128),
-            Bottleneck(16, 4, norm_layer=norm_layer, base_width=128),
+            Bottleneck(8 * w, 4 * w, 1, projection(8 * w, 16 * w, 1), norm_layer=norm_layer, base_width=128),
+            Bottleneck(16 * w, 4 * w, norm_layer=norm_layer, base_width=128),
         )
-        self.layer2 = Stage(Bottleneck(16, 8, 2, projection(16, 32, 2), norm_layer=norm_layer, groups=2))
-        self.layer3 = Stage(BasicBlock(32, 32, norm_layer=norm_layer))
+        self.layer2 = Stage(Bottleneck(16 * w, 8 * w, 2, projection(16 * w, 32 * w, 2), norm_layer=norm_layer, groups=2))
+        self.layer3 = Stage(BasicBlock(32 * w, 32 * w, norm_layer=norm_layer))
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(32, CLASSES)
+        self.fc = nn.Linear(32 * w, CLASSES)
 
 
-def network(norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d, dtype: torch.dtype = torch.float64) -> SmallNetwork:
+def network(
+    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d, dtype: torch.dtype = torch.float64, width: int = 1
+) -> SmallNetwork:
     """With norms that are not the identity: running statistics, scale and shift are random, where there are any."""
-    model = SmallNetwork(norm_layer).to(dtype)
+    model = SmallNetwork(norm_layer, width).to(dtype)
     for module in model.modules():
         if not isinstance(module, nn.Linear):
             for name, least in (("running_mean", -0.5), ("running_var", 0.5), ("weight", 0.5), ("bias", -0.5)):

@@ -24,9 +24,10 @@ from fused_resnet.reference import Reference
         (["train", "--impl", "magic"], "argument --impl: expected one of eager, eager_nhwc, compile"),
         (["kernels", "--impl", "apex"], "argument --impl: expected some of eager_nhwc, compile, compile_max, cudnn, ours, ours:passes_cuda, "),
         (["train", "--case", "batch_stats"], "argument --case: expected the suite kernels; got train"),
-        (["kernels", "--largest", "64"], "argument --largest: expected the suite train or inference or blocks; got kernels"),
+        (["kernels", "--largest", "64"], "argument --largest: expected the suite blocks or train or inference; got kernels"),
         (["kernels", "--case", "conv"], "argument --case: expected one of passes, convolutions, "),
-        (["blocks", "--model", "resnet20"], "argument --model: expected some of resnet18, resnet34, "),
+        (["kernels", "--model", "resnet20"], "argument --model: expected some of resnet18, resnet34, "),
+        (["blocks", "--model", "torch.nn:Identity"], "argument --model: expected networks with residual blocks that fused_resnet.fuse knows; "),
         (["train", "--batch", "0"], "argument --batch: expected a whole number of at least 1; got '0'"),
         (["train", "--dtype", "int8"], "argument --dtype: expected one of fp32, fp16, bf16; got 'int8'"),
     ],
@@ -39,17 +40,6 @@ def test_a_wrong_argument_is_named(arguments, words, capsys, tmp_path):
     assert status == 2
     assert words in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("command", [["bench", "train", "--model", "resnet18"], ["profile", "--model", "resnet18"]])
-def test_without_a_commit_nothing_is_measured(command, monkeypatch, capsys, tmp_path):
-    def nowhere():
-        raise RuntimeError("no git checkout")
-
-    monkeypatch.setattr(f"fused_resnet.cli.{command[0]}.current_commit", nowhere)
-    assert main([*command, "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.endswith("argument --commit: no git checkout\n")
-    assert not (tmp_path / "out").exists()
 
 
 SMALL = ["bench", "kernels", "--device", "cpu", "--model", "resnet18", "--size", "16", "--case", "norm_act", "--impl", "eager_nhwc", "--repeats", "3"]

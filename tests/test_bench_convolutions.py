@@ -324,7 +324,55 @@ def test_ours_is_the_backend_with_measured_choices(monkeypatch):
 
     monkeypatch.setattr(type(BACKENDS["tuned_cuda"]), "declines", lambda *args: "no native library")
     monkeypatch.setitem(BACKENDS, "tuned_triton", Spy())
-    suite = Kernels(CPU, torch.float16, Ceilings(MS, 1, MS, 1), ("ours", "cudnn"), repeats=3)
-    (row,) = suite.rows(made("norm_act_conv"))
+    suite = Kernels(CPU, torch.float16, Ceilings(MS, 1, MS, 10**15), ("ours", "cudnn"), repeats=3)
+    (row,) = suite.rows(lambda: made("norm_act_conv"))
     assert (row.impl, row.case, row.status, row.shape) == ("ours", "norm_act_conv 1x1 24", "ok", [16, 4, 4])
     assert len(ran) > 3 and row.max_rel_error == 0 and row.tflops > 0
+
+
+class Late(Reference):
+    """A backend that is right when it is asked for the first time."""
+
+    name = "passes_triton"
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault, self.asked, self.first = fault, 0, {}
+
+    def declines(self, device, dtype):
+        return None
+
+    def convolve_backward(self, *args):
+        self.asked += 1
+        sums, dws = super().convolve_backward(*args)
+        if self.fault == "replays":
+            return sums, [self.first.setdefault((n, dw.shape), dw) for n, dw in enumerate(dws)]
+        return sums, [torch.zeros_like(dw) if self.asked >= 3 else dw for dw in dws]
+
+
+@pytest.mark.parametrize("fault", ["replays", "zeros"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_what_is_right_the_first_time_alone_gets_no_figure(fault, dtype, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "passes_triton", Late(fault))
+    suite = Kernels(CPU, dtype, Ceilings(MS, 1, MS, 10**15), ("eager_nhwc", "ours:passes_triton"), repeats=3)
+    peer, row = suite.rows(lambda: convolutions.make("norm_act_conv_backward", place("norm_act_conv_backward"), dtype, CPU))
+    assert peer.status == "ok"
+    assert row.status.startswith("wrong: result 3 ") and row.status.endswith("(after it was timed)") and row.median_ms is None
+
+
+def test_what_takes_less_than_its_products_gets_no_figure():
+    suite = Kernels(CPU, torch.float32, Ceilings(MS, 1, Times(1e6, 1e6, 1e6), 1), ("eager_nhwc",), repeats=3)
+    (row,) = suite.rows(lambda: made("norm_act_conv", torch.float32))
+    assert row.status.startswith("wrong: ") and "what must be done takes more than" in row.status
+
+
+def test_a_fault_that_is_small_everywhere_and_a_result_of_zeros_are_seen():
+    """The largest value of many is four times as large as the others: 2% of it, everywhere, is 9% of the tensor."""
+    torch.manual_seed(0)
+    truth = torch.randn(2, 8, 16, 16).bfloat16()
+    off = (truth.float() + 0.025 * truth.float().abs().max() * torch.randn_like(truth, dtype=torch.float32).sign()).bfloat16()
+    assert "of its norm" in accuracy.error([off], [truth])[1]
+    assert accuracy.error([truth], [truth])[1] is None
+    few = torch.tensor([1e-30, 0.0])
+    scale = accuracy.Terms(torch.ones(2), torch.ones(2), torch.float32)
+    assert accuracy.error([torch.zeros(2)], [few], [scale])[1] == "wrong: result 0 is nothing but zeros"

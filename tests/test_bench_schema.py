@@ -95,6 +95,7 @@ def test_a_file_without_version_is_of_the_first(path):
         (lambda c: c["rows"][0].update(batch=True), "rows[0]: batch: expected a whole number or null; got True"),
         (lambda c: c["rows"][0].update(shape=[64, 5.5]), "rows[0]: shape: expected a list of whole numbers or null"),
         (lambda c: c["rows"][0].update(median_ms="fast"), "rows[0]: median_ms: expected a number or null; got 'fast'"),
+        (lambda c: c["rows"][0].update(tflops=10**400), "rows[0]: tflops: expected a finite number of at least 0"),
         (lambda c: c["rows"][0].update(tflops=-1), "rows[0]: tflops: expected a finite number of at least 0"),
         (lambda c: c["rows"][0].update(p10_ms=0.6), "rows[0]: p10_ms, median_ms, p90_ms: expected three numbers in this order"),
         (lambda c: c["rows"][0].update(median_ms=None), "rows[0]: p10_ms, median_ms, p90_ms: expected three numbers"),
@@ -110,7 +111,7 @@ def test_what_does_not_follow_the_schema_is_refused_by_name(path, change, messag
         read_results(changed(path, change))
 
 
-@pytest.mark.parametrize("text", ["", "[", "\xff", '{"version": 1, "meta": {"device": "cpu"'])
+@pytest.mark.parametrize("text", ["", "[", "\xff", '{"version": 1, "meta": {"device": "cpu"', "[" * 100_000, '{"version": ' + "9" * 10_000 + "}"])
 def test_what_is_not_json_is_refused(path, text):
     path.write_text(text, encoding="latin-1")
     with pytest.raises(SchemaError, match="^" + re.escape(f"{path}: expected JSON; ")):

@@ -387,12 +387,36 @@ def test_info_for_people(capsys, monkeypatch, answers):
     assert "driver" in found
 
 
-def test_kernels_prints_the_table(capsys, monkeypatch):
+def test_kernels_prints_the_table_and_compiles_it_once(capsys, monkeypatch, tmp_path):
     inspect = pytest.importorskip("fused_resnet.kernels.inspect")
     monkeypatch.setattr(inspect, "INTERPRETED", False)
-    monkeypatch.setattr(inspect, "table", lambda name: f"kernel  registers {name}".rstrip())
-    assert main(["kernels"]) == 0
-    assert capsys.readouterr().out == "kernel  registers\n"
+    kernel = types.SimpleNamespace(__name__="norm_add_act_kernel")
+    compiled, launches = [], [(types.SimpleNamespace(kernel=kernel, number=number), f"float32 C={number}") for number in (8, 10)]
+    monkeypatch.setattr(inspect, "launch_key", lambda launch: (f"source {launch.number}", 4, 3))
+    monkeypatch.setattr(inspect, "variants", lambda name="", dtypes=(): [launch for launch in launches if name in launch[0].kernel.__name__])
+    monkeypatch.setattr(inspect, "convolutions", lambda *args, **options: ())
+
+    def compile_launch(launch, variant, architecture):
+        compiled.append(variant)
+        return inspect.Compiled("k", variant, architecture, 40, 16, 512, 128, 3, 4, (), "")
+
+    monkeypatch.setattr(inspect, "compile_launch", compile_launch)
+    monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["kernels", "--arch", "90"]) == 0
+    told = capsys.readouterr().out
+    assert "4 variants" not in told and "2 variants of 1 kernels; 2 spill, 32 bytes in all; at most 40 registers." in told
+    assert "occupancy: the part of a" in told and "512" in told and "3/4" in told and max(map(len, told.splitlines())) <= 80
+    assert main(["kernels", "--arch", "90", "--csv"]) == 0
+    assert len(compiled) == 2, "what is known of a kernel's source, launch and compiler is not compiled again"
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    (kept,) = (tmp_path / "kernels").iterdir()
+    kept.write_text("[[")
+    assert main(["kernels", "--arch", "80", "90"]) == 0
+    assert len(compiled) == 6, "a damaged file is written anew"
+    capsys.readouterr()
+    assert "argument --arch: expected some of 80, 90; got 70" in refused(capsys, "kernels", "--arch", "70")
+    assert "argument --name: expected a part of a kernel's name" in refused(capsys, "kernels", "--name", "nothing")
     monkeypatch.setattr(inspect, "INTERPRETED", True)
     assert "TRITON_INTERPRET: expected to be unset" in refused(capsys, "kernels")
 

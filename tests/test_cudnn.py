@@ -21,7 +21,7 @@ from fused_resnet.backends import BACKENDS
 from fused_resnet.cudnn import library, plans, probe, work
 from fused_resnet.cudnn.graphs import GRAPHS, ROLES, GraphProblem, build
 from fused_resnet.problem import ConvProblem
-from fused_resnet.reference import Conv, ConvGeometry, Norm, Reference, Source, affine, nhwc, passes_gradient
+from fused_resnet.reference import Conv, ConvGeometry, ConvOutput, Norm, Reference, Source, affine, nhwc, passes_gradient
 from fused_resnet.tuning import CUDNN, Entry, Table, Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -450,7 +450,7 @@ def test_a_backward_that_did_not_know_of_the_rounding_is_seen(arithmetic, monkey
 
     monkeypatch.setattr(OnlyForward, "_input_gradients", record)
     y, *_ = fprop(source, conv.weight, conv.geometry)
-    output = ops.convolve.ConvOutput(
+    output = ConvOutput(
         torch.randn_like(y), torch.zeros(16), torch.zeros(16), y, torch.zeros(16), torch.ones(16), conv.weight, None, True, conv.geometry, False
     )
     backend.convolve_backward(source, None, None, [output], None, True)

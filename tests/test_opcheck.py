@@ -5,7 +5,7 @@ import torch
 from chains import LANGUAGES
 from torch import Tensor
 
-from fused_resnet.ops.convolve import OPERATORS
+from fused_resnet.ops.convolutions import OPERATORS
 from fused_resnet.ops.library import NAMESPACE, overload
 
 N, C, H, W, K = 2, 6, 5, 4, 4

@@ -15,7 +15,7 @@ from fused_resnet.bench import peers
 from fused_resnet.bench.networks import subjects
 from fused_resnet.bench.peers import NORMS, install
 from fused_resnet.bench.schema import read_results
-from fused_resnet.bench.steps import IMPLEMENTATIONS, TrainingStep, distance
+from fused_resnet.bench.steps import IMPLEMENTATIONS, TrainingStep
 from fused_resnet.cli import main
 
 CPU = torch.device("cpu")
@@ -73,6 +73,11 @@ def stand_ins(monkeypatch):
         monkeypatch.setitem(IMPLEMENTATIONS, name, how)
 
 
+def distance(found, expected):
+    """‖found − expected‖ / ‖expected‖ over all tensors."""
+    return (torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)]).norm() / torch.cat([b.flatten() for b in expected]).norm()).item()
+
+
 def gradients(module, norms, x, training):
     """Of the output's weighted sum, by the input and every parameter, with `norms` in the place of PyTorch's."""
     module = copy.deepcopy(module)
@@ -104,8 +109,9 @@ def test_a_peer_computes_what_it_is_compared_with(name, make, training, stand_in
 @pytest.mark.parametrize("name", NORMS)
 def test_parameters_and_running_statistics_are_those_of_the_network(name, stand_ins):
     subject = subjects("train", ["resnet20"], 16)[0]
-    state = subject.make().state_dict()
-    step = TrainingStep(subject, name, torch.float32, 4, CPU, state)
+    made = subject.make()
+    state = made.state_dict()
+    step = TrainingStep(subject.of(made), name, torch.float32, 4, CPU)
     assert [p.shape for p in step.module.parameters()] == [p.shape for p in subject.make().parameters()]
     step()
     assert all(p.grad is not None for p in step.module.parameters())

@@ -101,8 +101,9 @@ def test_a_slow_down_of_one_kernel_is_found(tmp_path, capsys, monkeypatch):
     measured = []
     for backend in (Reference(), Slowed()):
         monkeypatch.setitem(BACKENDS, "passes_triton", backend)
-        cases = [make(passes.Inputs(NormProblem(8, 64, 28, 28), torch.float32, suite.device)) for make in (passes.batch_stats, passes.norm_act)]
-        measured.append([row for case in cases for row in suite.rows(case)])
+        norm = NormProblem(8, 64, 28, 28)
+        made = [lambda make=make, norm=norm: make(passes.Inputs(norm, torch.float32, suite.device)) for make in (passes.batch_stats, passes.norm_act)]
+        measured.append([row for build in made for row in suite.rows(build)])
     # Other work on the machine moves times by tens of percent; the slow-down is twentyfold.
     assert compare.main([*files(tmp_path, *measured), "--threshold", "4"]) == 1
     assert capsys.readouterr().err == "norm_act ours:passes_triton float32 8 64x28x28: slower\n"

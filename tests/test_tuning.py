@@ -1,13 +1,15 @@
 """Configurations, tasks, and the tables of measured choices."""
 
 import json
+import multiprocessing
+import warnings
 from dataclasses import replace
 
 import pytest
 
 from fused_resnet.problem import ConvProblem
 from fused_resnet.tuning import CUDNN, Configuration, Entry, Table, Task
-from fused_resnet.tuning.table import Meta, TableError, path_of, read_table, write_table
+from fused_resnet.tuning.table import Meta, TableError, add_to_table, path_of, read_table, table_of, write_table
 
 CONV = ConvProblem(256, 64, 56, 56, 256, 1, 1)
 TASK = Task("fprop", CONV, "bfloat16", "norm")
@@ -108,3 +110,68 @@ def test_a_broken_table_is_refused_with_the_place(change, words, tmp_path):
     with pytest.raises(TableError) as error:
         read_table(path)
     assert str(path) in str(error.value) and words in str(error.value)
+
+
+# ---- files that are damaged, and many writers -------------------------------------------------------------------------
+
+
+DAMAGED = {
+    "cut off": '{"version": 1, "entries": [',
+    "no JSON": "\x00",
+    "too deep": '{"version": 1, "entries": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "endless": '{"version": ' + "9" * 10_000 + "}",
+    "a list": "[]",
+    "true": '{"version": true, "entries": []}',
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_table_is_refused_and_left_out_with_one_warning(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path))
+    path = path_of("broken gpu")
+    path.parent.mkdir(parents=True)
+    path.write_text(DAMAGED[name])
+    with pytest.raises(TableError) as told:
+        read_table(path)
+    assert str(path) in str(told.value) and len(str(told.value)) < len(str(path)) + 200
+    table_of.cache_clear()
+    with pytest.warns(UserWarning) as warned:
+        assert table_of("broken gpu").entries == []
+    assert len(warned) == 1 and str(path) in str(warned[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table_of("broken gpu")
+    table_of.cache_clear()
+
+
+@pytest.mark.parametrize("value", ["fast", None, True, -1.0, float("nan"), float("inf"), [1.0], 10**400])
+def test_a_time_that_is_no_number_is_refused(value, tmp_path):
+    path = tmp_path / "x.json"
+    write_table(path, META, Table([Entry(TASK, None, 1.0, 2.0)]))
+    content = json.loads(path.read_text())
+    content["entries"][0]["ms"] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(TableError, match=r"entries\[0\]\.ms: expected milliseconds"):
+        read_table(path)
+
+
+def write_ten(path, first):
+    for n in range(first, first + 10):
+        add_to_table(path, META, [entry(n)])
+
+
+def test_many_writers_lose_nothing_and_readers_see_whole_tables(tmp_path):
+    path = tmp_path / "x.json"
+    add_to_table(path, META, [])
+    processes = multiprocessing.get_context("fork")
+    writers = [processes.Process(target=write_ten, args=(path, first)) for first in (100, 200, 300)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        read_table(path)
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    found = {entry.task.conv.n for entry in read_table(path)[1].entries}
+    assert found == {first + n for first in (100, 200, 300) for n in range(10)}
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]

@@ -69,13 +69,9 @@ class FusedConvolutions(Reference, ABC):
     def _prologue(self, source: Source, convs: Sequence[Conv]) -> Choice | None:
         """The choice for the first convolution where its prologue makes the activation; None where a pass does."""
         first = convs[0]
-        if source.residual is None:
-            kind = "norm"
-        elif is_pointwise(first.weight, first.geometry):
-            kind = "norm_add" if source.residual_scale is None else "norm_add_raw"
-        else:  # overlapping windows would make the activation, and write it, again and again
-            return None
-        return self._choose("fprop", source.x, first.weight, first.geometry, kind)
+        if source.residual is not None and not is_pointwise(first.weight, first.geometry):
+            return None  # overlapping windows would make the activation, and write it, again and again
+        return self._choose("fprop", source.x, first.weight, first.geometry, source.kind())
 
     def as_read(self, source: Source, convs: Sequence[Conv | ConvOutput], kept: bool) -> Source:
         """As in `Reference`. cuDNN's prologue rounds scale and bias.
@@ -197,11 +193,8 @@ class FusedConvolutions(Reference, ABC):
         # A projection's gradient stays on its own grid: between its pixels there are zeros, which nobody needs to write or read.
         stride = others[0].geometry.stride[0] if others and is_projection(others[0]) else 0
         adds = dact is not None or bool(others and not stride)
-        kind = "act"
-        if source.pending:
-            kind = "norm_add_raw" if source.residual_mean is not None else "norm" if mask is None else "norm_add"
         projection = (stride, others[0].weight.shape[0]) if stride else ()
-        configuration = self._choose("dgrad", source.x, main.weight, main.geometry, kind, adds, *projection)
+        configuration = self._choose("dgrad", source.x, main.weight, main.geometry, source.kind(mask), adds, *projection)
         if configuration == CUDNN:
             stride = 0  # it adds whole tensors
         if configuration is None:

@@ -3,7 +3,9 @@
 Right implementations differ in where they round, and in the order in which they add. So a result may be off by what rounding its terms
 costs, wherever that is done:
 
-- An element of a tensor is as far off as a few roundings, of the largest value of the tensor.
+- An element of a tensor is as far off as a few roundings, of the largest value of the tensor. On the root of the mean square the roundings,
+  which are independent, come to a third of that of the tensor: so a fault that is small everywhere is seen as well.
+- What is nothing but zeros is wrong where something else is expected.
 - A sum over a channel is off by the roundings of its n terms, each at most u·|t|, with the unit roundoff u of the dtype in which they were
   stored. These are independent, so the sum of them is about u·‖t‖₂, however small the sum itself: terms of both signs cancel, their
   roundings do not. Adding up in float32 costs 2⁻²⁴·‖t‖₁ times what grows like the root of the additions in a row (Higham & Mary 2019).
@@ -27,6 +29,8 @@ from ..reference import Source, accumulate_dtype
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 #: What adding up may cost, in roundings of ‖t‖₁.
 ADDITIONS = 64
+#: Of `TOLERANCES`: the largest error of a whole tensor, as root of the mean square over that of what is expected.
+SPREAD = 1 / 3
 PIXELS = (0, 2, 3)
 
 
@@ -98,6 +102,12 @@ def error(
         difference = ((result.double() - wide).abs() / scale.clamp_min(1e-30)).max().item()
         difference = float("inf") if difference != difference else difference
         worst = max(worst, difference)
+        if difference <= tolerance and not of and result.numel() > 1:
+            spread = ((result.double() - wide).norm() / wide.norm().clamp_min(1e-30)).item()
+            if spread > SPREAD * tolerance:
+                status = f"wrong: result {number} differs by {spread:.1e} of its norm; tolerance {SPREAD * tolerance:.0e}"
+        if difference <= tolerance and not result.any() and wide.any():
+            status = f"wrong: result {number} is nothing but zeros"
         if difference > tolerance:
             status = f"wrong: result {number} differs by {difference:.1e} of {words}; tolerance {tolerance:.0e}"
     return worst, status

@@ -1,22 +1,23 @@
 """The suite `kernels`: every pass and convolution of every backend on a network's shapes, beside PyTorch's eager mode, Inductor, cuDNN."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import BACKENDS, PASSES, TUNED
-from ..problem import NormProblem
+from ..problem import ConvProblem, NormProblem
 from ..reference import Reference
-from ..roofline import Network, floor_seconds, total_flops
+from ..roofline import Kernel, Network, floor_seconds, total_flops
 from . import accuracy, convolutions, passes
 from .machine import Ceilings
 from .passes import Case, Inputs
 from .schema import Row
 from .steps import OURS
-from .timing import Times, attempt, measure, out_of_memory
+from .timing import POSSIBLE, Times, attempt, measure, out_of_memory
 
 #: The backends that have passes of their own; the others run one's of these.
 LANGUAGES = {impl: name for impl, name in OURS.items() if name in PASSES}
@@ -30,6 +31,13 @@ GROUPS = {"passes": passes.NAMES, "convolutions": convolutions.NAMES}
 Job = tuple[str, Callable[[], list[Row]]]
 
 
+class Work(NamedTuple):
+    """What a case must move and compute."""
+
+    bytes: int
+    kernels: tuple[Kernel, ...]
+
+
 @dataclass(frozen=True)
 class Kernels:
     """What is the same for all cases of a run."""
@@ -40,6 +48,7 @@ class Kernels:
     implementations: tuple[str, ...]  #: of `IMPLEMENTATIONS`
     repeats: int = 50  #: timed calls of each implementation
     limit_s: float = 60.0  #: for one implementation of one case
+    seen: dict[tuple, Work] = field(default_factory=dict)  #: of each case that had rows
 
     def jobs(self, networks: Iterable[Network], names: Sequence[str]) -> Iterator[Job]:
         """(words, what gives the rows) of the cases called `names` of `networks`, each on each shape once."""
@@ -50,13 +59,25 @@ class Kernels:
             build = partial(convolutions.make, name, place, self.dtype, self.device)
             yield _words(f"{name} {place}", place.read), partial(self.rows_of, f"{name} {place}", place.read, build)
 
+    def jobs_of_shapes(self, shapes: Iterable[NormProblem | ConvProblem], names: Sequence[str]) -> Iterator[Job]:
+        """The same of single shapes: of a tensor every pass, of a convolution every operator that ends in one, without a projection."""
+        for shape in shapes:
+            for name in names:
+                if isinstance(shape, NormProblem) and name in passes.NAMES:
+                    make = getattr(passes, name)
+                    yield _words(name, shape), partial(self.rows_of, name, shape, partial(self._pass, make, shape))
+                elif isinstance(shape, ConvProblem) and name in convolutions.NAMES and "pair" not in name:
+                    place = convolutions.Place(name.removesuffix(convolutions.SUFFIX), (shape,))
+                    build = partial(convolutions.make, name, place, self.dtype, self.device)
+                    yield _words(f"{name} {place}", place.read), partial(self.rows_of, f"{name} {place}", place.read, build)
+
     def _pass(self, make: passes.Maker, norm: NormProblem) -> Case:
         return make(Inputs(norm, self.dtype, self.device))
 
     def rows_of(self, name: str, norm: NormProblem, build: Callable[[], Case]) -> list[Row]:
         """The rows of a case; where its operands or its reference do not fit into memory, that is what they say."""
         try:
-            return self.rows(build())
+            return self.rows(build)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -65,20 +86,42 @@ class Kernels:
             torch.cuda.empty_cache()
         return [self._row(name, norm, impl, {"status": status}) for impl in self.implementations]
 
-    def rows(self, case: Case) -> list[Row]:
-        """Check and time a case. A row for each implementation that there is of it."""
+    def rows(self, build: Callable[[], Case]) -> list[Row]:
+        """Check and time a case, and check it again, of operands that nobody has seen. A row for each implementation of it."""
+        case = build()
         calls = peers(case, self.implementations, self.device, self.dtype)
         facts = self.check(case, calls)
         right = {impl: call for impl, call in calls.items() if "status" not in facts[impl]}
         times = measure(right, self.device, self.repeats, limit_s=self.limit_s)
+        work = self.seen[case.name, norm_key(case.norm)] = Work(case.bytes, case.kernels)
+        rates = {impl: self.rates(work, t.median_ms * 1e-3) for impl, t in times.items() if isinstance(t, Times)}
+        least_ms, name, norm = 1e3 * self.least_seconds(work), case.name, case.norm
+        del case, calls, right  # there may not be room for the operands of both
+        again = self._again(build, rates)
         for impl, outcome in times.items():
-            if isinstance(outcome, Times):
-                facts[impl] |= vars(outcome) | self.rates(case, outcome.median_ms * 1e-3)
-            else:
+            if not isinstance(outcome, Times):
                 facts[impl]["status"] = outcome
-        return [self._row(case.name, case.norm, impl, facts[impl]) for impl in calls]
+            elif impl in again:
+                facts[impl]["status"] = f"{again[impl]} (after it was timed)"
+            elif outcome.median_ms < least_ms:
+                words = f"{outcome.median_ms:.2g} ms; what must be done takes more than {least_ms:.2g} ms on this machine"
+                facts[impl]["status"] = f"wrong: {words}"
+            else:
+                facts[impl] |= vars(outcome) | rates[impl]
+        return [self._row(name, norm, impl, facts[impl]) for impl in facts]
 
-    def rates(self, case: Case, seconds: float) -> dict[str, float]:
+    def _again(self, build: Callable[[], Case], timed: Iterable[str]) -> dict[str, str]:
+        """The status of each of these implementations that is wrong, or fails, with other operands."""
+        case = build()
+        calls = {impl: call for impl, call in peers(case, self.implementations, self.device, self.dtype).items() if impl in timed}
+        return {impl: facts["status"] for impl, facts in self.check(case, calls).items() if "status" in facts}
+
+    def least_seconds(self, case: Work) -> float:
+        """What a case can't be done in. A GPU's cache was written over before: its operands come from memory, though results may stay."""
+        moved = case.bytes / 2 / self.ceilings.bytes_per_s if self.device.type == "cuda" else 0.0
+        return POSSIBLE * max(total_flops(case.kernels) / self.ceilings.flops_per_s, moved)
+
+    def rates(self, case: Work, seconds: float) -> dict[str, float]:
         """What a call that takes `seconds` reaches: of a copy's bandwidth; of the floor, where the case has products to compute."""
         rate = case.bytes / seconds
         if not case.kernels:
@@ -90,6 +133,14 @@ class Kernels:
 
     def _row(self, name: str, norm: NormProblem, impl: str, facts: dict) -> Row:
         return Row("kernels", name, impl, str(self.dtype).removeprefix("torch."), norm.n, [norm.c, norm.h, norm.w], **facts)
+
+    def refined(self, rows: Iterable[Row], ceilings: Ceilings) -> list[Row]:
+        """The rows with their fractions of other ceilings."""
+        suite, found = replace(self, ceilings=ceilings), []
+        for row in rows:
+            work = self.seen.get((row.case, (row.batch, *(row.shape or ()))))
+            found.append(replace(row, **suite.rates(work, row.median_ms * 1e-3)) if work and row.status == "ok" else row)
+        return found
 
     def check(self, case: Case, calls: dict[str, Callable[[], tuple[Tensor, ...]]]) -> dict[str, dict]:
         """What is known of each implementation before it is timed: its error, and its status where it is not to be timed."""
@@ -143,6 +194,11 @@ def peers(
     if case.cudnn is not None:
         calls["cudnn"] = case.cudnn
     return {impl: calls[impl] for impl in implementations if impl in calls}
+
+
+def norm_key(norm: NormProblem) -> tuple[int, ...]:
+    """As rows have it: images, then the shape of one."""
+    return norm.n, norm.c, norm.h, norm.w
 
 
 def _words(name: str, norm: NormProblem) -> str:

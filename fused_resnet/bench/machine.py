@@ -8,11 +8,15 @@ from pathlib import Path
 
 import torch
 
+from .._version import __version__
 from .schema import DATE_FORMAT, Meta
 from .timing import Times, measure
 
 #: nvidia-smi's name of each entry of `Meta.clocks`.
 CLOCKS = {"sm": "clocks.sm", "memory": "clocks.mem", "sm_max": "clocks.max.sm", "memory_max": "clocks.max.mem"}
+
+
+LIMIT_S = 5.0  #: for measuring one copy or product
 
 
 def collect_meta(device: torch.device, commit: str) -> Meta:
@@ -36,16 +40,22 @@ def collect_meta(device: torch.device, commit: str) -> Meta:
 
 
 def current_commit() -> str:
-    """The commit of the checkout that this file lies in, "-dirty" behind it where tracked files were changed.
+    """What the package's code is: its commit, "-dirty" behind it where tracked files were changed; else its version, as "v0.1.0".
 
-    Raises RuntimeError where there is none.
+    The commit is that of the checkout whose own files these are, and of no other that an installed package happens to lie in.
     """
     root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    own = _git(root, "rev-parse", "--show-toplevel") == str(root) and _git(root, "ls-files", "fused_resnet/_version.py")
+    commit = _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if own else ""
+    return commit or f"v{__version__}"
+
+
+def _git(root: Path, *command: str) -> str:
+    """What git prints; nothing where it fails or is missing."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        raise RuntimeError(f"commit: {root} is no git checkout with a commit; give the commit with --commit") from None
+        return ""
 
 
 def _version(package: str) -> str | None:
@@ -69,7 +79,11 @@ def _nvidia_smi(uuid: str) -> tuple[str | None, dict[str, int] | None]:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device at hand reaches: a large copy, a large matrix product."""
+    """What the device at hand reaches: a large copy, a large matrix product.
+
+    The rates are those of the fastest tenth of many calls: what else a machine does only makes a call slower, and a ceiling that a layer
+    passes is none.
+    """
 
     copy: Times
     copy_bytes: int  #: read and written by one copy
@@ -79,22 +93,50 @@ class Ceilings:
     @property
     def bytes_per_s(self) -> float:
         """Bandwidth of the copy."""
-        return self.copy_bytes / (self.copy.median_ms * 1e-3)
+        return self.copy_bytes / (self.copy.p10_ms * 1e-3)
 
     @property
     def flops_per_s(self) -> float:
         """Rate of the matrix product."""
-        return self.matmul_flops / (self.matmul.median_ms * 1e-3)
+        return self.matmul_flops / (self.matmul.p10_ms * 1e-3)
+
+    def best(self, other: "Ceilings") -> "Ceilings":
+        """Of each measurement the faster: the one before the suite and the one behind it, say."""
+        faster, quicker = (max((self, other), key=rate) for rate in (lambda c: c.bytes_per_s, lambda c: c.flops_per_s))
+        return Ceilings(faster.copy, faster.copy_bytes, quicker.matmul, quicker.matmul_flops)
+
+
+#: (megabytes of a copy, extent of a square matrix). Which is fastest depends on caches, and on how many cores are free.
+SIZES = {"cuda": ((1024,), (8192, 4096)), "cpu": ((64, 16), (512, 1024))}
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 50) -> Ceilings:
-    """Copy a tensor that no cache holds, and multiply two square matrices of `dtype`. On a CPU both are small."""
-    megabytes, size = (1024, 8192) if device.type == "cuda" else (64, 512)
-    source = torch.randn(megabytes * 2**20 // 4, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = measure({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, device, repeats)
-    for name, value in times.items():
-        if not isinstance(value, Times):
-            raise RuntimeError(f"the ceiling of {name} can't be measured: {value}")
-    return Ceilings(times["copy"], 2 * source.nbytes, times["matmul"], 2 * size**3)
+    """Copy a tensor that no cache holds, and multiply two square matrices of `dtype`, in several sizes; of each the fastest.
+
+    float32 is multiplied as convolutions multiply it: in TF32 where cuDNN may.
+    """
+    megabytes, extents = SIZES["cuda" if device.type == "cuda" else "cpu"]
+    calls, work = {}, {}
+    for size in megabytes:
+        source = torch.randn(size * 2**20 // 4, device=device)
+        target = torch.empty_like(source)
+        calls[f"copy of {size} MiB"] = lambda source=source, target=target: target.copy_(source)
+        work[f"copy of {size} MiB"] = 2 * source.nbytes
+    for extent in extents:
+        a, b = (torch.randn(extent, extent, device=device).to(dtype) for _ in range(2))
+        calls[f"product of {extent}"] = lambda a=a, b=b: a @ b
+        work[f"product of {extent}"] = 2 * extent**3
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        times = measure(calls, device, repeats, limit_s=LIMIT_S)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    best = {}
+    for kind in ("copy", "product"):
+        timed = {name: value for name, value in times.items() if name.startswith(kind) and isinstance(value, Times)}
+        if not timed:
+            raise RuntimeError(f"the ceiling of a {kind} can't be measured: {next(v for n, v in times.items() if n.startswith(kind))}")
+        best[kind] = max(timed, key=lambda name: work[name] / timed[name].p10_ms)
+    copy, product = best["copy"], best["product"]
+    return Ceilings(times[copy], work[copy], times[product], work[product])

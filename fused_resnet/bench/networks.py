@@ -1,43 +1,37 @@
 """The suites `train`, `inference` and `blocks`: whole networks, and residual blocks by themselves, ours and their peers.
 
-Before timing, the gradients of each implementation (in `inference` its scores) are compared with those of float32 eager: they may be at
-most twice as far away as those of eager in the same dtype and layout.
+Before timing, and after, the step that is timed is compared with float64's, by `gate`. A time in which a device can't have done the
+products is refused.
 
 Besides a row for the step, an implementation has one for `<case>:first_step`, from nothing to the end of the first step: building,
 tuning, compiling; and, where it is asked for, one for `<case>:largest_batch`.
 """
 
+import copy
 import gc
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from .. import models
+from ..backends import backend
+from ..convert import fuse
+from ..nn import Block
 from ..roofline import DEPTHS, DESIGNS, floor_seconds, resnet, total_flops, training_step
+from .gate import DRAWS, LATER_DRAWS, Gate
+from .load import LoadError, builder
 from .machine import Ceilings
-from .peers import Norms
 from .schema import Row
-from .steps import IMPLEMENTATIONS, BlockStep, Implementation, InferenceStep, Step, Subject, TrainingStep, distance
-from .timing import Deadline, Times, attempt, measure
+from .steps import IMPLEMENTATIONS, BlockStep, InferenceStep, Step, Subject, TrainingStep
+from .timing import POSSIBLE, Deadline, Times, attempt, measure
+from .trace import Trace, trace
 
 STEPS: dict[str, type[Step]] = {"train": TrainingStep, "inference": InferenceStep, "blocks": BlockStep}
-#: What rounding alone may cost where eager has little error: one ReLU that it turns moves a gradient by some 1e-3.
-LEAST_BOUND = 5e-3
-#: Images that the comparison takes: float32 at the batch that is timed might not fit.
-CHECKED_BATCH = 64
 BATCH_STEP = 8  #: to which the largest batch is found
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What the answers of implementations are compared with."""
-
-    batch: int  #: images that were asked about
-    answer: list[Tensor]  #: of float32 eager
-    bound: float  #: how far another may be from it
 
 
 @dataclass(frozen=True)
@@ -52,75 +46,78 @@ class Networks:
     repeats: int = 50  #: timed calls of each implementation
     limit_s: float = 120.0  #: for building one implementation of a case, for timing it, and for finding its largest batch
     largest: int = 0  #: find the largest batch that fits, up to this many images; 0: do not
+    counted: dict[tuple[str, int], int] = field(default_factory=dict)  #: FLOPs by name and batch, once they were asked for
 
     def rows(self, subject: Subject, batch: int) -> list[Row]:
         """Check and time a case. Rows for each implementation."""
         facts: dict[str, dict] = {impl: {} for impl in self.implementations}
-        state, truths = self._truths(subject, min(batch, CHECKED_BATCH), facts)
-        there = [impl for impl in self.implementations if impl in truths]
+        gate, there = self._gate(subject, batch, facts)
         rows: dict[str, list[Row]] = {impl: [self._row(subject, subject.name, impl, batch, facts[impl])]
-                                      for impl in self.implementations if impl not in truths}  # fmt: skip
+                                      for impl in self.implementations if impl not in there}  # fmt: skip
         plain = [impl for impl in there if not IMPLEMENTATIONS[impl].graphs]
         # CUDA graphs keep a step's memory to themselves: each is timed alone, or its peers would not fit.
         for group in (plain, *([impl] for impl in there if impl not in plain)):
             steps = {}
             for impl in group:
-                step = self._build(subject, impl, batch, state, truths[impl], facts[impl])
+                step = self._build(gate, impl, batch, facts[impl])
                 if step is not None:
                     steps[impl] = step
             times = measure(steps, self.device, self.repeats, flush=False, limit_s=self.limit_s)
+            times |= {impl: self._still_right(gate, step, batch, times[impl], facts[impl]) for impl, step in steps.items()}
             step = None
-            del steps
+            steps.clear()
             self._release()
             for impl in group:
                 rows[impl] = list(self._rows_of(subject, impl, batch, times.get(impl), facts[impl]))
         for impl in there if self.largest else ():
-            rows[impl].append(self._largest(subject, impl, batch, state, truths[impl], rows[impl][0]))
+            rows[impl].append(self._largest(gate, impl, batch, rows[impl][0]))
         return [row for impl in self.implementations for row in rows[impl]]
 
-    def _step(
-        self, subject: Subject, impl: str | Implementation, dtype: torch.dtype, batch: int, state: dict[str, Tensor] | None
-    ) -> Step:
-        return STEPS[self.suite](subject, impl, dtype, batch, self.device, state)
-
-    def _truths(self, subject: Subject, batch: int, facts: dict[str, dict]) -> tuple[dict[str, Tensor], dict[str, Truth]]:
-        """(the state that all begin with, what each implementation is compared with). Where there is nothing, `facts` gets the status."""
-        state, truths = {}, {}
-        for like in dict.fromkeys(IMPLEMENTATIONS[impl].like for impl in self.implementations):
-            found = []
-
-            def compute(like=like, found=found):
-                if not state:
-                    state.update((name, value.cpu()) for name, value in subject.make().state_dict().items())
-                found.append(self._truth(subject, batch, state, like))
-
-            status = attempt(compute, self.limit_s)
-            for impl in (impl for impl in self.implementations if IMPLEMENTATIONS[impl].like is like):
-                if status:
-                    facts[impl]["status"] = f"{status} (float32 eager, with which all are compared)"
+    def _gate(self, subject: Subject, batch: int, facts: dict[str, dict]) -> tuple[Gate | None, list[str]]:
+        """(what the implementations in `facts` are compared with, those for which it was found). Else `facts` gets the status."""
+        made: list[Gate] = []
+        status = attempt(lambda: made.append(Gate(STEPS[self.suite], subject, self.dtype, batch, self.device)), self.limit_s)
+        there = []
+        for like in dict.fromkeys(IMPLEMENTATIONS[impl].like for impl in facts):
+            failed = status or attempt(lambda like=like: made[0].prepare(like), self.limit_s)
+            for impl in (impl for impl in facts if IMPLEMENTATIONS[impl].like is like):
+                if failed:
+                    facts[impl]["status"] = f"{failed} (float64 eager, with which all are compared)"
                 else:
-                    truths[impl] = found[0]
-        return state, truths
+                    there.append(impl)
+        return made[0] if made else None, there
 
-    def _truth(self, subject: Subject, batch: int, state: dict[str, Tensor], like: Norms | None) -> Truth:
-        """float32's answer, and how far from it another may be."""
-        exact = self._step(subject, Implementation("off", False, norms=like), torch.float32, batch, state)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            answer = exact.answer()
-        baseline = self._step(subject, Implementation("off", True, norms=like), self.dtype, batch, state)
-        bound = 2 * distance(baseline.answer(), answer) + LEAST_BOUND
-        if bound == float("inf"):
-            raise RuntimeError(f"{subject.name}: eager in {self.dtype} is not finite, so that nothing can be compared with it")
-        return Truth(batch, answer, bound)
-
-    def _check(self, subject: Subject, impl: str, state: dict[str, Tensor], truth: Truth, facts: dict) -> None:
-        """Compare the implementation with the truth; `facts` gets its error, and its status where it is wrong."""
-        error = distance(self._step(subject, impl, self.dtype, truth.batch, state).answer(), truth.answer)
+    def _check(self, gate: Gate, step: Step, batch: int, facts: dict) -> None:
+        """Compare the step with the truth; `facts` gets its error, and its status where it is wrong."""
+        error, status = gate.verdict(step, DRAWS, batch)
         facts["max_rel_error"] = None if error == float("inf") else error
-        if error > truth.bound:
-            facts["status"] = f"wrong: it is {error:.1e} from float32's; {truth.bound:.1e} is allowed"
+        if status:
+            facts["status"] = status
 
-    def _build(self, subject: Subject, impl: str, batch: int, state, truth: Truth, facts: dict) -> Step | None:
+    def _still_right(self, gate: Gate, step: Step, batch: int, outcome: Times | str, facts: dict) -> Times | str:
+        """What was timed, if it is right afterwards as well, of images that it has not seen, and took as long as it must."""
+        if not isinstance(outcome, Times):
+            return outcome
+        found: list[str | None] = []
+        failed = attempt(lambda: found.append(gate.verdict(step, LATER_DRAWS, batch)[1]), self.limit_s)
+        if failed or found[0]:
+            return failed or f"{found[0]} (after it was timed)"
+        least = POSSIBLE * 1e3 * self._flops(gate.subject, batch) / self.ceilings.flops_per_s
+        if outcome.median_ms < least:
+            return f"wrong: {outcome.median_ms:.2g} ms; its products take more than {least:.2g} ms on this machine"
+        return outcome
+
+    def _flops(self, subject: Subject, batch: int) -> int:
+        """Of the case; 0 where it can't be traced."""
+        key = subject.name, batch
+        if key not in self.counted:
+            found: list[Trace] = []
+            attempt(lambda: found.append(trace(subject.make, (1, *subject.shape), torch.float32)), self.limit_s)
+            flops = sum(op.flops for op in found[0].ops if self.suite != "inference" or not op.backward) if found else 0
+            self.counted[key] = batch * flops
+        return self.counted[key]
+
+    def _build(self, gate: Gate, impl: str, batch: int, facts: dict) -> Step | None:
         """The step, after its first calls; None where it fails. `facts` gets what its rows say of it."""
         built = []
         on_gpu = self.device.type == "cuda"
@@ -128,7 +125,7 @@ class Networks:
 
         def first():
             started = time.perf_counter()
-            step = self._step(subject, impl, self.dtype, batch, state)
+            step = gate.step(impl, self.dtype, batch)
             step()
             if on_gpu:
                 torch.cuda.synchronize(self.device)
@@ -136,7 +133,7 @@ class Networks:
             built.append(step)
 
         def check():
-            self._check(subject, impl, state, truth, facts)
+            self._check(gate, built[0], batch, facts)
 
         def peak():
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -174,23 +171,28 @@ class Networks:
         fraction = floor_ms / median_ms if self.device.type == "cuda" else None
         return {"tflops": total_flops(kernels) / (median_ms * 1e-3) / 1e12, "roofline_fraction": fraction}
 
-    def _largest(self, subject: Subject, impl: str, batch: int, state: dict[str, Tensor], truth: Truth, timed: Row) -> Row:
+    def refined(self, rows: Iterable[Row], ceilings: Ceilings) -> list[Row]:
+        """The rows with their fractions of other ceilings."""
+        suite, found = replace(self, ceilings=ceilings), []
+        for row in rows:
+            subject = Subject(row.case, nn.Identity, tuple(row.shape))
+            facts = suite._against_the_floor(subject, row.batch, row.median_ms) if row.status == "ok" else {}
+            found.append(replace(row, **facts))
+        return found
+
+    def _largest(self, gate: Gate, impl: str, batch: int, timed: Row) -> Row:
         """The row of the largest batch that fits, with the throughput there. `timed`: the implementation's row at `batch`.
 
         What is wrong, can't be had, or takes too long at `batch` has none. The search as a whole has `limit_s` seconds.
         """
-        case = f"{subject.name}:largest_batch"
+        subject, case = gate.subject, f"{gate.subject.name}:largest_batch"
         if timed.status.startswith(("wrong", "unsupported", "timeout")):
             return self._row(subject, case, impl, None, {"status": timed.status})
         why, facts, ends = {}, {}, time.monotonic() + self.limit_s
-        if timed.max_rel_error is None:  # at `batch` it did not get as far as that
-            status = attempt(lambda: self._check(subject, impl, state, truth, facts), self.limit_s) or facts.get("status")
-            if status:
-                return self._row(subject, case, impl, None, {"status": status})
 
         def fits(size: int) -> bool:
             def twice():
-                step = self._step(subject, impl, self.dtype, size, state)
+                step = gate.step(impl, self.dtype, size)
                 step()
                 step()
                 if self.device.type == "cuda":
@@ -210,20 +212,20 @@ class Networks:
             return self._row(subject, case, impl, None, {"status": words})
         if size is None:
             return self._row(subject, case, impl, None, {"status": why[min(why)]})
-        steps: dict[str, Step] = {}
-
-        def build():
-            steps[impl] = self._step(subject, impl, self.dtype, size, state)
-
-        outcome = attempt(build, self.limit_s)
-        if outcome is None:
-            outcome = measure(steps, self.device, min(self.repeats, 20), flush=False, limit_s=self.limit_s)[impl]
-        steps.clear()
+        again, built = self._gate(subject, size, {impl: facts})
+        if again is None or not built:
+            return self._row(subject, case, impl, size, facts)
+        step = self._build(again, impl, size, facts)
+        facts.pop("first_step_ms", None)
+        if step is not None:
+            outcome = measure({impl: step}, self.device, min(self.repeats, 20), flush=False, limit_s=self.limit_s)[impl]
+            outcome = self._still_right(again, step, size, outcome, facts)
+            step = None
+            if isinstance(outcome, Times):
+                facts |= vars(outcome) | {"images_per_s": size / (outcome.median_ms * 1e-3)}
+            else:
+                facts["status"] = outcome
         self._release()
-        if isinstance(outcome, Times):
-            facts |= vars(outcome) | {"images_per_s": size / (outcome.median_ms * 1e-3)}
-        else:
-            facts["status"] = outcome
         return self._row(subject, case, impl, size, facts)
 
     def _release(self) -> None:
@@ -262,18 +264,41 @@ def largest_batch(fits: Callable[[int], bool], start: int, limit: int) -> int | 
 
 
 def subjects(suite: str, names: list[str], size: int) -> list[Subject]:
-    """The cases of a suite: networks, or each shape of block in them once."""
+    """The cases of a suite: networks by their names (`load.builder`), or each shape of block in them once.
+
+    Raises LoadError for an unknown network, or one without blocks that this package knows.
+    """
+    made = [Subject(name, builder(name), (3, size, size)) for name in names]
     if suite != "blocks":
-        return [Subject(name, lambda name=name: models.get_model(name), (3, size, size)) for name in names]
+        return made
     found: dict[tuple, Subject] = {}
-    for name in names:
-        for block in resnet(name, 1, size).blocks:
-            path, conv = block.branch[0].name.rpartition(".")[0], block.branch[0].conv
-            key = (len(block.branch), block.branch[-1].conv, conv, block.projection is None)
-
-            def make(name=name, path=path):
-                return models.get_model(name).get_submodule(path)
-
-            shapes = tuple(layer.conv for layer in block.layers)
-            found.setdefault((key, shapes), Subject(f"{name}.{path}", make, (conv.c, conv.h, conv.w)))
+    for subject in made:
+        blocks = dict(_blocks(subject))
+        if not blocks:
+            raise LoadError(f"expected networks with residual blocks that fused_resnet.fuse knows; {subject.name} has none")
+        for path, (key, shape) in blocks.items():
+            make = partial(_part, subject.make, path)
+            found.setdefault((key, shape), Subject(f"{subject.name}.{path}", make, shape))
     return list(found.values())
+
+
+def _part(make: Callable[[], nn.Module], path: str) -> nn.Module:
+    return make().get_submodule(path)
+
+
+def _blocks(subject: Subject) -> Iterator[tuple[str, tuple[tuple, tuple[int, int, int]]]]:
+    """(path, (what tells blocks apart, shape of an input)) of each residual block, as they are called."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there may be nothing to be fused
+        model, seen = fuse(copy.deepcopy(subject.make())).eval(), []
+
+    def see(path: str, block: nn.Module, x: torch.Tensor) -> None:
+        convolutions = [(tuple(m.weight.shape), m.stride, m.groups) for m in block.modules() if isinstance(m, nn.Conv2d)]
+        seen.append((path, (tuple(convolutions), tuple(x.shape[1:]))))
+
+    for path, block in model.named_modules():
+        if isinstance(block, Block):
+            block.register_forward_pre_hook(lambda m, args, path=path: see(path, m, args[0]))
+    with torch.no_grad(), backend("off"):
+        model(torch.zeros(1, *subject.shape))
+    yield from seen

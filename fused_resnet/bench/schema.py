@@ -13,7 +13,6 @@ import typing
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ IMPLEMENTATIONS = (
 )  # fmt: skip
 STATUSES = ("ok", "oom", "timeout", "wrong", "unsupported")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+LARGEST = 1e300  #: number in a file; a whole one may be larger than a float can be
 DATE_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 #: What only a case that ran to the end, and right, has.
 FIGURES = (
@@ -148,10 +148,10 @@ def read_results(path: Path) -> Results:
     """
     try:
         content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SchemaError(f"{path}: expected JSON; {error}") from None
     except SchemaError as error:
         raise SchemaError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and lists in lists in lists
+        raise SchemaError(f"{path}: expected JSON; {next(iter(str(error).splitlines()), '')}") from None
     top = _object(content, f"{path}", ("version", "meta", "rows"), optional=("version",))
     version = top.get("version", VERSION)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -199,8 +199,8 @@ def _check_one_of(name: str, value: str, choices: typing.Sequence[str]) -> None:
 def _check_not_negative(record: Any, *names: str) -> None:
     for name in names:
         value = getattr(record, name)
-        if value is not None and not (isfinite(value) and value >= 0):
-            raise SchemaError(f"{name}: expected a finite number of at least 0, or null; got {value!r}")
+        if value is not None and not 0 <= value <= LARGEST:
+            raise SchemaError(f"{name}: expected a finite number of at least 0, or null; got {value!r:.80}")
 
 
 def _check_types(record: Any) -> None:

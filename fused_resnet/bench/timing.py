@@ -11,6 +11,9 @@ import torch
 
 #: Written over before a timed call: more than any L2 cache holds, and long enough for a call's launches to queue up behind it.
 FLUSH_BYTES = 2**30
+#: A time below this part of the floor, at rates that were measured, is refused: nothing that does the work takes less. A convolution by
+#: Winograd's F(2x2, 3x3) multiplies 1/2.25 of what the floor counts, and adds what it saves.
+POSSIBLE = 0.5
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ reads and writes, by the counting rules of `roofline`. Batch norm is two each wa
 fewer kernels of them.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -154,9 +155,11 @@ class _Recorder(TorchDispatchMode):
         if packet is ATEN.convolution_backward:
             return self._convolution_backward(args, result)
         writes = {self._value(t, new=True): size(t) for t in outputs}
-        if packet is ATEN.convolution and (problem := _problem(args[0], args[1], args[3:])):
-            reads[self._value(args[0])] = problem.touched_input_bytes(args[0].itemsize)
-            return self._add("fprop", HEAVY, reads, writes, problem.flops)
+        if packet is ATEN.convolution:
+            x, weight = args[:2]
+            if problem := _problem(x, weight, args[3:]):
+                reads[self._value(x)] = problem.touched_input_bytes(x.itemsize)
+            return self._add("fprop" if problem else packet.__name__, HEAVY, reads, writes, _flops(x, weight, outputs[0], args[6]))
         if packet in NORMS or packet in NORM_BACKWARDS:
             return self._norm(packet, args, reads, writes)
         if packet in flop_registry:
@@ -175,9 +178,7 @@ class _Recorder(TorchDispatchMode):
     def _convolution_backward(self, args, result) -> None:
         """dgrad and wgrad. The gradient of a weight is float32's."""
         dy, x, weight = args[:3]
-        problem = _problem(x, weight, args[4:])
-        both = flop_registry[ATEN.convolution_backward](*args, out_val=result)
-        flops = problem.flops if problem else both // max(1, sum(args[-1][:2]))
+        problem, flops = _problem(x, weight, args[4:]), _flops(x, weight, dy, args[7])
         operand = {self._value(dy): self._bytes(dy)}
         dx, dw = result[:2]
         if dx is not None:
@@ -203,6 +204,16 @@ class _Recorder(TorchDispatchMode):
         self._add("backward apply" if packet in NORM_BACKWARDS else "apply", POINTWISE, reads | vectors, out)
 
 
+def _flops(x: Tensor, weight: Tensor, y: Tensor, transposed: bool) -> int:
+    """Of a convolution, in any number of dimensions and groups: forward, and as many for either gradient.
+
+    Each weight is multiplied at each pixel of the output, or of the input where the convolution is transposed. PyTorch's own formula for
+    the gradients forgets groups.
+    """
+    pixels = (x if transposed else y).shape[2:].numel()
+    return 2 * len(x) * pixels * weight.numel()
+
+
 def _problem(x: Tensor, weight: Tensor, rest: Sequence) -> ConvProblem | None:
     """A convolution's shapes, `rest` being its stride, padding, dilation, transposed, …, groups; None where it is not 2-d."""
     stride, padding, dilation, transposed, _, groups = rest[:6]
@@ -218,13 +229,14 @@ def trace(make: Callable[[], nn.Module], shape: Sequence[int], dtype: torch.dtyp
     """One training step of the module that `make` makes, in `dtype`, on images of `shape`, [N, C, H, W].
 
     Its result must be scores [N, classes], or a tensor, or a collection of tensors, whose sum is then the loss. `make` is called
-    under a default dtype and on fake tensors: it costs no memory, and must not look at numbers.
+    under a default dtype and on fake tensors: it costs no memory, and must not look at numbers. A module that exists already is left
+    as it is.
     """
     before = torch.get_default_dtype()
     with FakeTensorMode(), backend("off"):
         try:
             torch.set_default_dtype(dtype)
-            model = make().train()
+            model = _faked(make(), dtype).train()
         finally:
             torch.set_default_dtype(before)
         images = torch.empty(tuple(shape), dtype=dtype).contiguous(memory_format=torch.channels_last)
@@ -240,6 +252,16 @@ def trace(make: Callable[[], nn.Module], shape: Sequence[int], dtype: torch.dtyp
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     found = recorder.sizes, recorder.fixed, recorder.masks, recorder.covered, recorder.taps
     return Trace(recorder.ops, shape[0], dtype.itemsize, parameters, *found)
+
+
+def _faked(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of the module whose parameters and buffers are fake, on the CPU and in `dtype` where they are floating-point."""
+    memo: dict[int, Tensor] = {}
+    for t in (*module.parameters(), *module.buffers()):
+        if not isinstance(t, FakeTensor):
+            like = torch.empty_strided(t.shape, t.stride(), dtype=dtype if t.is_floating_point() else t.dtype)
+            memo[id(t)] = nn.Parameter(like, t.requires_grad) if isinstance(t, nn.Parameter) else like
+    return copy.deepcopy(module, memo) if memo else module
 
 
 def scalar(result, labels: Tensor) -> Tensor:

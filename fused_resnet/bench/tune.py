@@ -7,10 +7,11 @@ its results, with the passes that one candidate needs and another does not. So t
 - the Triton kernel with each of a few configurations (`tuning.heuristics.candidates`);
 - `cudnn`: a fused graph of cuDNN, where there is one and cuDNN takes it.
 
-All must agree with `passes` before any is timed. What a task's neighbours were found to be is used while it is timed, so
-activations that exist come before those that are still to be made.
+All must agree with the reference before any is timed, and afterwards again, of operands that nobody has seen. What a
+task's neighbours were found to be is used while it is timed, so activations that exist come before those that are still to be made.
 """
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ from ..backends import BACKENDS, TUNED, backend
 from ..backends.convolutions import FusedConvolutions
 from ..backends.cudnn import machine_refusal, refusal
 from ..backends.triton import capability
+from ..convert import fuse
 from ..cudnn.work import as_cudnn_reads
 from ..problem import ConvProblem
 from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Reference, Source, channel_sums, nhwc, standardise
@@ -74,7 +76,7 @@ def tasks_of(make: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch
 
     BACKENDS[Listing.name] = Listing()
     try:
-        model = make().to(device=device, memory_format=torch.channels_last).train()
+        model = fuse(copy.deepcopy(make())).to(device=device, memory_format=torch.channels_last).train()
         images = nhwc(torch.randn(LISTED_BATCH, *shape[1:], device=device))
         labels = torch.zeros(LISTED_BATCH, dtype=torch.long, device=device)
         with backend(Listing.name), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -96,6 +98,15 @@ def in_order(tasks: Iterable[Task]) -> list[Task]:
 
 #: A task's work, done by a backend.
 Work = Callable[[FusedConvolutions], tuple[Tensor | None, ...]]
+
+
+class Expected(FusedConvolutions):
+    """The reference, asked as candidates are."""
+
+    name = "expected"
+
+    def choose(self, task, device):
+        return None
 
 
 class Trial:
@@ -177,6 +188,22 @@ class Trial:
         numbers = zip(*(triple for triple in both if triple[0].dtype != torch.uint8), strict=True)
         return accuracy.error(*numbers, self.precision)
 
+    def wrong(self, choices: dict[str, Choice | None], ends: float) -> dict[str, str]:
+        """The status of each of these candidates that does not agree with the reference, or fails. `ends`: by `time.monotonic()`."""
+        expected, failed = self._run(Expected()), {}
+        for name, choice in choices.items():
+            call, results = self.call(choice), []
+
+            def check(call=call, results=results):
+                results.extend(call())
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+
+            status = attempt(check, max(1.0, ends - time.monotonic()))
+            if status := status or self.error(tuple(results), expected)[1]:
+                failed[name] = status
+        return failed
+
     def cudnn_refusal(self) -> str | None:
         """Why cuDNN is no candidate; None where it is."""
         task = self.task
@@ -247,39 +274,27 @@ class Outcome:
 
 
 def tune(task: Task, table: Table, device: torch.device, most: int, repeats: int, limit_s: float) -> Outcome:
-    """Check and time the first `most` candidates of a task against the passes; the best goes into `table`."""
+    """Check and time the first `most` candidates of a task against the passes, and check them again; the best goes into `table`."""
     trial = Trial(task, table, device)
     configurations = heuristics.candidates(task, capability(device))[:most]
     choices: dict[str, Choice | None] = {"passes": None} | {str(c): c for c in configurations}
-    expected: list[Tensor | None] = []
-    calls, failed = {}, {}
+    failed: dict[str, str] = {}
     if reason := trial.cudnn_refusal():
         if not machine_refusal(device):  # which is one sentence for all tasks
             failed[CUDNN] = f"unsupported: {reason}"
     else:
         choices[CUDNN] = CUDNN
     ends = time.monotonic() + limit_s
-    for name, choice in choices.items():
-        call, results = trial.call(choice), []
-
-        def check(call=call, results=results):
-            results.extend(call())
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        status = attempt(check, max(1.0, ends - time.monotonic()))
-        if name == "passes":
-            expected = results
-        if status := status or trial.error(tuple(results), tuple(expected))[1]:
-            failed[name] = status
-            if name == "passes":
-                return Outcome(None, failed)
-        else:
-            calls[name] = call
-        del results
+    failed |= trial.wrong(choices, ends)
+    calls = {name: trial.call(choice) for name, choice in choices.items() if name not in failed}
+    if "passes" not in calls:
+        return Outcome(None, failed)
     times = measure(calls, device, repeats, limit_s=max(1.0, ends - time.monotonic()))
     failed |= {name: outcome for name, outcome in times.items() if not isinstance(outcome, Times)}
-    medians = {name: outcome.median_ms for name, outcome in times.items() if isinstance(outcome, Times)}
+    del trial, calls  # there may not be room for the operands of both
+    timed = {name: choices[name] for name in times if name not in failed}
+    failed |= {name: f"{status} (after it was timed)" for name, status in Trial(task, table, device).wrong(timed, ends).items()}
+    medians = {name: times[name].median_ms for name in timed if name not in failed}
     if "passes" not in medians:
         return Outcome(None, failed)
     best = min(medians, key=medians.get)

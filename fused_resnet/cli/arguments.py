@@ -93,6 +93,29 @@ def model_name(text: str) -> str:
     return text if ":" in text else one_of(*models.list_models(), *OTHERS)(text)
 
 
+def add_model(parser: argparse.ArgumentParser, default: str | list[str]) -> None:
+    """Adds `--model`: one network, or several where the default is a list."""
+    several = isinstance(default, list)
+    shown = " ".join(default) if several else default
+    parser.add_argument("--model", type=model_name, default=default, metavar="MODEL", **({"nargs": "+"} if several else {}),
+                        help="a network of this package, torchvision:NAME, timm:NAME, or MODULE:FUNCTION of your own, which "
+                             f"is copied and left as it is (default: {shown})")  # fmt: skip
+
+
+def add_commit(parser: argparse.ArgumentParser) -> None:
+    """Adds `--commit`."""
+    parser.add_argument("--commit", metavar="HASH", help="written into the results (default: that of this package's own checkout, else "
+                                                         "its version)")  # fmt: skip
+
+
+def add_form(parser: argparse.ArgumentParser) -> None:
+    """Adds `--csv` and `--json`, which `args.form` tells: what tables are printed as."""
+    group = parser.add_mutually_exclusive_group()
+    for form in ("csv", "json"):
+        group.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print tables as {form.upper()}")
+    parser.set_defaults(form="table")
+
+
 def device(name: str) -> torch.device:
     """The device for `--device auto|cpu|cuda`. Raises `UsageError` where PyTorch sees no GPU and one was asked for."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -147,6 +170,9 @@ def chosen_backend(where: torch.device, precision: str, option: str | None) -> s
 
 def slow_precision(where: torch.device, precision: str) -> str | None:
     """What is to be said where a CPU has no instructions for that precision; None elsewhere."""
-    if where.type != "cpu" or precision == "fp32" or getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")():
+    if where.type != "cpu" or precision == "fp32":
+        return None
+    # oneDNN's answer, which PyTorch itself asks for; a build without oneDNN has neither.
+    if torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")():
         return None
     return f"This CPU has no instructions for {precision}: expect a small part of the speed of --precision fp32."

@@ -1,8 +1,10 @@
 """`fused-resnet bench`: times kernels, blocks, training and inference against their peers, and writes JSON of one schema."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,17 +12,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .. import models
 from ..bench import kernels, networks
-from ..bench.machine import Ceilings, collect_meta, current_commit, measure_ceilings
+from ..bench.load import LoadError
+from ..bench.machine import collect_meta, current_commit, measure_ceilings
 from ..bench.plot import plot_results
 from ..bench.schema import SUITES, Results, Row, results_path, write_results
 from ..bench.steps import IMPLEMENTATIONS, implementations
-from ..bench.table import console, rich_table, tables
+from ..bench.table import show, tables
 from ..bench.timing import terminated_as_interrupted
+from ..problem import ConvProblem, NormProblem
 from ..processors import busy
 from ..roofline import DEPTHS, resnet
-from .arguments import UsageError, blaming, device, one_of, positive
+from .arguments import UsageError, add_commit, add_form, add_model, blaming, device, one_of, positive
 
 DESCRIPTION = """Times a suite and writes bench/results/<gpu>/<suite>-<date>-<commit>.json:
 
@@ -44,6 +47,8 @@ EXAMPLES = """example:
   fused-resnet bench train --model resnet50 --largest 2048 --plot
   fused-resnet bench kernels --dtype fp16 --case norm_add_act --model resnet50
   fused-resnet bench kernels --case convolutions --model resnet50
+  fused-resnet bench kernels --shape 64x56x56 256x14x14:512x1x1/2 --batch 64
+  fused-resnet bench train --model timm:resnet50d my_models:make_net --batch 64
   fused-resnet bench inference --impl eager_nhwc compile ours --device cpu
 """
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -60,8 +65,10 @@ def add_parser(commands) -> None:
         "bench", help="time kernels, blocks, training, inference", description=DESCRIPTION, epilog=EXAMPLES
     )
     parser.add_argument("suite", type=one_of(*SUITES), metavar="SUITE", help=", ".join(SUITES))
-    parser.add_argument("--model", nargs="+", type=one_of(*models.list_models()), default=["resnet18", "resnet50"], metavar="MODEL",
-                        help="networks, or whose shapes (default: resnet18 resnet50)")  # fmt: skip
+    add_model(parser, ["resnet18", "resnet50"])
+    parser.add_argument("--shape", nargs="+", type=shape, default=[], metavar="SHAPE",
+                        help="of the suite kernels, instead of a network's: 64x56x56, a tensor for the passes, channels first, or "
+                             "64x56x56:128x3x3/2, a convolution that reads it with 128 filters, stride 2")  # fmt: skip
     parser.add_argument("--case", nargs="+", type=one_of(*kernels.GROUPS, *kernels.NAMES), metavar="CASE",
                         help=f"of the suite kernels: {', '.join(kernels.GROUPS)}, or some of {', '.join(kernels.NAMES)} "
                              "(default: all)")  # fmt: skip
@@ -80,25 +87,42 @@ def add_parser(commands) -> None:
                         help="find the largest batch that fits, up to N images, and the throughput there")  # fmt: skip
     parser.add_argument("--plot", action="store_true", help="draw a picture beside the JSON")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), metavar="FOLDER", help="default: bench/results")
-    parser.add_argument("--commit", metavar="HASH", help="of this repository (default: git is asked)")
+    add_commit(parser)
+    add_form(parser)
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=bench)
+
+
+def shape(text: str) -> NormProblem | ConvProblem:
+    """The type of an argument: a tensor's shape, or a convolution's, for one image."""
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?::(\d+)x(\d+)x(\d+)(?:/(\d+))?)?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected CxHxW, or CxHxW:KxRxS with /STRIDE behind it or without; got {text!r}")
+    c, h, w, *conv = (int(n) if n else None for n in found.groups())
+    try:
+        if conv[0] is None:
+            return NormProblem(1, c, h, w)
+        k, r, s, stride = conv
+        return ConvProblem(1, c, h, w, k, r, s, (1 if stride is None else stride,) * 2, (r // 2, s // 2))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
 def bench(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
     where = device(args.device)
     on_gpu = where.type == "cuda"
-    with blaming("--commit", RuntimeError):
-        args.commit = args.commit or current_commit()
+    args.commit = args.commit or current_commit()
     batch, size = ON_GPU if on_gpu else ON_CPU[args.suite]
     args.batch, args.size = args.batch or [batch], args.size or size
     dtype = DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
     known = kernels.IMPLEMENTATIONS if args.suite == "kernels" else implementations(args.suite)
     chosen = _implementations(args, known, on_gpu)
-    if args.suite in ("kernels", "blocks") and (others := [name for name in args.model if name not in DEPTHS]):
-        raise UsageError("--model", f"expected some of {', '.join(DEPTHS)}, whose shapes are known; got {others[0]!r}")
-    for option, value, suites in (("--case", args.case, ("kernels",)), ("--largest", args.largest, ("train", "inference", "blocks"))):
+    if args.suite == "kernels" and (others := [name for name in args.model if name not in DEPTHS]):
+        raise UsageError("--model", f"expected some of {', '.join(DEPTHS)}, whose shapes are known; got {others[0]!r}; or use --shape")
+    of_networks = tuple(suite for suite in SUITES if suite != "kernels")
+    limited = (("--case", args.case, ("kernels",)), ("--shape", args.shape, ("kernels",)), ("--largest", args.largest, of_networks))
+    for option, value, suites in limited:
         if value and args.suite not in suites:
             raise UsageError(option, f"expected the suite {' or '.join(suites)}; got {args.suite}")
 
@@ -107,11 +131,19 @@ def bench(args: argparse.Namespace) -> int:
     ceilings = measure_ceilings(where, dtype, args.repeats)
     if note := busy():
         print(note, file=sys.stderr)
-    jobs = list(_jobs(args, where, dtype, ceilings, chosen))
+    common = where, dtype, ceilings, chosen, args.repeats, args.limit
+    suite = kernels.Kernels(*common) if args.suite == "kernels" else networks.Networks(args.suite, *common, args.largest)
+    with blaming("--model", LoadError):
+        jobs = list(_jobs(args, suite))
+    if not jobs:
+        raise UsageError("--case", "expected cases of these shapes: passes of a tensor, convolutions without a projection of a convolution")
     with terminated_as_interrupted():
         rows, stopped = _run(jobs, not args.no_progress)
     if not rows:  # stopped before the first case was done
         raise KeyboardInterrupt
+    if not stopped:  # another program may have slowed down the first measurement
+        ceilings = ceilings.best(measure_ceilings(where, dtype, args.repeats))
+        rows = suite.refined(rows, ceilings)
     rows = (kernels.ceiling_rows(ceilings, dtype) if args.suite == "kernels" else []) + rows
 
     results = Results(collect_meta(where, args.commit), rows)
@@ -119,15 +151,15 @@ def bench(args: argparse.Namespace) -> int:
     write_results(results, path)
     clock = "" if on_gpu else ", by the wall clock: no figure of a GPU"
     found, notes = tables(rows)
-    for table in found:
-        console().print(rich_table(table, f"{args.suite} on {results.meta.device}{clock}"))
+    show([(f"{args.suite} on {results.meta.device}{clock}", table) for table in found], args.form)
+    out = sys.stdout if args.form == "table" else sys.stderr
     for note in notes:
-        print(note)
-    print(f"written to {path}")
+        print(note, file=out)
+    print(f"written to {path}", file=out)
     if args.plot:
         with blaming("--plot", ValueError):
             plot_results(results, path.with_suffix(".png"))
-        print(f"picture: {path.with_suffix('.png')}")
+        print(f"picture: {path.with_suffix('.png')}", file=out)
     if stopped:
         raise KeyboardInterrupt
     return int(any(_failed(row, on_gpu) for row in rows))
@@ -154,18 +186,17 @@ def _failed(row: Row, on_gpu: bool) -> bool:
     return row.status.startswith("wrong") or (on_gpu and row.impl.startswith("ours") and row.status != "ok" and ":" not in row.case)
 
 
-def _jobs(args, where: torch.device, dtype: torch.dtype, ceilings: Ceilings, chosen: tuple[str, ...]) -> Iterator[Job]:
+def _jobs(args, suite: kernels.Kernels | networks.Networks) -> Iterator[Job]:
     """(what it is called, what measures it) of every case."""
-    common = where, dtype, ceilings, chosen, args.repeats, args.limit
+    subjects = [] if args.suite == "kernels" else networks.subjects(args.suite, args.model, args.size)
+    names = [name for case in args.case or kernels.GROUPS for name in kernels.GROUPS.get(case, (case,))]
     for batch in args.batch:
-        if args.suite == "kernels":
-            suite = kernels.Kernels(*common)
-            names = [name for case in args.case or kernels.GROUPS for name in kernels.GROUPS.get(case, (case,))]
+        if args.shape:
+            yield from suite.jobs_of_shapes([replace(shape, n=batch) for shape in args.shape], names)
+        elif args.suite == "kernels":
             yield from suite.jobs([resnet(model, batch, args.size) for model in args.model], names)
-        else:
-            suite = networks.Networks(args.suite, *common, args.largest)
-            for subject in networks.subjects(args.suite, args.model, args.size):
-                yield f"{subject.name}, batch {batch}", partial(suite.rows, subject, batch)
+        for subject in subjects:
+            yield f"{subject.name}, batch {batch}", partial(suite.rows, subject, batch)
 
 
 def _run(jobs: list[Job], enabled: bool) -> tuple[list[Row], bool]:

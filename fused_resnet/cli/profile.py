@@ -1,20 +1,24 @@
 """`fused-resnet profile`: one training step of any network, by layer, against the roofline; a page, a picture, a trace."""
 
 import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .. import models
 from ..bench.load import LoadError, builder
 from ..bench.machine import current_commit
 from ..bench.steps import Subject, implementations
 from ..bench.table import console, number
-from ..profile.analysis import Profile, ProfileError, read_profile, write_profile
+from ..profile.analysis import UNSTEADY, Profile, ProfileError, read_profile, write_profile
 from ..profile.picture import draw_profiles
 from ..profile.report import write_report
-from ..profile.run import profile_step
-from .arguments import Unavailable, UsageError, blaming, device, one_of, positive
+from ..profile.run import STAGES, profile_step
+from .arguments import Unavailable, UsageError, add_commit, add_model, blaming, device, one_of, positive
 
 DESCRIPTION = """Profiles one training step: time, rate, bandwidth, launches and the fraction of
 the floor by layer, forward and backward, and the gaps between kernels.
@@ -43,17 +47,17 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "profile", help="profile a training step by layer", description=DESCRIPTION, epilog=EXAMPLES
     )
-    parser.add_argument("--model", default="resnet50", metavar="MODEL",
-                        help="a network of this package, torchvision:NAME or MODULE:FUNCTION (default: resnet50)")  # fmt: skip
-    parser.add_argument("--impl", type=one_of(*implementations("train")), metavar="IMPL",
-                        help=f"{', '.join(implementations('train'))} (default: ours, for another's network eager_nhwc)")  # fmt: skip
+    add_model(parser, "resnet50")
+    parser.add_argument("--impl", type=one_of(*implementations("train")), default="ours", metavar="IMPL",
+                        help=f"{', '.join(implementations('train'))} (default: ours, fused where it is not)")  # fmt: skip
     parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", metavar="D", help="auto (default), cpu, cuda")
     parser.add_argument("--dtype", type=one_of(*DTYPES), metavar="D", help="fp32, fp16, bf16 (default: bf16, fp32 on a CPU)")
     parser.add_argument("--batch", type=positive, metavar="N", help="images in a batch (default: 256, 8 on a CPU)")
     parser.add_argument("--size", type=positive, metavar="PIXELS", help="of an image's side (default: 224, 64 on a CPU)")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="show two runs side by side; nothing is run")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the run (default: runs/profile-MODEL-IMPL, runs/profile-compared)")
-    parser.add_argument("--commit", metavar="HASH", help="of this repository (default: git is asked)")
+    add_commit(parser)
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=profile)
 
 
@@ -64,11 +68,7 @@ def profile(args: argparse.Namespace) -> int:
     where = device(args.device)
     with blaming("--model", LoadError):
         make = builder(args.model)
-    with blaming("--commit", RuntimeError):
-        commit = args.commit or current_commit()
-    impl = args.impl or ("ours" if args.model in models.list_models() else "eager_nhwc")
-    if impl.startswith("ours") and args.model not in models.list_models():
-        raise UsageError("--impl", f"expected an implementation of PyTorch's modules, since {args.model} has none of ours; got {impl}")
+    commit, impl = args.commit or current_commit(), args.impl
     batch, size = ON_GPU if where.type == "cuda" else ON_CPU
     size = args.size or size
     dtype = DTYPES[args.dtype or ("bf16" if where.type == "cuda" else "fp32")]
@@ -77,7 +77,8 @@ def profile(args: argparse.Namespace) -> int:
     torch.backends.cudnn.benchmark = where.type == "cuda"  # as `fused-resnet bench` does
     subject = Subject(args.model, make, (3, size, size))
     try:
-        found = profile_step(subject, impl, dtype, args.batch or batch, where, commit, folder / TRACE)
+        with _stages(not args.no_progress) as begins:
+            found = profile_step(subject, impl, dtype, args.batch or batch, where, commit, folder / TRACE, begins)
     except LoadError as error:
         raise UsageError("--model", str(error)) from error
     except RuntimeError as error:
@@ -86,6 +87,22 @@ def profile(args: argparse.Namespace) -> int:
     _show([found], folder)
     print(f"{folder}: {', '.join(FILES)}")
     return 0
+
+
+@contextmanager
+def _stages(shown: bool) -> Iterator[Callable[[str], object]]:
+    """Tells on standard error which of the stages has begun: a bar on a terminal, a line elsewhere."""
+    if not shown or not sys.stderr.isatty():
+        yield (lambda stage: print(stage, file=sys.stderr, flush=True)) if shown else (lambda stage: None)
+        return
+    columns = TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=len(STAGES), completed=-1)
+
+        def begins(stage: str) -> None:
+            progress.update(bar, description=stage, advance=1)
+
+        yield begins
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -105,6 +122,8 @@ def _show(profiles: list[Profile], folder: Path) -> None:
     draw_profiles(profiles, folder / PICTURE)
     for p in profiles:
         cpu = " (times of a CPU, no figure of a GPU)" if p.meta.device == "cpu" else ""
+        if p.spread > UNSTEADY:
+            print(f"warning: the {p.steps} recorded steps lie {p.spread:.0%} of their median apart: the machine was busy", file=sys.stderr)
         console().print(
             f"{p.model}, {p.impl}, {p.dtype}, {p.batch} images: {number(p.step_ms)} ms a step, {number(p.images_per_s)} images/s{cpu}\n"
             f"  floor of the design {p.design} {number(p.floors_ms[p.design])} ms, of everything fused {number(p.floors_ms['fused'])} ms"

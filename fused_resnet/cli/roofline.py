@@ -1,15 +1,16 @@
 """`fused-resnet roofline`: what a training step must cost, layer by layer, and the images/s that no implementation can beat."""
 
 import argparse
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
+from textwrap import fill
 
 import torch
-from rich.table import Table
 
 from ..bench.fusion import designs
 from ..bench.load import LoadError, builder
 from ..bench.machine import measure_ceilings
-from ..bench.table import console
+from ..bench.table import Column, console, show
 from ..bench.trace import trace
 from ..devices import DEVICES
 from ..roofline import (
@@ -25,7 +26,7 @@ from ..roofline import (
     total_flops,
     training_step,
 )
-from .arguments import UsageError, blaming, one_of, positive, positive_number
+from .arguments import UsageError, add_form, add_model, blaming, one_of, positive, positive_number
 
 DESCRIPTION = """Counts FLOPs and bytes of every kernel of a training step, in several designs,
 and the floor: the time that no implementation of those kernels can beat. Needs
@@ -81,8 +82,7 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "roofline", help="FLOPs, bytes and floors of a training step", description=DESCRIPTION, epilog=EXAMPLES
     )
-    parser.add_argument("--model", default="resnet50", metavar="MODEL",
-                        help="a network of this package, torchvision:NAME or MODULE:FUNCTION (default: resnet50)")  # fmt: skip
+    add_model(parser, "resnet50")
     parser.add_argument("--batch", type=positive, default=256, metavar="N", help="images in a batch (default: 256)")
     parser.add_argument("--size", type=positive, default=224, metavar="PIXELS", help="height and width of an image (default: 224)")
     parser.add_argument("--dtype", type=one_of(*DTYPES), default="bf16", metavar="D", help="bf16 (default), fp16, fp32")
@@ -92,12 +92,13 @@ def add_parser(commands) -> None:
     parser.add_argument("--tflops", type=positive_number, metavar="RATE", help="in place of the device's, 10^12 FLOP/s")
     parser.add_argument("--tbytes", type=positive_number, metavar="RATE", help="in place of the device's, 10^12 bytes/s")
     parser.add_argument("--layers", action="store_true", help="a row for each layer as well; saved: for backward, of an image")
+    add_form(parser)
     parser.set_defaults(run=roofline)
 
 
 def roofline(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
-    dtype, out = DTYPES[args.dtype], console()
+    dtype = DTYPES[args.dtype]
     with blaming("--model", LoadError):
         make = builder(args.model)
         if args.model in DEPTHS:
@@ -113,20 +114,31 @@ def roofline(args: argparse.Namespace) -> int:
             forward = step.forward_flops
     flops_per_s, bytes_per_s, words = _rates(args, dtype)
     images = f"{args.batch} images of {args.size} x {args.size}, {args.dtype}"
-    out.print(f"{args.model}, {images}")
-    out.print(_flops(args, forward))
     ridge = flops_per_s / bytes_per_s
-    out.print(f"{words}: {flops_per_s / 1e12:,.1f} TFLOP/s, {bytes_per_s / 1e12:,.3f} TB/s, ridge {ridge:,.0f} FLOP/byte")
-    out.print(_designs_table(kernels, saved, args.batch, flops_per_s, bytes_per_s))
-    out.print("design: how a step is divided into kernels, each row's besides what stands above it.")
-    out.print("floor: the time that no implementation of these kernels can beat.")
-    out.print(_legend(kernels, WORDS if args.model in DEPTHS else TRACED_WORDS))
+    words = (
+        f"{args.model}, {images}\n{_flops(args, forward)}\n"
+        f"{words}: {flops_per_s / 1e12:,.1f} TFLOP/s, {bytes_per_s / 1e12:,.3f} TB/s, ridge {ridge:,.0f} FLOP/byte"
+    )
+    print(filled(words), file=sys.stdout if args.form == "table" else sys.stderr)
+    legend = (
+        "design: how a step is divided into kernels, each row's besides what stands above it.\n"
+        "floor: the time that no implementation of these kernels can beat.\n"
+        + _legend(kernels, WORDS if args.model in DEPTHS else TRACED_WORDS)
+    )
+    tables = [("a training step, by design", _designs_table(kernels, saved, args.batch, flops_per_s, bytes_per_s), legend)]
     if args.model in DEPTHS:
         steps = {name: inference_step(network, name, dtype.itemsize) for name in INFERENCE}
-        out.print(_inference_table(steps, args.batch, flops_per_s, bytes_per_s))
-        out.print(_legend(steps, INFERENCE_WORDS))
+        inference = _inference_table(steps, args.batch, flops_per_s, bytes_per_s)
+        tables.append(("inference, by design", inference, _legend(steps, INFERENCE_WORDS)))
     if args.layers:
-        out.print(_layers_table(kernels, saved, args.batch, flops_per_s, bytes_per_s))
+        tables.append(("by layer, forward and backward", _layers_table(kernels, saved, args.batch, flops_per_s, bytes_per_s), ""))
+    if args.form != "table":
+        show([(title, columns) for title, columns, _ in tables], args.form)
+        return 0
+    for title, columns, legend in tables:
+        show([(title, columns)])
+        if legend:
+            print(filled(legend))
     return 0
 
 
@@ -172,52 +184,52 @@ def _flops(args: argparse.Namespace, forward: int) -> str:
     return words
 
 
+def filled(text: str) -> str:
+    """Each line broken where the console ends; what goes on is set in."""
+    return "\n".join(fill(line, console().width, subsequent_indent="    ") for line in text.splitlines())
+
+
 def _legend(shown: Iterable[str], words: dict[str, str]) -> str:
     """A line for each design that is shown, and for what is added to one behind a comma."""
     names = dict.fromkeys(part for name in shown for part in name.split(", "))
     return "\n".join(f"  {name:<10}{words[name]}" for name in names)
 
 
-def _designs_table(kernels, saved, batch: int, flops_per_s: float, bytes_per_s: float) -> Table:
-    table = Table(title="a training step, by design", title_justify="left")
-    kept = {name: sum(layers.values()) / batch / 1e6 for name, layers in saved.items()}
-    table.add_column("design")
-    for head in ("GFLOP/image", "MB/image", "FLOP/byte", "launches", "saved for backward,\nMB/image", "less than eager,\nMB/image",
-                 "floor, ms", "floor, images/s", "memory-bound\npart of floor"):  # fmt: skip
-        table.add_column(head, justify="right")
+def _columns(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[Column]:
+    """The first column is a text, the others are figures."""
+    return [(head, [line[i] for line in lines], i > 0) for i, head in enumerate(heads)]
+
+
+def _designs_table(kernels, saved, batch: int, flops_per_s: float, bytes_per_s: float) -> list[Column]:
+    kept, lines = {name: sum(layers.values()) / batch / 1e6 for name, layers in saved.items()}, []
+    heads = ("design", "GFLOP/image", "MB/image", "FLOP/byte", "launches", "saved for backward,\nMB/image", "less than eager,\nMB/image",
+             "floor, ms", "floor, images/s", "memory-bound\npart of floor")  # fmt: skip
     for name, step in kernels.items():
         flops, moved, floor = total_flops(step), total_bytes(step), floor_seconds(step, flops_per_s, bytes_per_s)
         memory = sum(k.bytes / bytes_per_s for k in step if k.bytes / bytes_per_s >= k.flops / flops_per_s)
-        table.add_row(
+        lines.append((
             name, f"{flops / batch / 1e9:,.1f}", f"{moved / batch / 1e6:,.1f}", f"{flops / moved:,.0f}", f"{len(step):,}",
             f"{kept[name]:,.1f}", f"{max(0, kept['eager'] - kept[name]):,.1f}",
             f"{1e3 * floor:,.2f}", f"{batch / floor:,.0f}", f"{memory / floor:.0%}",
-        )  # fmt: skip
-    return table
+        ))  # fmt: skip
+    return _columns(heads, lines)
 
 
-def _inference_table(steps: dict[str, list[Kernel]], batch: int, flops_per_s: float, bytes_per_s: float) -> Table:
-    table = Table(title="inference, by design", title_justify="left")
-    table.add_column("design")
-    for head in ("MB/image", "launches", "floor, ms", "floor, images/s"):
-        table.add_column(head, justify="right")
+def _inference_table(steps: dict[str, list[Kernel]], batch: int, flops_per_s: float, bytes_per_s: float) -> list[Column]:
+    lines = []
     for name, step in steps.items():
         floor = floor_seconds(step, flops_per_s, bytes_per_s)
-        table.add_row(name, f"{total_bytes(step) / batch / 1e6:,.1f}", f"{len(step):,}", f"{1e3 * floor:,.2f}", f"{batch / floor:,.0f}")
-    return table
+        lines.append((name, f"{total_bytes(step) / batch / 1e6:,.1f}", f"{len(step):,}", f"{1e3 * floor:,.2f}", f"{batch / floor:,.0f}"))
+    return _columns(("design", "MB/image", "launches", "floor, ms", "floor, images/s"), lines)
 
 
 def _layers_table(
     kernels: dict[str, list[Kernel]], saved: dict[str, dict[str, int]], batch: int, flops_per_s: float, bytes_per_s: float
-) -> Table:
+) -> list[Column]:
     """A row a layer, forward and backward together, in the order of eager's forward."""
     shown = {name: head for name, head in SHOWN.items() if name in kernels}
-    table = Table(title="by layer, forward and backward", title_justify="left")
-    table.add_column("layer")
-    table.add_column("GFLOP/image", justify="right")
-    for head in shown.values():
-        for figure in ("MB/image", "FLOP/byte", "floor, ms", "saved, MB"):
-            table.add_column(f"{head}:\n{figure}", justify="right")
+    heads = [f"{head}:\n{figure}" for head in shown.values() for figure in ("MB/image", "FLOP/byte", "floor, ms", "saved, MB")]
+    lines = []
     for layer in dict.fromkeys(kernel.layer for kernel in kernels["eager"]):
         steps = {name: [k for k in kernels[name] if k.layer == layer] for name in shown}
         row = [layer, f"{total_flops(steps['eager']) / batch / 1e9:,.3f}"]
@@ -227,5 +239,5 @@ def _layers_table(
                 f"{moved / batch / 1e6:,.2f}", f"{total_flops(step) / moved:,.0f}" if moved else "",
                 f"{1e3 * floor_seconds(step, flops_per_s, bytes_per_s):,.3f}", f"{kept / batch / 1e6:,.2f}" if kept else "",
             ]  # fmt: skip
-        table.add_row(*row)
-    return table
+        lines.append(row)
+    return _columns(("layer", "GFLOP/image", *heads), lines)

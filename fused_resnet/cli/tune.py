@@ -10,19 +10,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table as TextTable
 
-from .. import backends, models
+from .. import backends
 from ..backends.cudnn import machine_refusal
+from ..bench.load import LoadError, builder
 from ..bench.machine import current_commit
 from ..bench.schema import DATE_FORMAT
-from ..bench.table import console, number
+from ..bench.table import Column, number, show
 from ..bench.tune import Outcome, in_order, tasks_of, tune
 from ..cudnn.probe import faults
 from ..tuning import Entry, Table, Task
-from ..tuning.table import Meta, TableError, path_of, read_table, write_table
+from ..tuning.table import Meta, TableError, add_to_table, path_of, read_table
 from ..tuning.task import KINDS
-from .arguments import Unavailable, blaming, device, one_of, positive
+from .arguments import Unavailable, add_commit, add_form, add_model, blaming, device, one_of, positive
 
 DESCRIPTION = """Times every convolution of a network's training step, forward and backward, as
 the passes do it, as a Triton kernel with several tilings and as cuDNN's graph, each checked
@@ -42,8 +42,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def add_parser(commands) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser("tune", help="measure which kernels a network should use", description=DESCRIPTION, epilog=EXAMPLES)
-    parser.add_argument("--model", nargs="+", type=one_of(*models.list_models()), default=["resnet50"], metavar="MODEL",
-                        help="networks (default: resnet50)")  # fmt: skip
+    add_model(parser, ["resnet50"])
     parser.add_argument("--batch", nargs="+", type=positive, metavar="N", help="images in a batch (default: 256, 2 on a CPU)")
     parser.add_argument("--dtype", type=one_of(*DTYPES), metavar="D", help="fp32, fp16, bf16 (default: bf16, fp32 on a CPU)")
     parser.add_argument("--size", type=positive, metavar="PIXELS", help="of an image's side (default: 224, 16 on a CPU)")
@@ -56,7 +55,8 @@ def add_parser(commands) -> None:
     parser.add_argument("--task-limit", type=positive, default=120, metavar="SECONDS", help="of one task (default: 120)")
     parser.add_argument("--again", action="store_true", help="measure also what the table has")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the table (default: tuned/ in the user's cache)")
-    parser.add_argument("--commit", metavar="HASH", help="of this repository (default: git is asked)")
+    add_commit(parser)
+    add_form(parser)
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)
 
@@ -65,36 +65,38 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand. Exit status 1 where a configuration gave a wrong result, or a task could not be timed."""
     where = device(args.device)
     on_gpu = where.type == "cuda"
-    with blaming("--commit", RuntimeError):
-        commit = args.commit or current_commit()
+    commit = args.commit or current_commit()
     dtype = DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
     size = args.size or (224 if on_gpu else 16)
     name = torch.cuda.get_device_name(where) if on_gpu else where.type
     path = path_of(name, args.out)
-    with blaming("--out", TableError, OSError):
+    # Without --out the file is where the user's cache is.
+    with blaming("--out", TableError, OSError) if args.out else blaming("the tuning table in the user's cache", TableError, OSError):
         table = read_table(path)[1] if path.exists() else Table()
     torch.backends.cudnn.benchmark = on_gpu  # the passes' convolution is the fastest that cuDNN finds
     torch.manual_seed(0)
     counts: dict[Task, int] = {}
     try:
-        for model in args.model:
-            for batch in args.batch or [256 if on_gpu else 2]:
-                counts |= tasks_of(lambda model=model: models.get_model(model), (batch, 3, size, size), dtype, where)
+        with blaming("--model", LoadError):
+            for make in [builder(model) for model in args.model]:
+                for batch in args.batch or [256 if on_gpu else 2]:
+                    counts |= tasks_of(make, (batch, 3, size, size), dtype, where)
     except RuntimeError as error:
         raise Unavailable(f"nothing can be tuned on {where}: {error}") from error
     tasks = [task for task in in_order(counts) if not args.kind or task.kind in args.kind]
     todo = [task for task in tasks if args.again or table.entry(task, reach=1.0) is None]
 
-    def keep() -> None:
+    def keep(entry: Entry) -> None:
         date = datetime.now(timezone.utc).strftime(DATE_FORMAT)
-        write_table(path, Meta(name, torch.__version__, importlib.metadata.version("triton"), commit, date), table)
+        add_to_table(path, Meta(name, torch.__version__, importlib.metadata.version("triton"), commit, date), [entry])
 
     print(cudnn_answers(dtype, where), file=sys.stderr)
     outcomes = _tune(todo, table, where, args, keep)
     backends.forget_choices()
-    _print(tasks, table, outcomes, on_gpu)
+    show([("" if on_gpu else "by the interpreter and a CPU's clock: no figure of a GPU", _columns(tasks, table, outcomes))], args.form)
     left = len(todo) - len(outcomes)
-    print(f"{path}: {len(outcomes)} tasks measured" + (f", {left} left: run it again to go on" if left else ""))
+    words = f"{path}: {len(outcomes)} tasks measured" + (f", {left} left: run it again to go on" if left else "")
+    print(words, file=sys.stdout if args.form == "table" else sys.stderr)
     wrong = any(status.startswith("wrong") for outcome in outcomes.values() for status in outcome.failed.values())
     return int(wrong or any(outcome.entry is None for outcome in outcomes.values()))
 
@@ -119,8 +121,12 @@ def _tune(todo: list[Task], table: Table, where: torch.device, args: argparse.Na
             if (left := ends - time.monotonic()) <= 0:
                 break
             progress.update(bar, description=str(task))
-            outcomes[task] = tune(task, table, where, args.candidates, args.repeats, min(left, args.task_limit))
-            keep()
+            outcome = tune(task, table, where, args.candidates, args.repeats, min(left, args.task_limit))
+            if outcome.entry:
+                keep(outcome.entry)
+            elif time.monotonic() >= ends:  # it was not given the time that it has: the next run does it
+                break
+            outcomes[task] = outcome
             if not args.no_progress and not terminal:
                 print(_line(task, outcomes[task]), file=sys.stderr, flush=True)
             progress.advance(bar)
@@ -138,14 +144,12 @@ def _line(task: Task, outcome: Outcome) -> str:
     return f"{task}: {found}" + (f" ({words})" if words else "")
 
 
-def _print(tasks: list[Task], table: Table, outcomes: dict[Task, Outcome], on_gpu: bool) -> None:
-    title = "" if on_gpu else "by the interpreter and a CPU's clock: no figure of a GPU"
-    text = TextTable(title=title, title_justify="left")
-    for head in ("task", "choice", "ms", "passes, ms", "saved, ms", "failed"):
-        text.add_column(head, justify="left" if head in ("task", "choice", "failed") else "right", no_wrap=head != "failed")
+def _columns(tasks: list[Task], table: Table, outcomes: dict[Task, Outcome]) -> list[Column]:
+    lines = []
     for task in tasks:
         if entry := table.entry(task, reach=1.0):
             failed = outcomes[task].failed if task in outcomes else {}
             words = "; ".join(f"{name}: {status}" for name, status in failed.items())
-            text.add_row(str(task), _choice(entry), number(entry.ms), number(entry.passes_ms), number(entry.passes_ms - entry.ms), words)
-    console().print(text)
+            lines.append((str(task), _choice(entry), number(entry.ms), number(entry.passes_ms), number(entry.passes_ms - entry.ms), words))
+    heads = ("task", "choice", "ms", "passes, ms", "saved, ms", "failed")
+    return [(head, [line[i] for line in lines], 2 <= i < 5) for i, head in enumerate(heads)]

@@ -20,6 +20,7 @@ from ..nn.modules import observed
 from .known import is_as_known, knowledge_of
 from .sequences import all_known, holds_stem, stem_length, worth_fusing
 from .structure import Structured, may_be_looked_into, plans_of
+from .trace import original_of
 
 
 class Fused:
@@ -94,9 +95,9 @@ def fuse(model: nn.Module) -> nn.Module:
         if knowledge is not None:
             module.__class__ = fused_class(type(module), knowledge)
     if not any(is_of_use(module) for module in model.modules()):
-        warnings.warn(
-            f"fused_resnet.fuse: nothing of {type(model).__name__} can be fused; report(model) says why (see docs/drop-in.md)", stacklevel=2
-        )
+        name = original_of(type(model)).__name__
+        text = f"nothing of {name} can be fused; report(model) says why (see docs/drop-in.md)"
+        warnings.warn(f"fused_resnet.fuse: {text}", stacklevel=2)
     return model
 
 

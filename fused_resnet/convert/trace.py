@@ -108,6 +108,11 @@ def original_of(cls: type) -> type:
 
 def trace(root: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
     """One forward of `root`, looking into every module that is no leaf."""
+    with torch.enable_grad():  # a checkpoint is seen by what it does to this mode
+        return _trace(root, is_leaf)
+
+
+def _trace(root: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
     tracer = Tracer(root, is_leaf)
     forward = forward_of(type(root))
     parameters, defaults = _arguments(forward)

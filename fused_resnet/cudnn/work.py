@@ -117,7 +117,7 @@ def fprop(source: Source, weight: Tensor, geometry: ConvGeometry) -> tuple[Tenso
     x, conv = source.x, problem_of(source.x, weight, geometry)
     y, (total, squares) = _activation(x, conv.n, conv.k, conv.p, conv.q), _sums(x, 2, conv.k)
     tensors = {"x": x, "weight": _krsc(weight), "y": y, "sum": total, "square_sum": squares}
-    kind = "norm" if source.pending else "act"
+    kind = source.kind()
     if source.pending:
         made = rounded_coefficients(source)
         tensors |= {"scale": made.scale, "bias": made.bias}
@@ -130,8 +130,7 @@ def dgrad(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(dz, s1, s2, residual_s2) as `Reference.convolve_backward` hands them out; of a materialised source (dx, None, None, None)."""
     x, conv = source.x, problem_of(source.x, weight, geometry)
-    raw = source.residual_mean is not None
-    kind = "act" if not source.pending else "norm_add_raw" if raw else "norm" if mask is None else "norm_add"
+    kind, raw = source.kind(mask), source.residual_mean is not None
     dz = _activation(x, *x.shape)
     tensors = {"dy": dy, "weight": _krsc(weight), "dz": dz} | ({} if dact is None else {"dact": dact})
     sums: list[Tensor | None] = [None, None, None]

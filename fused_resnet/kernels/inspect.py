@@ -1,16 +1,18 @@
 """What the compiler makes of the kernels: registers, spills, shared memory, width of memory accesses. Needs no GPU.
 
-    python -m fused_resnet.kernels.inspect            # all kernels; also `fused-resnet kernels`
-    python -m fused_resnet.kernels.inspect reduce     # those whose name holds "reduce"
+    fused-resnet kernels                  # all kernels
+    fused-resnet kernels --name reduce    # those whose name holds "reduce"
 
 The passes and convolutions run on tensors of PyTorch's device "meta", which have shapes and no memory; their launches are recorded and
 compiled ahead of time. So the table shows the kernels as they are launched: the passes in every variant, tiled as for ResNet-50's shapes,
 and the convolutions of a ResNet-50, in training and in inference, as the rules of thumb tile them for each architecture.
 """
 
-import sys
+import hashlib
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,7 +23,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .. import binary, roofline
+from .. import binary, environment, roofline
+from .._version import __version__
+from ..files import replace_file
 from ..tuning import heuristics
 from . import avg_pool, batch_stats, max_pool, networks, norm_add_act, norm_backward, square_sums
 from .launch import INTERPRETED, Launch, packed_mask, recording
@@ -172,11 +176,13 @@ def _check_not_interpreted() -> None:
         raise RuntimeError("the kernels can't be compiled where TRITON_INTERPRET is set: unset it")
 
 
-def compile_all(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Compiled]:
+def compile_all(
+    name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES, architectures: tuple[int, ...] = ARCHITECTURES
+) -> Iterator[Compiled]:
     """All variants of the passes on all architectures. Raises RuntimeError where Triton's interpreter has taken the kernels."""
     _check_not_interpreted()
     for launch, variant in variants(name, dtypes):
-        for architecture in ARCHITECTURES:
+        for architecture in architectures:
             yield compile_launch(launch, variant, architecture)
 
 
@@ -205,41 +211,62 @@ def _launches(network: roofline.Network, dtype: str, capability: tuple[int, int]
         yield networks.record_inference(task, epilogue, configuration), f"{task} {epilogue}; {configuration}"
 
 
-def compile_convolutions(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Compiled]:
-    """Those of `convolutions`. Raises RuntimeError as `compile_all`."""
-    _check_not_interpreted()
-    for launch, variant, architecture in convolutions(name, dtypes):
-        yield compile_launch(launch, variant, architecture)
-
-
 HEADER = ("kernel", "variant", "sm", "registers", "spilled", "shared", "threads", "occupancy", "16-byte")
 
 
-def rows(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[tuple[str, ...]]:
-    """The lines of the table, in the order of `HEADER`. The last column: accesses of 16 bytes, of all to global memory."""
-    for c in chain(compile_all(name, dtypes), compile_convolutions(name, dtypes)):
-        yield (
-            c.kernel, c.variant, str(c.architecture), str(c.registers), str(c.spilled), str(c.shared), str(c.threads),
-            f"{binary.occupancy(c.registers, c.threads):.0%}", f"{c.wide}/{c.accesses}",
-        )  # fmt: skip
+def rows(
+    name: str = "",
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    architectures: tuple[int, ...] = ARCHITECTURES,
+    begins: Callable[[int, int, str], object] = lambda number, of, kernel: None,
+) -> Iterator[tuple[str, ...]]:
+    """The lines of the table, in the order of `HEADER`. The last column: accesses of 16 bytes, of all to global memory.
+
+    What was read of a kernel is kept in the user's cache, by its source, its launch and the compiler: to compile all takes minutes.
+    `begins` is told (number, how many, kernel) of each.
+    """
+    _check_not_interpreted()
+    found = [(launch, words, architecture) for launch, words in variants(name, dtypes) for architecture in architectures]
+    found += convolutions(name, dtypes, architectures)
+    kept, unsaved = _kept(), 0
+    for number, (launch, words, architecture) in enumerate(found):
+        begins(number, len(found), launch.kernel.__name__)
+        key = ":".join(map(str, (*launch_key(launch), architecture)))
+        if key not in kept:
+            c = compile_launch(launch, words, architecture)
+            kept[key] = (
+                str(c.registers), str(c.spilled), str(c.shared), str(c.threads), f"{binary.occupancy(c.registers, c.threads):.0%}",
+                f"{c.wide}/{c.accesses}",
+            )  # fmt: skip
+            unsaved += 1
+            if unsaved % 20 == 0:  # so that a run that is interrupted goes on
+                _keep(kept)
+        yield (launch.kernel.__name__, words, str(architecture), *kept[key])
+    if unsaved:
+        _keep(kept)
+
+
+def _cache() -> Path:
+    """The file of x: what a kernel's machine code depends on beside its source."""
+    parts = triton.__version__, __version__
+    return environment.cache_dir() / "kernels" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json"
+
+
+def _kept() -> dict[str, tuple[str, ...]]:
+    try:
+        content = json.loads(_cache().read_bytes())
+        return {key: tuple(map(str, figures)) for key, figures in content.items() if len(figures) == len(HEADER) - 3}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):  # none, or damaged: compiled again
+        return {}
+
+
+def _keep(kept: dict[str, tuple[str, ...]]) -> None:
+    with suppress(OSError):  # a cache that can't be written is none
+        _cache().parent.mkdir(parents=True, exist_ok=True)
+        replace_file(_cache(), lambda file: file.write(json.dumps(kept).encode()))
 
 
 def names() -> list[str]:
     """The names of all kernels."""
     launches = chain(variants(dtypes=DTYPES[:1]), convolutions(dtypes=DTYPES[:1]))
     return sorted({launch.kernel.__name__ for launch, *_ in launches})
-
-
-def table(name: str = "") -> str | None:
-    """The table as text, columns aligned; None where no kernel's name holds `name`.
-
-    Compiling everything takes minutes the first time; Triton caches it.
-    """
-    lines = [HEADER, *rows(name)]
-    if len(lines) == 1:
-        return None
-    return binary.aligned(lines)
-
-
-if __name__ == "__main__":
-    print(table(*sys.argv[1:2]) or f"no kernel has that in its name; there are {', '.join(names())}")

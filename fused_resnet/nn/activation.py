@@ -44,20 +44,18 @@ def update_running_statistics(statistics: Sequence[BatchStatistics]) -> None:
     """
     told, groups = {}, defaultdict(list)
     for norm, *batch in statistics:
-        momentum, count, mean = norm.momentum, _buffer(norm, "num_batches_tracked"), _buffer(norm, "running_mean")
+        buffers = norm._buffers  # found sooner than by nn.Module's own search
+        if "running_mean" in buffers and "running_var" in buffers and "num_batches_tracked" in buffers:
+            mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        else:
+            mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        momentum = norm.momentum
         if mean is None or (momentum is None and count is None):  # PyTorch then leaves them alone, too
             continue
         before = told.get(norm, 0)
         told[norm] = before + 1
-        groups[before, momentum].append((count, mean, _buffer(norm, "running_var"), *batch))
-    for (_, momentum), members in groups.items():
-        members.sort(key=lambda member: member[3] is None)
-        counts = [count for count, *_ in members if count is not None]
-        filled = [rest for _, *rest in members if rest[2] is not None]
-        ops.update_running_statistics(counts, *(zip(*filled, strict=True) if filled else [()] * 5), momentum)
-
-
-def _buffer(norm: nn.Module, name: str) -> Tensor | None:
-    """norm.<name>: where a module keeps buffers, it is found sooner than by nn.Module's own search."""
-    buffers = norm._buffers
-    return buffers[name] if name in buffers else getattr(norm, name)
+        groups[before, momentum, batch[0] is None].append((count, mean, var, *batch))
+    for (_, momentum, empty), members in groups.items():
+        counts, *rest = zip(*members, strict=True)
+        counts = [count for count in counts if count is not None]
+        ops.update_running_statistics(counts, *([()] * len(rest) if empty else rest), momentum)

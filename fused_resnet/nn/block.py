@@ -71,7 +71,7 @@ class Block(nn.Module):
     def projection(self) -> tuple[nn.Module | None, nn.Module, nn.Module] | None:
         """(a pool or None, convolution, norm) of a shortcut that is made of these; None for any other."""
         shortcut = self.downsample
-        if not self.shortcut or not is_row(shortcut) or not 2 <= len(shortcut) <= 3:
+        if shortcut is None or not self.shortcut or not is_row(shortcut) or not 2 <= len(shortcut) <= 3:
             return None
         *pools, conv, norm = shortcut
         if not pools:

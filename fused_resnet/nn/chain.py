@@ -67,7 +67,9 @@ def flatten(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 def is_sequence(module: nn.Module) -> bool:
     """Whether a module does nothing but call its members one after the other."""
-    return isinstance(module, Stage) or (is_row(module) and type(module).forward is nn.Sequential.forward)
+    if isinstance(module, Stage):
+        return True
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and is_row(module)
 
 
 def conv_norm_act_length(queue: list[nn.Module], position: int) -> int:

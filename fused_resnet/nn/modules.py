@@ -206,10 +206,11 @@ def batch_statistics(norm: nn.BatchNorm2d | nn.SyncBatchNorm, out: Pending) -> t
     """What `out` tells `norm`'s running statistics: nothing outside training."""
     if not norm.training or not getattr(norm, "track_running_stats", False):  # a frozen norm has no such attribute
         return ()
-    if sharing_group(norm):
+    if type(norm) is nn.SyncBatchNorm and sharing_group(norm):
         return (BatchStatistics(norm, out.mean, out.var, 0),)
-    size = values_per_channel(out.y)
-    return (BatchStatistics(norm, out.mean, out.var, size) if size else BatchStatistics(norm, None, None, 0),)
+    y, mean, _, var, *_ = out
+    size = values_per_channel(y)
+    return (BatchStatistics(norm, mean, var, size) if size else BatchStatistics(norm, None, None, 0),)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -254,7 +255,10 @@ def replaced() -> bool:
         modes = torch.overrides._get_current_function_mode_stack()
         if any(type(mode) is not torch.utils._device.DeviceContext for mode in modes):
             return True
-    return any(getattr(cls, name) is not method for cls, name, method in _STOOD_FOR)
+    for cls, name, method in _STOOD_FOR:  # noqa: SIM110  (a generator costs the host as much as what it asks)
+        if getattr(cls, name) is not method:
+            return True
+    return False
 
 
 def runs_modules(x: Tensor, dtype: torch.dtype) -> bool:

@@ -18,7 +18,7 @@ from ..reference import Conv, ConvGeometry, Norm, Pending, Reference, Source, un
 from . import norm as _norm  # noqa: F401  (registers the operators)
 from . import norm_act as _norm_act  # noqa: F401
 from .checks import check_conv, check_inference
-from .convolve import Convolved
+from .convolutions import Convolved
 from .library import call, is_plain, is_transformed
 from .node import Layer
 from .node import convolve as _convolve

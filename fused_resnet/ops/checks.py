@@ -126,7 +126,8 @@ def check_conv(x: Tensor, conv: Conv) -> tuple[int, ...]:
 
 def check_weight(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> tuple[int, ...]:
     """A convolution of x [N, C, H, W] -> the shape [N, K, P, Q] of its output."""
-    _same_kind("weight", weight, x)
+    if weight.dtype is not x.dtype or weight.device != x.device:
+        _same_kind("weight", weight, x)
     try:
         return _known_shape(x.shape, weight.shape, *geometry)
     except TypeError:  # sizes that a compiler leaves open, and lists, have no hash

@@ -103,14 +103,17 @@ def is_plain(x: Tensor) -> bool:
     """Whether x is numbers and nothing else: no compiler, tracer, mode, transform, subclass or fake looks for operators on it."""
     return not (
         torch.compiler.is_compiling()
-        or type(x) not in PLAIN
+        or is_wrapped(x)
         or x.is_meta
         or _modes() > 0
         or is_transformed()
-        or _is_wrapped(x)
-        or _is_stacked(x)
         or _traces() is not None
     )
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether x stands for other tensors: of a subclass, or of a transform."""
+    return type(x) not in PLAIN or _is_wrapped(x) or _is_stacked(x)
 
 
 def is_transformed() -> bool:

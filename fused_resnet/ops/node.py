@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..reference import Conv, ConvOutput, Pending, Source
 from .checks import check_source
-from .convolve import INNER, OPERATORS, Convolved, Operator, operator_for
-from .library import is_plain, is_watched, wants_gradient
+from .convolutions import INNER, OPERATORS, Convolved, Operator, operator_for
+from .library import is_watched, is_wrapped, wants_gradient
 
 #: The convolutions that read one activation.
 Layer = Sequence[Conv]
-#: What runs a layer: (operator, source, convolutions) -> what the operator makes.
-Execute = Callable[[Operator, Source, Layer], Convolved]
+#: What runs a layer: (operator, source, convolutions) -> what the operator makes, a `Convolved` or its fields.
+Execute = Callable[[Operator, Source, Layer], tuple]
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Run:
     layers: Sequence[Layer]
     backend: str
     execute: Execute
-    made: Sequence[Convolved] = ()  #: by each layer, once it ran
+    made: Sequence[tuple] = ()  #: by each layer, once it ran
 
     def as_node(self, apply: Callable[..., Any]) -> list[Convolved]:
         """Run, as a node. Its results, which have a graph, stand in the place of what the layers made."""
@@ -57,14 +57,16 @@ class Run:
         return made
 
 
-def in_steps(first: Operator, source: Source, layers: Sequence[Layer], execute: Execute) -> list[Convolved]:
+def in_steps(first: Operator, source: Source, layers: Sequence[Layer], execute: Execute) -> list[tuple]:
     """The layers of a run, one after the other."""
-    made, operator = [], first
+    made, operator, read_next = [], first, None
     for convs in layers:
-        if made:
-            source = source_of(made[-1].pendings[0])
+        if read_next is not None:
+            source = source_of(read_next)
             operator = INNER if len(convs) == 1 else operator_for(source, convs, False)
-        made.append(execute(operator, source, convs))
+        pendings, act, mask = execute(operator, source, convs)
+        made.append((pendings, act, mask))
+        read_next = pendings[0]
     return made
 
 
@@ -81,7 +83,7 @@ def convolve(source: Source, layers: Sequence[Layer], backend: str, act_is_read:
         return _handed_out(first, made)
     check_source(source)  # every other is made by an operator
 
-    def execute(operator: Operator, source: Source, convs: Layer) -> Convolved:
+    def execute(operator: Operator, source: Source, convs: Layer) -> tuple:
         return operator.run(source, convs, backend)
 
     if torch.is_grad_enabled():
@@ -89,7 +91,7 @@ def convolve(source: Source, layers: Sequence[Layer], backend: str, act_is_read:
     return _handed_out(first, in_steps(first, source, layers, execute))
 
 
-def _handed_out(first: Operator, made: list[Convolved]) -> list[Convolved]:
+def _handed_out(first: Operator, made: list[tuple]) -> list[Convolved]:
     return [Convolved(p, None if i or first.may_skip_act else act, mask) for i, (p, act, mask) in enumerate(made)]
 
 
@@ -104,8 +106,9 @@ def _as_dispatched(operator: Operator) -> Callable[..., Convolved]:
         if not wants_gradient(*source, *(t for weight, norm, _ in convs for t in (weight, norm.gamma, norm.beta))):
             return below(operator, source, convs)
         run = Run(operator, source, [convs], backend, below)
-        (made,) = run.as_node(Node.apply)
-        return made._replace(act=run.made[0].act) if operator.may_skip_act else made
+        ((pendings, act, mask),) = run.as_node(Node.apply)
+        ((_, kept, _),) = run.made
+        return Convolved(pendings, kept if operator.may_skip_act else act, mask)
 
     return differentiable
 
@@ -151,7 +154,10 @@ class Node(torch.autograd.Function):
             inner -= 1
         ctx.save_for_backward(*saved)
         ctx.known = first, known, run.backend, source.residual is not None
-        return (*results, made[0].act) if first.residual else tuple(results)
+        if first.residual:
+            (_, act, _), *_ = made
+            results.append(act)
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -202,7 +208,7 @@ class Node(torch.autograd.Function):
 def _is_plain_backward(layers: list, grads: Sequence[Tensor | None]) -> bool:
     """Whether nobody watches the dispatcher, or may ask for a second derivative, which is an error there."""
     (_, source, *_), *_ = layers
-    return not (torch.is_grad_enabled() or is_watched(source.x)) and all([g is None or is_plain(g) for g in grads])  # noqa: C419
+    return not (torch.is_grad_enabled() or is_watched(source.x)) and not any([g is not None and is_wrapped(g) for g in grads])  # noqa: C419
 
 
 #: `Node.apply` for plain tensors, where no transform of torch.func is: all that it does in Python is to look for one.

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from ..files import replace_file
 from ..roofline import Kernel, floor_seconds
 from .record import COMPILED, PHASES, Recording, Work
 
-VERSION = 1
+VERSION = 2  #: since which several steps are recorded
+#: How far apart steps may lie, (longest − shortest) / median, before a page warns.
+UNSTEADY = 0.25
 
 
 class ProfileError(ValueError):
@@ -75,6 +78,8 @@ class Profile:
     kernels: list[list]  #: [name, calls, ms], the longest first
     memory: list[list[float]]  #: [ms, bytes]
     memory_from_zero: bool  #: whether those bytes are all that is allocated, or those beyond what was before the step
+    steps: int = 1  #: recorded; a part's time is its median
+    spread: float = 0.0  #: of their sums of all work: (longest − shortest) / median
 
     @property
     def images_per_s(self) -> float:
@@ -95,9 +100,16 @@ class Profile:
 
 
 def analyse(
-    recording: Recording, make: Callable[[], nn.Module], shape: Sequence[int], dtype: torch.dtype, ceilings: Ceilings, design: str
+    recordings: Sequence[Recording],
+    make: Callable[[], nn.Module],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    ceilings: Ceilings,
+    design: str,
 ) -> tuple[list[Part], dict[str, float]]:
     """(parts, floors of the whole step in ms by design). `shape` is [N, C, H, W]; `design`: whose bytes and floors the parts get.
+
+    A part's time is its median in the recordings.
 
     Layers that are counted and never seen, since another layer's kernel does their work, are left out; those that are seen and not
     counted have no FLOPs.
@@ -106,13 +118,31 @@ def analyse(
     ways = designs(step)
     rates = ceilings.flops_per_s, ceilings.bytes_per_s
     floors = {name: 1e3 * floor_seconds(step.kernels(ops), *rates) for name, ops in ways.items()}
-    compiled = any(work.layer == COMPILED for work in recording.works)
+    compiled = any(work.layer == COMPILED for recording in recordings for work in recording.works)
     counted = _counted(ways[design], step.kernels([])[0], rates, COMPILED if compiled else None)
     parts = []
-    for (layer, phase), works in grouped(recording.works).items():
+    steps = [grouped(recording.works) for recording in recordings]
+    for (layer, phase), works in grouped(typical(recordings).works).items():
         flops, moved, floor = counted.get((layer, phase), (0, 0, 0.0))
-        parts.append(Part(layer, phase, sum(w.us for w in works) / 1e3, len(works), flops, moved, 1e3 * floor))
+        ms = median(sum(w.us for w in found.get((layer, phase), ())) / 1e3 for found in steps)
+        parts.append(Part(layer, phase, ms, len(works), flops, moved, 1e3 * floor))
     return parts, floors
+
+
+def busy_ms(recording: Recording) -> float:
+    """The sum of all work."""
+    return sum(work.us for work in recording.works) / 1e3
+
+
+def typical(recordings: Sequence[Recording]) -> Recording:
+    """The one whose sum of all work is the median."""
+    return sorted(recordings, key=busy_ms)[len(recordings) // 2]
+
+
+def spread(recordings: Sequence[Recording]) -> float:
+    """How far the steps lie apart: (longest − shortest) / median."""
+    times = sorted(map(busy_ms, recordings))
+    return (times[-1] - times[0]) / median(times) if times[-1] else 0.0
 
 
 def _counted(
@@ -166,12 +196,14 @@ def read_profile(path: Path) -> Profile:
     """The profile in a file. Raises FileNotFoundError, and ProfileError where it is none, or one of a newer version."""
     try:
         content = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ProfileError(f"{path}: expected JSON; {error}") from None
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and lists in lists in lists
+        raise ProfileError(f"{path}: expected JSON; {next(iter(str(error).splitlines()), '')}") from None
     if not isinstance(content, dict) or not isinstance(version := content.pop("version", None), int):
         raise ProfileError(f"{path}: expected a profile, an object with a version")
     if version > VERSION:
         raise ProfileError(f"{path}: version: expected at most {VERSION}; got {version}: a newer fused_resnet wrote this file")
+    if version == 1:
+        content = {"steps": 1, "spread": 0.0, **content}
     try:
         meta, parts = _of(Meta, content.pop("meta"), path), [_of(Part, part, path) for part in content.pop("parts")]
         return _of(Profile, {**content, "meta": meta, "parts": parts}, path)

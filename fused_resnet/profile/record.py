@@ -7,6 +7,9 @@ kernel to the operator that launched it, from there to the node, and to the laye
 
 import gzip
 import json
+import os
+import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +27,8 @@ from torch.utils._pytree import tree_leaves
 from ..bench.steps import TrainingStep
 from ..bench.units import OUTSIDE, Units
 
+#: Lines that the profiler's library and PyTorch's allocator write on standard error at every recording.
+NOISE = re.compile(rb"(USDT|STAGE|INFO|WARNING|VERBOSE):\d{4}-|\[W\d{4} .*(CPUAllocator|[Kk]ineto|[Pp]rofiler)")
 WARMUP = 3
 PHASES = ("forward", "backward", "optimizer")
 #: Categories of the profiler's events that keep a GPU busy.
@@ -116,15 +121,22 @@ class _Watch(TorchDispatchMode):
 
 
 def record(step: TrainingStep, device: torch.device, cupti: bool = True) -> Recording:
-    """One step after `WARMUP` of them. Without `cupti`, or where it gives no kernels, operators are timed one by one by CUDA events."""
+    """One step, as `record_steps` does several."""
+    return record_steps(step, device, 1, cupti)[0]
+
+
+def record_steps(step: TrainingStep, device: torch.device, count: int, cupti: bool = True) -> list[Recording]:
+    """`count` steps after `WARMUP` of them. Without `cupti`, or where it gives no kernels, operators are timed one by one by events."""
     for _ in range(WARMUP):
         step()
     watch = _watched(step, device, timed=False)
-    if not cupti:
-        return _by_events(step, device)
+    return [_recorded(step, device, watch) if cupti else _by_events(step, device) for _ in range(count)]
+
+
+def _recorded(step: TrainingStep, device: torch.device, watch: "_Watch") -> Recording:
     first = torch._C._autograd._get_sequence_nr()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities) as result:
+    with without_noise(), profile(activities=activities) as result:
         step(lambda phase: record_function(PREFIX + phase))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -134,6 +146,25 @@ def record(step: TrainingStep, device: torch.device, cupti: bool = True) -> Reco
     if device.type == "cuda" and not works:
         return _by_events(step, device)
     return Recording(works, [*events, *layer_track(works, events)], _words(device), device.type == "cuda")
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Within, standard error is kept back; behind, what was written there is written, but for lines of `NOISE`."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            for line in file:
+                if not NOISE.match(line):
+                    os.write(2, line)
 
 
 def _words(device: torch.device) -> str:
@@ -237,7 +268,7 @@ def memory_timeline(step: TrainingStep, device: torch.device, points: int = 800)
     allocations takes time.
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities, profile_memory=True) as result:
+    with without_noise(), profile(activities=activities, profile_memory=True) as result:
         step(lambda phase: record_function(PREFIX + phase))
     kind = 1 if device.type == "cuda" else 0  # c10::DeviceType
     events = exported(result)

@@ -6,10 +6,33 @@ from pathlib import Path
 
 from ..bench.table import number
 from ..files import replace_file
-from .analysis import Part, Profile
+from .analysis import UNSTEADY, Part, Profile
 from .record import PHASES
 from .svg import BOTTOM, LEFT, RIGHT, TOP, Drawing, Scale
 
+#: What a floor is that of: "the least that a step can take …".
+DESIGN_WORDS = {
+    "eager": "with a kernel for each operator", "passes": "with a pass for element-wise operators that follow one another",
+    "fused": "with such passes inside convolutions",
+}  # fmt: skip
+#: A click on a head sorts the layers, what is typed leaves those that hold it; a second click turns the order.
+SCRIPT = """
+const table = document.getElementById('table'), body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
+const order = [...body.rows];
+heads.forEach((head, column) => head.addEventListener('click', () => {
+  const down = head.getAttribute('aria-sort') === 'descending' ? 1 : -1;
+  heads.forEach(other => other.removeAttribute('aria-sort'));
+  head.setAttribute('aria-sort', down > 0 ? 'ascending' : 'descending');
+  const value = row => parseFloat(row.cells[column].textContent.replace(/,/g, ''));
+  const figure = row => Number.isNaN(value(row)) ? -Infinity : value(row);
+  const compare = column ? (a, b) => down * (figure(a) - figure(b)) : (a, b) => -down * (order.indexOf(a) - order.indexOf(b));
+  body.append(...[...order].sort(compare));
+}));
+document.getElementById('filter').addEventListener('input', event => {
+  const words = event.target.value.toLowerCase();
+  order.forEach(row => { row.hidden = !row.cells[0].textContent.toLowerCase().includes(words); });
+});
+"""
 WIDTH = 1000  # pixels of a drawing's own coordinates
 SHAPES, LETTERS = ("circle", "square"), ("A", "B")
 KERNELS = 25  # longest ones that are listed
@@ -26,10 +49,15 @@ h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 32px 0 4p
 .note { border-left: 4px solid var(--backward); padding: 6px 12px; background: var(--card); color: var(--ink); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; font-size: 13px; }
 th, td { text-align: right; padding: 3px 8px; border-bottom: 1px solid var(--grid); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 15em; }
 th { color: var(--faint); font-weight: 600; position: sticky; top: 0; background: var(--ground); }
 .wide { overflow-x: auto; }
 svg { width: 100%; height: auto; display: block; }
+.wide > svg { min-width: 860px; }
+input { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--grid); padding: 4px 8px; margin: 4px 0;
+  width: min(100%, 24em); }
+#table th { cursor: pointer; }
+#table th[aria-sort=ascending]::after { content: " ▲"; } #table th[aria-sort=descending]::after { content: " ▼"; }
 text { fill: var(--ink); font-size: 13px; } .tick { fill: var(--faint); font-size: 12px; }
 .grid { stroke: var(--grid); stroke-width: 1; fill: none; } .axis { stroke: var(--faint); stroke-width: 1; fill: none; }
 .roof { stroke: var(--roof); stroke-width: 2; fill: none; } .dashed { stroke-dasharray: 7 5; }
@@ -59,7 +87,7 @@ def page(profiles: Sequence[Profile]) -> str:
         ("memory", "Memory", _memory_words(profiles), _memory(profiles)),
     ):
         legend = _memory_legend(profiles) if name == "memory" else _legend(profiles, floors=name == "layers")
-        body.append(f"<section><h2>{head}</h2><p>{escape(words)}</p>{legend}{drawing}</section>")
+        body.append(f"<section><h2>{head}</h2><p>{escape(words)}</p>{legend}<div class='wide'>{drawing}</div></section>")
     body += [_layer_table(profiles), *(_kernel_table(p, letter) for p, letter in _lettered(profiles))]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -67,7 +95,7 @@ def page(profiles: Sequence[Profile]) -> str:
         # No icon: a browser would ask a server for one.
         f'<link rel="icon" href="data:,"><title>{escape(title)}: profile</title>\n<style>{STYLE}</style></head>\n<body>\n'
         + "\n".join(body)
-        + "\n</body></html>\n"
+        + f"\n<script>{SCRIPT}</script>\n</body></html>\n"
     )
 
 
@@ -81,6 +109,12 @@ def _heads(profiles: Sequence[Profile]) -> Iterable[str]:
         words = f"{p.model}, {p.impl}, {p.dtype}, {p.batch} images of {shape}, on {p.meta.device}; {p.how}. "
         versions = f"PyTorch {p.meta.torch}, commit {p.meta.commit[:12]}, {p.meta.date}"
         yield f"<p>{f'<b>{letter}</b>: ' if letter else ''}{escape(words + versions)}</p>"
+    for p, letter in _lettered(profiles):
+        if p.spread > UNSTEADY:
+            yield (
+                f'<p class="note">{f"<b>{letter}</b>: " if letter else ""}The {p.steps} steps that were recorded lie {p.spread:.0%} of '
+                "their median apart: something else kept the machine busy, and times of layers are to be taken with care.</p>"
+            )
     if any(p.meta.device == "cpu" for p in profiles):
         yield (
             '<p class="note">These are times of a <b>CPU</b>. Ceilings are a copy and a matrix product on this machine, and caches hold '
@@ -94,15 +128,16 @@ def _summary(profiles: Sequence[Profile]) -> str:
         ("images/s", [p.images_per_s for p in profiles], ""),
         ("sum of all kernels, ms" if all(p.gap_ms is not None for p in profiles) else "sum of all operators, ms",
          [p.busy_ms for p in profiles], ""),
-        ("gaps between kernels, ms", [p.gap_ms for p in profiles], "not measured: only the host was timed"),
+        ("gaps between kernels, ms", [p.gap_ms for p in profiles], "not measured"),
         ("launches" if all(p.gap_ms is not None for p in profiles) else "operators", [float(p.launches) for p in profiles], ""),
         ("highest memory, MB", [p.peak_bytes / 1e6 for p in profiles], ""),
         ("ceilings: TFLOP/s", [p.flops_per_s / 1e12 for p in profiles], ""),
         ("ceilings: GB/s", [p.bytes_per_s / 1e9 for p in profiles], ""),
     ]  # fmt: skip
     for design in profiles[0].floors_ms:
-        rows.append((f"floor of {design}, ms", [p.floors_ms.get(design) for p in profiles], ""))
-        rows.append((f"floor of {design}, % of the step", [100 * p.floors_ms.get(design, 0) / p.step_ms for p in profiles], ""))
+        words = DESIGN_WORDS.get(design, design)
+        rows.append((f"floor of {design}, ms: the least that a step can take {words}", [p.floors_ms.get(design) for p in profiles], ""))
+        rows.append((f"speed reached, % of that floor's ({design})", [100 * p.floors_ms.get(design, 0) / p.step_ms for p in profiles], ""))
     heads = [letter or "value" for _, letter in _lettered(profiles)] + (["B / A"] if len(profiles) > 1 else [])
     lines = []
     for name, values, absent in rows:
@@ -180,7 +215,7 @@ def _roofline(profiles: Sequence[Profile]) -> Drawing:
         roof = [(low, low * p.bytes_per_s / 1e12), (ridge, ceiling), (across.high, ceiling)]
         drawing.line([(across(x), up(y)) for x, y in roof], "roof" if not run else "roof dashed")
         words = f"{LETTERS[run] + ': ' if len(profiles) > 1 else ''}{number(ceiling)} TFLOP/s, {number(p.bytes_per_s / 1e9)} GB/s"
-        drawing.text(across(across.high) - 4, up(ceiling) - 7 + 24 * run, words, "end", "tick")
+        drawing.text(LEFT + 10, TOP + 16 + 18 * run, words, "start", "tick")  # above all roofs, one below the other
     for part, run in points:
         letter = LETTERS[run] if len(profiles) > 1 else ""
         x, y = across(part.flops / part.bytes), up(part.tflops)
@@ -279,7 +314,9 @@ def _layer_table(profiles: Sequence[Profile]) -> str:
         if len(profiles) > 1:
             line.append(f"{times[1] / times[0]:.2f}" if times[0] and times[1] else "")
         lines.append(line)
-    return f"<section><h2>Layers</h2>{_table(['layer', *heads], lines, 'table')}</section>"
+    note = "Medians of several steps. " * any(p.steps > 1 for p in profiles) + "Click on a head to sort by it."
+    field = '<input id="filter" type="search" placeholder="show layers that hold …" aria-label="show layers that hold">'
+    return f"<section><h2>Layers</h2><p>{note}</p>{field}{_table(['layer', *heads], lines, 'table')}</section>"
 
 
 def _kernel_table(p: Profile, letter: str) -> str:

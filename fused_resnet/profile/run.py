@@ -1,6 +1,7 @@
 """A profile from nothing: build the model, measure the ceilings and the step, record it, count it."""
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,41 +12,61 @@ from ..backends.convolutions import FusedConvolutions
 from ..bench.machine import collect_meta, measure_ceilings
 from ..bench.steps import IMPLEMENTATIONS, Subject, TrainingStep
 from ..bench.timing import Stopwatch
-from ..nn import ResidualNetwork
-from .analysis import Profile, analyse, by_kernel, gaps
-from .record import WARMUP, memory_timeline, record, write_trace
+from .analysis import Profile, analyse, busy_ms, by_kernel, gaps, spread, typical
+from .record import WARMUP, memory_timeline, record_steps, write_trace
 
 STEPS = 10  #: whole steps that are timed
+RECORDED = 5  #: steps with the profiler
+#: What a profile is made in, in order.
+STAGES = ("measuring the ceilings", "building the network", f"recording {RECORDED} steps", f"timing {STEPS} steps", "memory",
+          "measuring the ceilings again", "counting FLOPs and bytes")  # fmt: skip
 
 
 def profile_step(
-    subject: Subject, impl: str, dtype: torch.dtype, batch: int, device: torch.device, commit: str, trace_path: Path
+    subject: Subject,
+    impl: str,
+    dtype: torch.dtype,
+    batch: int,
+    device: torch.device,
+    commit: str,
+    trace_path: Path,
+    begins: Callable[[str], object] = lambda stage: None,
 ) -> Profile:
     """Profile one training step of a network; the Chrome trace goes to `trace_path`. `impl` is a key of `IMPLEMENTATIONS`.
+
+    `begins` is told each of `STAGES`. The network is copied, and left as it is.
 
     Raises RuntimeError where the backend can't run on the device, and whatever the network raises.
     """
     torch.manual_seed(0)
-    how = IMPLEMENTATIONS[impl]
+    how, stages = IMPLEMENTATIONS[impl], iter(STAGES)
+    begins(next(stages))
     ceilings = measure_ceilings(device, dtype, STEPS)
+    begins(next(stages))
     step = TrainingStep(subject, impl, dtype, batch, device)
-    recording = record(step, device)
+    begins(next(stages))
+    recordings = record_steps(step, device, RECORDED)
+    recording = typical(recordings)
     write_trace(recording, trace_path)
+    begins(next(stages))
     stopwatch = Stopwatch(device, flush=False)
     for _ in range(WARMUP):
         step()
     step_ms = statistics.median(stopwatch(step) for _ in range(STEPS))
     meta = collect_meta(device, commit)
+    begins(next(stages))
     memory = memory_timeline(step, device)
     with backend(how.backend):
-        ours = isinstance(step.module, ResidualNetwork)
-        design = _design("off" if how.compile_mode or not ours else backends.resolve(device, dtype), how.compile_mode is not None)
-    parts, floors = analyse(recording, subject.make, (batch, *subject.shape), dtype, ceilings, design)
+        design = _design("off" if how.compile_mode else backends.resolve(device, dtype), how.compile_mode is not None)
+    begins(next(stages))  # as at first, or another program may have slowed that measurement down
+    ceilings = ceilings.best(measure_ceilings(device, dtype, STEPS))
+    begins(next(stages))
+    parts, floors = analyse(recordings, subject.make, (batch, *subject.shape), dtype, ceilings, design)
     return Profile(
         meta, subject.name, impl, str(dtype).removeprefix("torch."), batch, list(subject.shape), recording.how, step_ms,
-        sum(work.us for work in recording.works) / 1e3, gaps(recording.works) if recording.device_only else None,
+        busy_ms(recording), gaps(recording.works) if recording.device_only else None,
         len(recording.works), ceilings.flops_per_s, ceilings.bytes_per_s, design, floors, parts, by_kernel(recording.works),
-        [list(point) for point in memory], device.type == "cuda",
+        [list(point) for point in memory], device.type == "cuda", len(recordings), spread(recordings),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ A configuration is an object of tiles, "cudnn" (since version 2), or null where 
 
 import json
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import environment
-from ..files import replace_file
+from ..files import locked, replace_file
 from ..problem import ConvProblem
 from .configuration import CUDNN, Choice, Configuration
 from .task import Task
@@ -24,6 +25,7 @@ VERSION = 2
 SHIPPED = Path(__file__).parent / "tables"
 #: A choice serves batches up to this many times smaller or larger than the one that was measured.
 REACH = 2.0
+MOST_MS = 1e12  #: a time that is a number
 
 
 class TableError(ValueError):
@@ -95,13 +97,27 @@ def write_table(path: Path, meta: Meta, table: Table) -> None:
     replace_file(path, lambda file: file.write(text.encode()))
 
 
+def add_to_table(path: Path, meta: Meta, entries: Iterable[Entry]) -> None:
+    """Put entries into the table in a file, which is made where there is none; what other processes put there meanwhile stays.
+
+    Raises TableError where the file is none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f"{path.name}.lock")):
+        table = read_table(path)[1] if path.exists() else Table()
+        for entry in entries:
+            table.add(entry)
+        write_table(path, meta, table)
+
+
 def read_table(path: Path) -> tuple[Meta, Table]:
     """The table in a file. Raises FileNotFoundError, and TableError where it is none, or one of a newer version."""
     try:
         content = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TableError(f"{path}: expected JSON; {error}") from None
-    if not isinstance(content, dict) or not isinstance(version := content.pop("version", None), int):
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and lists in lists in lists
+        raise TableError(f"{path}: expected JSON; {one_line(error)}") from None
+    version = content.pop("version", None) if isinstance(content, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool):
         raise TableError(f"{path}: expected a table, an object with a version")
     if version > VERSION:
         raise TableError(f"{path}: version: expected at most {VERSION}; got {version}: a newer fused_resnet wrote this file")
@@ -126,12 +142,30 @@ def _entry(values: Any, place: str) -> Entry:
     values["task"] = task_of(values.get("task"), f"{place}.task")
     if values.get("configuration") not in (None, CUDNN):
         values["configuration"] = _made(Configuration, values["configuration"], f"{place}.configuration")
+    for name in ("ms", "passes_ms"):
+        if name in values and not _is_a_time(values[name]):
+            raise TableError(f"{place}.{name}: expected milliseconds, a number of at least 0; got {shortened(values[name])}")
     return _made(Entry, values, place)
+
+
+def _is_a_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_MS
+
+
+def shortened(value: Any) -> str:
+    """A value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without what is behind the first line."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _object(values: Any, place: str) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise TableError(f"{place}: expected an object; got {values!r}")
+        raise TableError(f"{place}: expected an object; got {shortened(values)}")
     return values
 
 
@@ -141,20 +175,25 @@ def _made(kind: type, values: Any, place: str) -> Any:
         raise TableError(f"{place}: missing or unknown: {', '.join(sorted(expected ^ given))}")
     try:
         return kind(**values)
-    except (TypeError, ValueError) as error:
-        raise TableError(f"{place}: {error}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TableError(f"{place}: {one_line(error)}") from None
 
 
 @lru_cache
 def table_of(device: str) -> Table:
     """The choices for a GPU of that name: what ships, and over it what the user measured. Read once; `table_of.cache_clear()` forgets.
 
-    Raises TableError for a file that is none: a broken table must not pass for an empty one.
+    A file that is damaged, or can't be read, is left out with a warning that names it.
     """
     table = Table()
     for folder in (SHIPPED, None):
         path = path_of(device, folder)
-        if path.exists():
+        try:
             for entry in read_table(path)[1].entries:
                 table.add(entry)
+        except FileNotFoundError:
+            continue
+        except (TableError, OSError) as error:
+            warnings.warn(f"a tuning table is left out, and the passes run: {error}; remove it, or measure again with "
+                          "`fused-resnet tune`", stacklevel=2)  # fmt: skip
     return table

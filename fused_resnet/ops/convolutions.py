@@ -89,15 +89,15 @@ class Operator:
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    def run(self, source: Source, convs: Sequence[Conv], backend: str, write_act: bool = False) -> Convolved:
-        """Run on a source that has been checked; `write_act` asks for an activation that nobody else reads."""
+    def run(self, source: Source, convs: Sequence[Conv], backend: str, write_act: bool = False) -> tuple:
+        """Run on a source that has been checked -> the fields of `Convolved`. `write_act` asks for an activation that nobody else reads."""
         for conv in convs:
             check_conv(source.x, conv)
         implementation = BACKENDS[backend]
         written = not self.may_skip_act or write_act or implementation.keeps_act(source, convs)
-        return Convolved(*implementation.convolve(source, convs, written))
+        return implementation.convolve(source, convs, written)
 
-    def check_and_run(self, source: Source, convs: Sequence[Conv], backend: str, write_act: bool) -> Convolved:
+    def check_and_run(self, source: Source, convs: Sequence[Conv], backend: str, write_act: bool) -> tuple:
         """`run` on any source."""
         check_source(source)
         return self.run(source, convs, backend, write_act)
@@ -166,8 +166,8 @@ class Operator:
         backend: str,
     ) -> Gradients:
         """What a node's backward computes. Gradients may have any strides."""
-        outputs = [output.in_nhwc().shared() for output in outputs]
-        return BACKENDS[backend].convolve_backward(source, present(act), present(mask), outputs, channels_last(dact), need_dx)
+        outputs = [output.ready() for output in outputs]
+        return BACKENDS[backend].convolve_backward(source, act, mask, outputs, channels_last(dact), need_dx)
 
     def dispatched_gradients(self, source, act, mask, outputs, dact, need_dx, backend) -> Gradients:
         """`gradients`, behind the dispatcher."""
@@ -204,7 +204,7 @@ class Operator:
     def _backward_call(self, args: Sequence[Any]) -> tuple:
         """The arguments of `gradients`, from the schema's."""
         rest = iter(args)
-        source, act, mask = self._source(rest), next(rest), next(rest)
+        source, act, mask = self._source(rest), present(next(rest)), present(next(rest))
         return source, act, mask, [unflatten(ConvOutput, rest) for _ in self.suffixes], *rest
 
     @staticmethod
