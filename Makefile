@@ -1,26 +1,37 @@
-# make demo    train a small residual network on real images, on whatever device there is
-# make test    all tests
-# make slow    the tests that are too slow for every day
-# make bench   the benchmarks: small on a CPU, whole on a GPU
-# make findings   what other libraries do that one would not guess, each run anew from its pinned packages: findings/README.md
+#   make demo         train a small residual network on real images, on whatever device there is
+#   make test         the tests that show that everything works here: minutes
+#   make test-all     every case of every test, as CI runs them
+#   make slow         the tests that are too slow for every day: hours
+#   make fuzz         drawn cases of the operators for MINUTES=10; what fails is kept, and run by make test from then on
+#   make bench        the benchmarks: small on a CPU, whole on a GPU
+#   make findings     what other libraries do that one would not guess, run anew from pinned packages: findings/README.md
+#   make lint         the style
+#   make clean        remove what the above made
 #
-# Both set up .venv first. To use a PyTorch that is already there, and no network:
+# Each sets up an environment in .venv first, and says what it fetches. To use a PyTorch that is there, and no network:
 #
 #   make demo PYTHON=python3 VENV=
-#   make test PYTHON=python3 VENV=
+#
+# Variables:
+#
+#   PYTHON=python3       where .venv comes from; its PyTorch is used where it has one
+#   VENV=.venv           the environment's folder; empty for PYTHON itself
+#   PIP_FLAGS=           flags of pip, such as --extra-index-url URL for the index of PyTorch's CPU builds
+#   CONSTRAINTS=         a file of pip's constraints
+#   MINUTES=10           of make fuzz
+#   PYTEST_FLAGS=-n 2    flags of pytest; -n 2 runs two processes
+#   OUT=                 the demo's folder; a new one in runs/ where it is not given
 
 PYTHON ?= python3
 VENV ?= .venv
-# A file of pip's constraints, and further flags of pip, such as the index of PyTorch's CPU builds.
 CONSTRAINTS ?=
 PIP_FLAGS ?=
-# Two processes suit a small machine; on a GPU they share it.
 PYTEST_FLAGS ?= -n 2
-# The demo's folder; a new one in runs/ where it is not given.
+MINUTES ?= 10
 OUT ?=
 
-PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(PIP_FLAGS)
-NATIVE = CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/cpu/*)
+SET_UP = $(PYTHON) make_venv.py $(VENV) $(if $(CONSTRAINTS),--constraints $(CONSTRAINTS))
+NATIVE = CMakeLists.txt setup.py pyproject.toml make_venv.py $(wildcard csrc/*.* csrc/cpu/*)
 
 ifeq ($(strip $(VENV)),)
 RUN = PYTHONPATH=$(CURDIR) $(PYTHON)
@@ -32,17 +43,28 @@ READY = $(VENV)/installed.stamp
 TEST_READY = $(VENV)/tests.stamp
 endif
 
-.PHONY: demo test slow bench lint findings clean
+.PHONY: help demo test test-all slow fuzz bench lint findings clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,3\}//p' Makefile
 
 demo: $(READY)
 	$(RUN) -m fused_resnet demo $(if $(OUT),--out $(OUT))
 
+# What runs in which tier: tests/tiers.py. What measures time runs alone.
 test: $(TEST_READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PYTEST_FLAGS) --quick -m "not slow and not alone"
+	$(RUN) -m pytest -q --quick -m "alone and not slow"
+
+test-all: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PYTEST_FLAGS) -m "not slow and not alone"
 	$(RUN) -m pytest -q -m "alone and not slow"
 
 slow: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PYTEST_FLAGS) -m slow
+
+fuzz: $(TEST_READY)
+	OMP_NUM_THREADS=1 $(RUN) tests/fuzz.py --minutes $(MINUTES)
 
 bench: $(TEST_READY)
 	$(RUN) -m pytest -q bench
@@ -56,19 +78,13 @@ findings:
 clean:
 	rm -rf build .venv runs *.egg-info fused_resnet/*.so fused_resnet/native_*absent.txt
 
-# PyTorch first: the package is built against it, without a second copy in a build environment of its own.
 $(VENV)/installed.stamp: $(NATIVE) $(CONSTRAINTS)
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) "setuptools>=77" wheel ninja cmake "torch>=2.11"
-	$(PIP) --no-build-isolation -e .
-	@$(VENV)/bin/python -c "from fused_resnet import native as n; print(*(f'native library {x.path.name}: {x.load() or \"built\"}' for x in (n.CUDA, n.CPU)), sep='\n')"
-	touch $@
+	@$(SET_UP) -- $(PIP_FLAGS)
+	@touch $@
 
-# torchvision has no build that goes with every PyTorch; the tests need no more than its Python code. timm asks for torchvision.
 $(VENV)/tests.stamp: $(VENV)/installed.stamp
-	$(PIP) --no-build-isolation -e ".[test]"
-	$(PIP) --no-deps torchvision timm
-	touch $@
+	@$(SET_UP) --tests -- $(PIP_FLAGS)
+	@touch $@
 
 build/native.stamp: $(NATIVE)
 	$(PYTHON) setup.py -q build_native --build-lib . --build-temp build/temp

@@ -26,7 +26,6 @@ class Code:
     shared: int  #: bytes of static shared memory a block
     wide: int  #: global loads and stores of 16 bytes
     accesses: int  #: all global loads and stores
-    matrix: tuple[str, ...]  #: the kinds of matrix instructions: HMMA, HGMMA
 
 
 def occupancy(registers: int, threads: int) -> float:
@@ -36,20 +35,35 @@ def occupancy(registers: int, threads: int) -> float:
     return blocks * threads / THREADS_PER_MULTIPROCESSOR
 
 
-def read(path: Path) -> list[Code]:
-    """Every kernel in a binary. Raises FileNotFoundError where cuobjdump is neither on PATH nor in Triton's package."""
-    codes = {}
+@dataclass(frozen=True)
+class Usage:
+    """What a kernel takes, without a look at its instructions."""
+
+    registers: int  #: of a thread
+    spilled: int  #: bytes of stack and local memory a thread: what did not fit into registers
+    shared: int  #: bytes of static shared memory a block
+
+
+def usage(path: Path) -> dict[tuple[int | None, str], Usage]:
+    """Of every kernel in a binary, by architecture and function; a lone cubin names no architecture. Quick: nothing is disassembled.
+
+    Raises FileNotFoundError where cuobjdump is neither on PATH nor in Triton's package.
+    """
+    found = {}
     for architecture, function, text in _functions(_dump("--dump-resource-usage", path), USAGE):
         figures = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
-        codes[architecture, function] = figures
-    result = []
+        found[architecture, function] = Usage(figures["REG"], figures["STACK"] + figures["LOCAL"], figures["SHARED"])
+    return found
+
+
+def read(path: Path) -> list[Code]:
+    """Every kernel in a binary, disassembled. Raises as `usage`."""
+    used, result = usage(path), []
     for architecture, function, text in _functions(_dump("-sass", path), MACHINE_CODE):
-        figures = codes.get((architecture, function)) or codes[None, function]  # a lone cubin's usage names no architecture
+        figures = used.get((architecture, function)) or used[None, function]
         accesses = re.findall(r"\b(?:LDG|STG)\.E\S*", text)
         wide = sum(".128" in access for access in accesses)
-        spilled = figures["STACK"] + figures["LOCAL"]
-        matrix = tuple(sorted(set(re.findall(r"\b(HMMA|HGMMA)\.", text))))
-        result.append(Code(function, architecture, figures["REG"], spilled, figures["SHARED"], wide, len(accesses), matrix))
+        result.append(Code(function, architecture, **vars(figures), wide=wide, accesses=len(accesses)))
     return result
 
 

@@ -1,10 +1,13 @@
-"""What all tests share: the device, a fresh seed that a failure prints, and torchvision where only its Python code loads."""
+"""What all tests share: the device, a seed that a failure prints, the tiers, and torchvision where only its Python code loads."""
 
 import os
 import random
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 
 import pytest
+import tiers
 import torch
 
 CUDA = torch.cuda.is_available()
@@ -57,10 +60,16 @@ def device() -> torch.device:
     return torch.device("cuda" if CUDA else "cpu")
 
 
+def name(item: pytest.Item) -> str:
+    """Of a test, wherever pytest was called from."""
+    return f"{item.path.name}::{item.nodeid.partition('::')[2]}"
+
+
 @pytest.fixture(autouse=True)
 def seed(request) -> int:
-    """A new seed for each test, printed with a failure; FUSED_RESNET_TEST_SEED repeats one."""
-    value = int(os.environ.get("FUSED_RESNET_TEST_SEED") or random.SystemRandom().randrange(2**31))
+    """A seed for each test, printed with a failure: of its name, a new one with --fresh-seeds, or FUSED_RESNET_TEST_SEED."""
+    fresh = request.config.getoption("--fresh-seeds")
+    value = int(os.environ.get("FUSED_RESNET_TEST_SEED") or (random.SystemRandom().randrange(2**31) if fresh else tiers.number(name(request.node))))
     print(f"seed: FUSED_RESNET_TEST_SEED={value}")
     torch.manual_seed(value)
     random.seed(value)
@@ -80,7 +89,30 @@ def answers(monkeypatch):
     backends._declines.cache_clear()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="few cases of each parametrised test, as `make test` (tests/tiers.py)")
+    parser.addoption("--fresh-seeds", action="store_true", help="new seeds in each run, instead of those of the tests' names")
+
+
+def quick(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """The tests of `make test`: none marked full, and of a parametrised one few cases."""
+    items = [item for item in items if not item.get_closest_marker("full")]
+    families = defaultdict(dict)
+    for item in items:
+        if hasattr(item, "callspec"):
+            # What runs in another tier, or not here, stands for nothing in this one.
+            elsewhere = tuple(bool(item.get_closest_marker(marker)) for marker in ("slow", "gpu"))
+            rows = dict(enumerate(item.callspec._idlist))  # one for each decorator: arguments that one of them sets together stay together
+            families[item.path, item.nodeid.partition("[")[0], elsewhere][item.nodeid] = rows
+    chosen = set().union(*map(tiers.each_value, families.values()))
+    return (item for item in items if not hasattr(item, "callspec") or item.nodeid in chosen)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        kept = set(quick(items))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     for item in items:
         if item.get_closest_marker("gpu") and not CUDA:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

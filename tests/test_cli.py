@@ -398,7 +398,7 @@ def test_kernels_prints_the_table_and_compiles_it_once(capsys, monkeypatch, tmp_
 
     def compile_launch(launch, variant, architecture):
         compiled.append(variant)
-        return inspect.Compiled("k", variant, architecture, 40, 16, 512, 128, 3, 4, (), "")
+        return inspect.Compiled("k", variant, architecture, 40, 16, 512, 128, 3, 4, "")
 
     monkeypatch.setattr(inspect, "compile_launch", compile_launch)
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path))

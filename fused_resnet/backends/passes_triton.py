@@ -1,16 +1,12 @@
 """The backend `passes_triton`: the passes as Triton kernels (fused_resnet/kernels/). It runs without the native library."""
 
-import importlib.metadata
 import importlib.util
 import os
 
 import torch
 
+from .. import versions
 from .passes import Passes
-
-
-def _version(package: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
 
 
 class PassesTriton(Passes):
@@ -31,7 +27,7 @@ class PassesTriton(Passes):
             return wanted
         if dtype == torch.bfloat16:
             return "Triton's interpreter cuts bfloat16 off where a GPU rounds; float32 and float16 are right"
-        if _version("triton") < (3, 7) and _version("numpy") >= (2, 4):
+        if (versions.installed("triton") or (0,)) < (3, 7) and versions.installed("numpy") >= (2, 4):
             return "the interpreter of Triton 3.6 does not run with NumPy 2.4 or later: pip install 'numpy<2.4'"
         from ..kernels.launch import INTERPRETED
 

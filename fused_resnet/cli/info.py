@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, backends, environment, native
+from .. import __version__, backends, environment, native, versions
 
 DESCRIPTION = """Prints versions, GPUs, whether the native libraries loaded, which backends can
 run here, and which one a network takes."""
@@ -52,6 +52,7 @@ def collect() -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
             "driver": _driver(),
         },
+        "untested": versions.untested_triton(),
         "gpus": gpus,
         "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "native_libraries": {name: _library(library) for name, library in (("GPU", native.CUDA), ("CPU", native.CPU))},
@@ -69,6 +70,8 @@ def collect() -> dict[str, Any]:
 def text(found: dict[str, Any]) -> str:
     """The facts for people: one a line."""
     lines = [(name, value or "not there") for name, value in found["versions"].items()]
+    if found["untested"]:
+        lines.append(("untested", found["untested"]))
     for i, gpu in enumerate(found["gpus"]):
         memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB"
         lines.append((f"GPU {i}", f"{gpu['name']}, sm_{gpu['capability']}, {gpu['multiprocessors']} SMs, {memory}"))

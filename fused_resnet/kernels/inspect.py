@@ -28,7 +28,7 @@ from .._version import __version__
 from ..files import replace_file
 from ..tuning import heuristics
 from . import avg_pool, batch_stats, max_pool, networks, norm_add_act, norm_backward, square_sums
-from .launch import INTERPRETED, Launch, packed_mask, recording
+from .launch import INTERPRETED, OPTIONS, Launch, packed_mask, recording
 
 #: Architectures that the table has: Ampere's A100, Hopper.
 ARCHITECTURES = (80, 90)
@@ -50,9 +50,8 @@ class Compiled:
     spilled: int  #: bytes of local memory a thread: what did not fit into registers
     shared: int  #: bytes a program
     threads: int  #: of a program
-    wide: int  #: global loads and stores of 16 bytes
-    accesses: int  #: all global loads and stores
-    matrix: tuple[str, ...]  #: the kinds of matrix instructions: HMMA, HGMMA
+    wide: int | None  #: global loads and stores of 16 bytes; None where the code was not disassembled
+    accesses: int | None  #: all global loads and stores, likewise
     ptx: str
 
 
@@ -131,15 +130,14 @@ def _options(launch: Launch, all_launches: list[Launch]) -> str:
     return " ".join(plain if plain == on else [*plain, "raw residual" if any("_" in word for word in on) else "residual"])
 
 
-def compile_launch(launch: Launch, variant: str, architecture: int) -> Compiled:
-    """Compile a recorded launch for sm_`architecture`, and read what came out."""
-    compiled = triton.compile(
-        _source(launch), target=GPUTarget("cuda", architecture, 32), options={"num_warps": launch.warps, "num_stages": launch.stages}
-    )
+def compile_launch(launch: Launch, variant: str, architecture: int, disassemble: bool = True) -> Compiled:
+    """Compile a recorded launch for sm_`architecture`, and read what came out; its accesses only where it is to be disassembled."""
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, **OPTIONS}
+    compiled = triton.compile(_source(launch), target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        (code,) = binary.read(cubin)
+        (code,) = binary.read(cubin) if disassemble else binary.usage(cubin).values()
     return Compiled(
         kernel=launch.kernel.__name__,
         variant=variant,
@@ -148,9 +146,8 @@ def compile_launch(launch: Launch, variant: str, architecture: int) -> Compiled:
         spilled=code.spilled,
         shared=compiled.metadata.shared,
         threads=32 * launch.warps,
-        wide=code.wide,
-        accesses=code.accesses,
-        matrix=code.matrix,
+        wide=code.wide if disassemble else None,
+        accesses=code.accesses if disassemble else None,
         ptx=compiled.asm["ptx"],
     )
 

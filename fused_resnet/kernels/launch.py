@@ -1,5 +1,6 @@
 """The one place where a kernel is launched, or recorded instead of launched."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,10 +11,17 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import versions
+
 #: Whether the kernels of this process run in Triton's interpreter: TRITON_INTERPRET=1 was set when they were imported.
 INTERPRETED = triton.knobs.runtime.interpret
+#: Of every compilation, beside warps and stages. Without the first, Triton 3.10 no longer makes one operation of a product and a sum.
+OPTIONS = {"enable_fp_fusion": True}
 #: Multiprocessors that a recorded launch is tiled for: those of an H100.
 RECORDED_MULTIPROCESSORS = 132
+
+if reason := versions.untested_triton():
+    warnings.warn(reason, RuntimeWarning, stacklevel=2)  # once: at the first import of a kernel
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ def launch(kernel: Any, programs: int, device: torch.device, warps: int, stages:
         return
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(programs,)](**arguments, num_warps=warps, num_stages=stages)
+        kernel[(programs,)](**arguments, num_warps=warps, num_stages=stages, **OPTIONS)
 
 
 def multiprocessors(device: torch.device) -> int:
