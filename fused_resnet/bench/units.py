@@ -38,8 +38,12 @@ class Units:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Within, calls of the model's modules are seen. Not by hooks: a block whose modules are hooked is not fused."""
-        original = nn.Module.__call__
+        """Within, calls of the model's modules are seen.
+
+        Not by hooks, nor by another `nn.Module.__call__`: a block whose modules are hooked is not fused, and none is while PyTorch's
+        classes are changed. So what `__call__` calls is changed.
+        """
+        original = nn.Module._call_impl
 
         def call(module, *args, **kwargs):
             if module not in self._units:
@@ -50,11 +54,11 @@ class Units:
             finally:
                 self.called.pop()
 
-        nn.Module.__call__ = call
+        nn.Module._call_impl = call
         try:
             yield
         finally:
-            nn.Module.__call__ = original
+            nn.Module._call_impl = original
 
     def of(self, function: torch._ops.OpOverload, inputs: Iterable[Tensor]) -> str:
         """The unit of an operator that runs now, in forward."""
