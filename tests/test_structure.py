@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from structures import DeepStem, Dense, Frozen, Layer, OfLayers, PreUnit, Shuffle, Unit, Whole, conv
 from swapped import assert_same_step, fused_copy, shake, unfused
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_resnet
 
@@ -198,6 +199,24 @@ def test_a_torch_function_mode_sees_pytorchs_calls(images):
         torch.testing.assert_close(fused(images), plain(images))
     with fused_resnet.backend("eager"), torch.device("cpu"):  # a mode as well, which leaves calls as they are
         assert_same_step(plain, fused, images)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_mode_that_counts_operators_of_aten_sees_them(images, told):
+    class Counted(TorchDispatchMode):
+        sees_fused_operators = told
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    fused = fused_copy(shake(Whole(Unit(8, 8), channels=8)).double())
+    with fused_resnet.backend("eager"), Counted():
+        fused(images).sum().backward()
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    assert seen.count("aten::native_batch_norm") == (0 if told else norms)
+    assert any("fused_resnet::" in name for name in seen) == told
 
 
 # ---- sequences with a forward of their own --------------------------------------------------------------------------------

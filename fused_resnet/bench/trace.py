@@ -98,6 +98,8 @@ class Trace:
 class _Recorder(TorchDispatchMode):
     """Writes down what runs below autograd. An operator of backward belongs to the layer whose forward made its node."""
 
+    sees_fused_operators = True
+
     def __init__(self, fixed: Iterable[Tensor], units: Units):
         super().__init__()
         self.units, self.backward, self.layer = units, False, OUTSIDE

@@ -76,6 +76,8 @@ def _of_launch(launch: Launch) -> Moved:
 class _Framework(TorchDispatchMode):
     """Writes down the framework's convolutions, products, and what it does to whole activations. Convolutions are not computed."""
 
+    sees_fused_operators = True
+
     def __init__(self, batch: int):
         super().__init__()
         self.batch, self.moved, self.made = batch, [], {}

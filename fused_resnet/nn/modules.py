@@ -10,6 +10,7 @@ from torch.nn.modules.module import (
     _global_forward_hooks,
     _global_forward_pre_hooks,
 )
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from .. import ops
 from ..backends import resolve
@@ -249,8 +250,18 @@ for _cls in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, 
     _STOOD_FOR.append((_cls, "forward", _own(_cls, "forward")))
 
 
+def _looks_for_aten(mode: TorchDispatchMode) -> bool:
+    """Whether a mode counts or changes ATen's operators, and would not know those of this package.
+
+    PyTorch's own know that there are others. Another library's says so by an attribute `sees_fused_operators = True`.
+    """
+    return type(mode).__module__.partition(".")[0] != "torch" and not getattr(mode, "sees_fused_operators", False)
+
+
 def replaced() -> bool:
-    """Whether somebody has changed PyTorch's classes, or has a torch function mode look at each call: PyTorch's modules then run."""
+    """Whether somebody has changed PyTorch's classes, or has a mode look at each call: PyTorch's modules then run."""
+    if torch._C._len_torch_dispatch_stack() and any(_looks_for_aten(mode) for mode in _get_current_dispatch_mode_stack()):
+        return True
     if torch._C._len_torch_function_stack():
         modes = torch.overrides._get_current_function_mode_stack()
         if any(type(mode) is not torch.utils._device.DeviceContext for mode in modes):

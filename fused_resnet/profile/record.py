@@ -69,6 +69,8 @@ class _Watch(TorchDispatchMode):
     Each operator runs in an NVTX range that is named after its layer and phase.
     """
 
+    sees_fused_operators = True
+
     def __init__(self, units: Units, device: torch.device, timed: bool):
         super().__init__()
         self.units, self.device, self.timed = units, device, timed
