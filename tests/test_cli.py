@@ -353,7 +353,7 @@ def test_synthetic_images_train_an_imagenet_network(capsys, tmp_path):
 
 
 def test_info_as_json(tmp_path):
-    done = command("info", "--json", env={"FUSED_RESNET_CACHE": str(tmp_path)})
+    done = command("info", "--json", env={"FUSED_RESNET_CACHE": str(tmp_path), "FUSED_RESNET_NO_SKIPS": "1"})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["versions"]["fused_resnet"] == __version__
@@ -365,7 +365,7 @@ def test_info_as_json(tmp_path):
     assert found["backends"]["eager"] == {"float32": None, "float16": None, "bfloat16": None}
     where = torch.device(found["device"])
     assert found["active"] == {str(dtype)[6:]: backends.resolve(where, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-    assert found["environment"] == {"FUSED_RESNET_CACHE": str(tmp_path)}
+    assert found["environment"] == {"FUSED_RESNET_CACHE": str(tmp_path), "FUSED_RESNET_NO_SKIPS": "1"}
     assert len(found["gpus"]) == torch.cuda.device_count()
 
 

@@ -221,7 +221,7 @@ def test_what_was_measured_for_training_chooses(choice, monkeypatch):
     "place, value, error, words",
     [
         (0, torch.randn(2, 32, 5, 5), ValueError, "x: expected memory_format=torch.channels_last"),
-        (1, torch.randn(48, 31, 1, 1), ValueError, "weight: expected 32 input channels"),
+        (1, torch.randn(48, 31, 1, 1), ValueError, "x: expected 31 channels, as weight"),
         (3, torch.ones(47), ValueError, r"scale: expected shape \[48\]"),
         (4, torch.ones(48, dtype=torch.int32), TypeError, "bias: expected a floating dtype"),
         (5, nhwc(2, 48, 5, 4, dtype=torch.float32).cpu(), ValueError, r"residual: expected shape \[2, 48, 5, 5\], that of the output"),

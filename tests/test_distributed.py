@@ -75,6 +75,7 @@ def test_train_with_shared_norms_is_one_process(tmp_path):
 
 def test_what_processes_can_not_do_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("fused_resnet.cli.train.launched", lambda: True)
+    monkeypatch.setenv("FUSED_RESNET_BACKEND", "off")
     assert main(["train", *TRAIN, "--sync-bn", "--out", str(tmp_path / "x")]) == 2
     assert "argument --sync-bn: PyTorch's own modules synchronise on GPUs alone; expected --backend eager" in capsys.readouterr().err
     monkeypatch.setattr("fused_resnet.train.trainer.world", lambda: 3)

@@ -98,7 +98,7 @@ def test_the_convolutions_are_timed_a_kind_a_step(tmp_path, python):
         case = words[words.index("--case") + 1]
         assert words[words.index("--batch") + 1] == "256" and words[words.index("--dtype") + 1] == "bf16"
         chosen = words[words.index("--impl") + 1 : words.index("--device")]
-        assert set(chosen) == set(kernels.IMPLEMENTATIONS) - {"compile_max", "cudnn"}
+        assert set(chosen) == set(kernels.IMPLEMENTATIONS) - {"compile_max", "cudnn", "ours:passes_cpu"}
         model = words[words.index("--model") + 1]
         timed.append((model, case))
         assert len(list(convolutions.plan([resnet(model, 256)], [case]))) <= 12
@@ -130,7 +130,7 @@ def test_the_training_part_times_three_networks_at_three_batches_with_all_peers(
         if "bf16" in words and "--largest" not in words:
             chosen = words[words.index("--impl") + 1 : words.index("--device")]
             timed |= {(words[words.index("--model") + 1], words[words.index("--batch") + 1], impl) for impl in chosen}
-    peers = set(implementations("train")) - {"ours:cudnn"}  # which the part of its name times: its package may be missing
+    peers = set(implementations("train")) - {"ours:passes_cpu", "ours:cudnn"}  # which the part of its name times: its package may be missing
     assert timed == {(m, b, i) for m in ("resnet18", "resnet50", "resnet152") for b in ("64", "128", "256") for i in peers}
     largest = [call.split() for call in calls(python) if "--largest" in call]
     assert {words[words.index("--impl") + 1] for words in largest} == peers
@@ -144,7 +144,7 @@ def test_the_inference_part_times_a_folded_network_and_all_peers(tmp_path, pytho
     assert {(step.suite, *step.model, step.dtype, *step.batch) for step in steps} == {("inference", "resnet50", "bf16", 256), ("inference", "resnet50", "bf16", 1)}
     for batch in (1, 256):
         timed = {impl for step in steps if step.batch == [batch] for impl in step.impl}
-        assert timed == set(implementations("inference")) - {"ours:cudnn"}
+        assert timed == set(implementations("inference")) - {"ours:passes_cpu", "ours:cudnn"}
 
 
 def test_the_tuning_part_goes_on_where_it_stopped_and_its_table_lies_in_the_folder(tmp_path, python):

@@ -77,6 +77,6 @@ def test_a_maximum_that_loses_nan_is_seen(tmp_path):
 
 
 def test_the_table_is_one_command():
-    lines = run("-m", "fused_resnet", "kernels", "--name", "sums_finalise").splitlines()
-    assert lines[0].split()[:4] == ["kernel", "variant", "sm", "registers"]
-    assert len(lines) > 4 and all(line.startswith("sums_finalise_kernel") for line in lines[1:])
+    title, names, *rows = run("-m", "fused_resnet", "kernels", "--language", "triton", "--name", "sums_finalise", "--csv").splitlines()
+    assert title == "# triton kernels" and names.startswith("kernel,variant,sm,registers,")
+    assert len(rows) > 3 and all(row.startswith("sums_finalise_kernel") for row in rows)

@@ -90,9 +90,10 @@ def test_no_kernel_spills_and_wide_variants_move_16_bytes(library, monkeypatch):
 
 def test_the_table_of_kernels_is_one_command(library, monkeypatch, capsys):
     monkeypatch.setattr(native.CUDA, "path", library)
-    assert main(["kernels", "--language", "cuda", "--name", "max_pool"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 2 * 12 and all(line.startswith("norm_act_max_pool_kernel") for line in lines[1:])
+    assert main(["kernels", "--language", "cuda", "--name", "max_pool", "--csv"]) == 0
+    title, names, *rows = capsys.readouterr().out.splitlines()
+    assert title == "# cuda kernels" and names.startswith("kernel,")
+    assert len(rows) == 2 * 12 and all(row.startswith("norm_act_max_pool_kernel") for row in rows)
     assert main(["kernels", "--language", "cuda", "--name", "gemm"]) == 2
     assert "argument --name: expected a part of a kernel's name, batch_stats_kernel" in capsys.readouterr().err
     monkeypatch.setattr(native.CUDA, "path", Path("absent.so"))

@@ -165,9 +165,11 @@ class Operator:
         need_dx: bool,
         backend: str,
     ) -> Gradients:
-        """What a node's backward computes. Gradients may have any strides."""
+        """What a node's backward computes. Gradients may have any strides; an act or a mask that there is none of may be an empty tensor,
+        since the forward may have passed the dispatcher where the backward does not.
+        """
         outputs = [output.ready() for output in outputs]
-        return BACKENDS[backend].convolve_backward(source, act, mask, outputs, channels_last(dact), need_dx)
+        return BACKENDS[backend].convolve_backward(source, present(act), present(mask), outputs, channels_last(dact), need_dx)
 
     def dispatched_gradients(self, source, act, mask, outputs, dact, need_dx, backend) -> Gradients:
         """`gradients`, behind the dispatcher."""
@@ -204,7 +206,7 @@ class Operator:
     def _backward_call(self, args: Sequence[Any]) -> tuple:
         """The arguments of `gradients`, from the schema's."""
         rest = iter(args)
-        source, act, mask = self._source(rest), present(next(rest)), present(next(rest))
+        source, act, mask = self._source(rest), next(rest), next(rest)
         return source, act, mask, [unflatten(ConvOutput, rest) for _ in self.suffixes], *rest
 
     @staticmethod
