@@ -242,7 +242,7 @@ def test_rows_at_80_columns_keep_their_figures(capsys, monkeypatch):
         text = capsys.readouterr().out
         assert "…" not in text and max(map(len, text.splitlines())) <= 80
         assert "0.65" in text and text.count("1.23") >= 6
-    assert "123.4" in table.columns(rows)[8][1]
+    assert any("123.4" in values for _, values, _ in table.columns(rows))
 
 
 @pytest.mark.parametrize("form", ["csv", "json"])
