@@ -149,6 +149,12 @@ def test_builders(torchvision_models, tmp_path, monkeypatch):
 # ---- the command ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """A terminal on which no table is parted."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 def cells(line):
     return [cell.strip() for cell in line.replace("┃", "│").split("│")[1:-1]]
 
