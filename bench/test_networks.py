@@ -86,16 +86,16 @@ def suite(**changes):
 
 
 class Small(nn.Module):
-    """Runs out of memory above a batch of 44, and at the call that `fails` says."""
+    """Runs out of memory above a batch of 44."""
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(3, 10, 1)
+        self.row = nn.Sequential(nn.Conv2d(3, 10, 1, bias=False), nn.BatchNorm2d(10), nn.ReLU())
 
     def forward(self, x):
         if len(x) > 44:
             raise torch.OutOfMemoryError(f"no room for {len(x)}")
-        return self.conv(x).mean((2, 3))
+        return self.row(x).mean((2, 3))
 
 
 def test_a_case_that_runs_out_of_memory_is_reported_and_the_rest_goes_on(monkeypatch):
@@ -160,7 +160,8 @@ def test_memory_that_runs_out_in_the_last_measurement_is_a_row(monkeypatch):
 
         def __init__(self, subject, impl, dtype, batch, *others):
             super().__init__(subject, impl, dtype, batch, *others)
-            built.append(batch)
+            if impl == "ours":
+                built.append(batch)
             if built.count(40) > 1:
                 raise torch.OutOfMemoryError("taken")
 
