@@ -62,9 +62,11 @@ def configuration(problem: ConvProblem, itemsize: int, capability: tuple[int, in
     steps = ceil_div(axis, block_k) * (1 if few else taps)
     # What is cut from a tile of eight warps' 128 x 128 is four warps'. On 8.x the smallest tile is eight warps': with four, Triton 3.8's
     # ptxas spills four registers to fit one program more, and TF32 spills with every Triton. Steps of 16 are too small for eight: a
-    # thread would copy 8 bytes of the filter.
+    # thread would copy 8 bytes of the filter. A float32 stem is eight warps' everywhere: in IEEE precision Triton 3.9's ptxas spills
+    # with four on 9.0.
     cut = (block_m, block_n) != (tile.block_m, tile.block_n)
     eight = on == 8 and (itemsize == 4 or ((block_m, block_n) == (LEAST, LEAST) and block_k >= 32 and not few))
+    eight = eight or (few and itemsize == 4)
     warps = 8 if eight else 4 if cut else tile.warps
     return replace(
         tile, block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=min(tile.stages, steps + 1)
