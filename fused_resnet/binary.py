@@ -56,10 +56,15 @@ def usage(path: Path) -> dict[tuple[int | None, str], Usage]:
     return found
 
 
-def read(path: Path) -> list[Code]:
-    """Every kernel in a binary, disassembled. Raises as `usage`."""
+def disassembled(path: Path) -> str:
+    """The machine code of a binary, as cuobjdump writes it. Raises as `usage`."""
+    return _dump("-sass", path)
+
+
+def read(path: Path, listing: str | None = None) -> list[Code]:
+    """Every kernel in a binary, of which `listing` is what `disassembled` says, where that is known. Raises as `usage`."""
     used, result = usage(path), []
-    for architecture, function, text in _functions(_dump("-sass", path), MACHINE_CODE):
+    for architecture, function, text in _functions(listing or disassembled(path), MACHINE_CODE):
         figures = used.get((architecture, function)) or used[None, function]
         accesses = re.findall(r"\b(?:LDG|STG)\.E\S*", text)
         wide = sum(".128" in access for access in accesses)

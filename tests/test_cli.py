@@ -389,6 +389,9 @@ def test_info_for_people(capsys, monkeypatch, answers):
 
 def test_kernels_prints_the_table_and_compiles_it_once(capsys, monkeypatch, tmp_path):
     inspect = pytest.importorskip("fused_resnet.kernels.inspect")
+    from fused_resnet.kernels.bounds import Bounds
+    from fused_resnet.kernels.sass import Issued
+
     monkeypatch.setattr(inspect, "INTERPRETED", False)
     kernel = types.SimpleNamespace(__name__="norm_add_act_kernel")
     compiled, launches = [], [(types.SimpleNamespace(kernel=kernel, number=number), f"float32 C={number}") for number in (8, 10)]
@@ -398,15 +401,17 @@ def test_kernels_prints_the_table_and_compiles_it_once(capsys, monkeypatch, tmp_
 
     def compile_launch(launch, variant, architecture):
         compiled.append(variant)
-        return inspect.Compiled("k", variant, architecture, 40, 16, 512, 128, 3, 4, "")
+        return inspect.Compiled("k", variant, architecture, 40, 16, 512, 128, 3, 4, "", Issued(90, 0, 0, 0, 0))
 
     monkeypatch.setattr(inspect, "compile_launch", compile_launch)
+    monkeypatch.setattr(inspect, "bounds", lambda launch, issued, architecture: Bounds(issued.outside * 1e-6, 0.0, 135e-6))
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["kernels", "--arch", "90"]) == 0
     told = capsys.readouterr().out
     assert "4 variants" not in told and "2 variants of 1 kernels; 2 spill, 32 bytes in all; at most 40 registers." in told
     assert "occupancy: the part of a" in told and "512" in told and "3/4" in told and max(map(len, told.splitlines())) <= 80
+    assert "135.0" in told and "1.50" in told and "A bound" not in told and "not measurements" in " ".join(told.split())
     assert main(["kernels", "--arch", "90", "--csv"]) == 0
     assert len(compiled) == 2, "what is known of a kernel's source, launch and compiler is not compiled again"
     assert len(capsys.readouterr().out.splitlines()) == 4
@@ -419,6 +424,33 @@ def test_kernels_prints_the_table_and_compiles_it_once(capsys, monkeypatch, tmp_
     assert "argument --name: expected a part of a kernel's name" in refused(capsys, "kernels", "--name", "nothing")
     monkeypatch.setattr(inspect, "INTERPRETED", True)
     assert "TRITON_INTERPRET: expected to be unset" in refused(capsys, "kernels")
+
+
+def test_the_sum_of_a_step_and_roofline_with_its_instructions(capsys, monkeypatch, tmp_path):
+    """Without a compiler: every kernel has ten thousand instructions a warp outside of its loop, so the issue bound is known by hand."""
+    inspect = pytest.importorskip("fused_resnet.kernels.inspect")
+    from fused_resnet.kernels.sass import Issued
+
+    monkeypatch.setattr(inspect, "INTERPRETED", False)
+    monkeypatch.setattr(inspect, "launch_key", lambda launch: (launch.programs, launch.warps, launch.stages))
+    monkeypatch.setattr(inspect, "compile_launch", lambda *_: inspect.Compiled("k", "", 90, 40, 0, 0, 128, 0, 0, "", Issued(10_000, 0, 0, 0, 0)))
+    monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path))
+    assert main(["kernels", "--sum", "resnet18", "--batch", "8", "--csv"]) == 0
+    lines = [line.split(",") for line in capsys.readouterr().out.splitlines()]
+    assert sum(line[0].endswith("x") for line in lines) > 30
+    (stem,) = (line for line in lines if len(line) > 1 and line[1].startswith("fprop 3x224x224"))
+    programs, issue = int(stem[-6]), float(stem[-3])  # four warps of 10,000 instructions, four schedulers
+    assert issue == pytest.approx(-(-programs // 132) * 10_000 / 1.755e3, abs=0.06)
+    totals = {line[0]: [float(value) for value in line[1:]] for line in lines if line[0] in ("fprop", "dgrad", "wgrad", "all")}
+    assert len(totals) == 4 and all(larger >= max(floor, issue) - 0.011 for floor, issue, larger, *_ in totals.values())
+    assert totals["all"][1] == pytest.approx(sum(totals[kind][1] for kind in ("fprop", "dgrad", "wgrad")), abs=0.02)
+    assert main(["roofline", "--model", "resnet18", "--batch", "8", "--device", "h100", "--issue", "--csv"]) == 0
+    told = capsys.readouterr().out
+    (row,) = (line.split(",") for line in told.splitlines() if line.startswith("triton,") and line.count(",") > 8)
+    assert float(row[-1]) > float(row[7]), "instructions take longer than the floor of a small batch"
+    assert "argument --issue: expected --model to be one of" in refused(capsys, "roofline", "--model", "resnet20", "--size", "32", "--issue")
+    assert "argument --sum: expected --language triton" in refused(capsys, "kernels", "--language", "cuda", "--sum", "resnet18")
+    assert "argument --arch: expected one with --sum" in refused(capsys, "kernels", "--arch", "80", "90", "--sum", "resnet18")
 
 
 def test_kernels_without_triton_says_so(capsys, monkeypatch):

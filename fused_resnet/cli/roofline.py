@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from textwrap import fill
 
 import torch
@@ -91,6 +92,8 @@ def add_parser(commands) -> None:
                              "timed here and now (default: measured where there is a GPU, else h100)")  # fmt: skip
     parser.add_argument("--tflops", type=positive_number, metavar="RATE", help="in place of the device's, 10^12 FLOP/s")
     parser.add_argument("--tbytes", type=positive_number, metavar="RATE", help="in place of the device's, 10^12 bytes/s")
+    parser.add_argument("--issue", action="store_true",
+                        help="also what the instructions of the row triton's convolutions allow: compiles them, minutes once")  # fmt: skip
     parser.add_argument("--layers", action="store_true", help="a row for each layer as well; saved: for backward, of an image")
     add_form(parser)
     parser.set_defaults(run=roofline)
@@ -112,6 +115,8 @@ def roofline(args: argparse.Namespace) -> int:
             kernels = {name: step.kernels(ops) for name, ops in ways.items()}
             saved = {name: step.saved_layers(ops) for name, ops in ways.items()}
             forward = step.forward_flops
+    if args.issue and args.model not in DEPTHS:
+        raise UsageError("--issue", f"expected --model to be one of {', '.join(DEPTHS)}; got {args.model}")
     flops_per_s, bytes_per_s, words = _rates(args, dtype)
     images = f"{args.batch} images of {args.size} x {args.size}, {args.dtype}"
     ridge = flops_per_s / bytes_per_s
@@ -125,7 +130,12 @@ def roofline(args: argparse.Namespace) -> int:
         "floor: the time that no implementation of these kernels can beat.\n"
         + _legend(kernels, WORDS if args.model in DEPTHS else TRACED_WORDS)
     )
-    tables = [("a training step, by design", _designs_table(kernels, saved, args.batch, flops_per_s, bytes_per_s), legend)]
+    columns = _designs_table(kernels, saved, args.batch, flops_per_s, bytes_per_s)
+    if args.issue:
+        found, words = _issue(args, network, dtype, kernels, flops_per_s, bytes_per_s)
+        columns.append(("with its instructions,\nms", [found if name == "triton" else "" for name in kernels], True))
+        legend += f"\n{words}"
+    tables = [("a training step, by design", columns, legend)]
     if args.model in DEPTHS:
         steps = {name: inference_step(network, name, dtype.itemsize) for name in INFERENCE}
         inference = _inference_table(steps, args.batch, flops_per_s, bytes_per_s)
@@ -140,6 +150,19 @@ def roofline(args: argparse.Namespace) -> int:
         if legend:
             print(filled(legend))
     return 0
+
+
+def _issue(args: argparse.Namespace, network, dtype: torch.dtype, kernels, flops_per_s: float, bytes_per_s: float) -> tuple[str, str]:
+    """(milliseconds of the row triton where its convolutions issue their instructions, too; what is assumed)."""
+    from .kernels import BOUND, triton_kernels
+
+    inspect, architecture = triton_kernels(), 80 if (args.device or "").startswith("a100") else 90
+    gpu = replace(inspect.ASSUMED[architecture], bytes_per_s=bytes_per_s, flops_per_s=flops_per_s * (dtype.itemsize // 2))
+    works = inspect.step(network, str(dtype).removeprefix("torch."), architecture, gpu)
+    more = sum(work.count * (work.bounds.bound - work.bounds.floor) for work in works)
+    words = "with its instructions: the floor, but a convolution takes at least as long as its warps issue. "
+    words += f"{BOUND} {inspect.assumptions(architecture, gpu)}"
+    return f"{1e3 * (floor_seconds(kernels['triton'], flops_per_s, bytes_per_s) + more):,.2f}", words
 
 
 def _traced(make, args: argparse.Namespace, dtype: torch.dtype):

@@ -11,9 +11,10 @@ and the convolutions of a ResNet-50, in training and in inference, as the rules 
 import hashlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from triton.compiler import ASTSource
 from .. import binary, environment, roofline
 from .._version import __version__
 from ..files import replace_file
-from ..tuning import heuristics
-from . import avg_pool, batch_stats, max_pool, networks, norm_add_act, norm_backward, square_sums
+from ..tuning import Configuration, Task, heuristics
+from . import avg_pool, batch_stats, max_pool, networks, norm_add_act, norm_backward, sass, square_sums
+from .bounds import ASSUMED, Bounds, Gpu, bounds
 from .launch import INTERPRETED, OPTIONS, Launch, packed_mask, recording
 
 #: Architectures that the table has: Ampere's A100, Hopper.
@@ -53,6 +55,7 @@ class Compiled:
     wide: int | None  #: global loads and stores of 16 bytes; None where the code was not disassembled
     accesses: int | None  #: all global loads and stores, likewise
     ptx: str
+    issued: sass.Issued | None = None  #: instructions of a warp, where the code was disassembled
 
 
 def _vectors(channels: int, count: int) -> list[Tensor]:
@@ -137,7 +140,8 @@ def compile_launch(launch: Launch, variant: str, architecture: int, disassemble:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        (code,) = binary.read(cubin) if disassemble else binary.usage(cubin).values()
+        listing = binary.disassembled(cubin) if disassemble else ""
+        (code,) = binary.read(cubin, listing) if disassemble else binary.usage(cubin).values()
     return Compiled(
         kernel=launch.kernel.__name__,
         variant=variant,
@@ -149,6 +153,7 @@ def compile_launch(launch: Launch, variant: str, architecture: int, disassemble:
         wide=code.wide if disassemble else None,
         accesses=code.accesses if disassemble else None,
         ptx=compiled.asm["ptx"],
+        issued=sass.read(listing) if disassemble else None,
     )
 
 
@@ -209,6 +214,8 @@ def _launches(network: roofline.Network, dtype: str, capability: tuple[int, int]
 
 
 HEADER = ("kernel", "variant", "sm", "registers", "spilled", "shared", "threads", "occupancy", "16-byte")
+HEADER += ("bytes", "products", "issue", "of floor")
+FIGURES = HEADER[3:9]  # what is kept as text; the bounds follow from how many instructions there are
 
 
 def rows(
@@ -217,50 +224,107 @@ def rows(
     architectures: tuple[int, ...] = ARCHITECTURES,
     begins: Callable[[int, int, str], object] = lambda number, of, kernel: None,
 ) -> Iterator[tuple[str, ...]]:
-    """The lines of the table, in the order of `HEADER`. The last column: accesses of 16 bytes, of all to global memory.
+    """The lines of the table, in the order of `HEADER`.
 
-    What was read of a kernel is kept in the user's cache, by its source, its launch and the compiler: to compile all takes minutes.
-    `begins` is told (number, how many, kernel) of each.
+    16-byte: accesses of 16 bytes, of all to global memory. bytes, products, issue: microseconds, bounds of the launch on the GPU that is
+    assumed of the architecture (`bounds.ASSUMED`); of floor: the larger of floor and issue bound over the floor. `begins` is told
+    (number, how many, kernel) of each.
     """
     _check_not_interpreted()
     found = [(launch, words, architecture) for launch, words in variants(name, dtypes) for architecture in architectures]
     found += convolutions(name, dtypes, architectures)
+    for (launch, words, architecture), (figures, issued) in zip(found, _known(found, begins), strict=True):
+        b = bounds(launch, issued, architecture)
+        times = (f"{1e6 * seconds:.1f}" for seconds in (b.bytes, b.products, b.issue))
+        yield (launch.kernel.__name__, words, str(architecture), *figures, *times, f"{b.bound / b.floor:.2f}")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A task of a network's training step, as often as it occurs."""
+
+    count: int
+    task: Task
+    configuration: Configuration
+    programs: int
+    issued: sass.Issued
+    bounds: Bounds
+
+
+def step(
+    network: roofline.Network,
+    dtype: str,
+    architecture: int,
+    gpu: Gpu | None = None,
+    begins: Callable[[int, int, str], object] = lambda number, of, kernel: None,
+) -> list[Work]:
+    """The convolutions of a training step, as rules of thumb tile them; `gpu` in place of the one that is assumed of the architecture."""
+    _check_not_interpreted()
+    counts = Counter(networks.tasks(network, dtype))
+    tiles = [heuristics.configuration(task, divmod(architecture, 10)) for task in counts]
+    launches = [networks.record(task, tile) for task, tile in zip(counts, tiles, strict=True)]
+    known = _known([(launch, str(task), architecture) for launch, task in zip(launches, counts, strict=True)], begins)
+    return [
+        Work(count, task, tile, launch.programs, issued, bounds(launch, issued, architecture, gpu))
+        for (task, count), tile, launch, (_, issued) in zip(counts.items(), tiles, launches, known, strict=True)
+    ]
+
+
+def _known(
+    found: list[tuple[Launch, str, int]], begins: Callable[[int, int, str], object]
+) -> Iterator[tuple[tuple[str, ...], sass.Issued]]:
+    """(`FIGURES`, instructions) of each (launch, words, architecture).
+
+    What was read of a kernel is kept in the user's cache, by its source, its launch and the compiler: to compile all takes minutes.
+    """
     kept, unsaved = _kept(), 0
     for number, (launch, words, architecture) in enumerate(found):
         begins(number, len(found), launch.kernel.__name__)
         key = ":".join(map(str, (*launch_key(launch), architecture)))
         if key not in kept:
             c = compile_launch(launch, words, architecture)
-            kept[key] = (
+            figures = (
                 str(c.registers), str(c.spilled), str(c.shared), str(c.threads), f"{binary.occupancy(c.registers, c.threads):.0%}",
                 f"{c.wide}/{c.accesses}",
             )  # fmt: skip
+            kept[key] = figures, c.issued
             unsaved += 1
             if unsaved % 20 == 0:  # so that a run that is interrupted goes on
                 _keep(kept)
-        yield (launch.kernel.__name__, words, str(architecture), *kept[key])
+        yield kept[key]
     if unsaved:
         _keep(kept)
 
 
 def _cache() -> Path:
     """The file of x: what a kernel's machine code depends on beside its source."""
-    parts = triton.__version__, __version__
+    parts = triton.__version__, __version__, OPTIONS
     return environment.cache_dir() / "kernels" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json"
 
 
-def _kept() -> dict[str, tuple[str, ...]]:
+def _kept() -> dict[str, tuple[tuple[str, ...], sass.Issued]]:
     try:
         content = json.loads(_cache().read_bytes())
-        return {key: tuple(map(str, figures)) for key, figures in content.items() if len(figures) == len(HEADER) - 3}
+        found = {key: (tuple(map(str, figures)), sass.Issued(*map(int, issued))) for key, (figures, issued) in content.items()}
+        return {key: value for key, value in found.items() if len(value[0]) == len(FIGURES)}
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):  # none, or damaged: compiled again
         return {}
 
 
-def _keep(kept: dict[str, tuple[str, ...]]) -> None:
+def _keep(kept: dict[str, tuple[tuple[str, ...], sass.Issued]]) -> None:
+    content = {key: (figures, astuple(issued)) for key, (figures, issued) in kept.items()}
     with suppress(OSError):  # a cache that can't be written is none
         _cache().parent.mkdir(parents=True, exist_ok=True)
-        replace_file(_cache(), lambda file: file.write(json.dumps(kept).encode()))
+        replace_file(_cache(), lambda file: file.write(json.dumps(content).encode()))
+
+
+def assumptions(architecture: int, gpu: Gpu | None = None) -> str:
+    """What the bounds assume of an architecture's GPU, in words."""
+    gpu = gpu or ASSUMED[architecture]
+    return (
+        f"sm_{architecture}: {gpu.title}, {gpu.multiprocessors} multiprocessors of {gpu.schedulers} schedulers at {gpu.clock / 1e9:g} GHz, "
+        f"{gpu.flops_per_s / 1e12:g} TFLOP/s of 16-bit products, {gpu.bytes_per_s / 1e12:g} TB/s: assumptions; Triton {triton.__version__}."
+    )
 
 
 def names() -> list[str]:
