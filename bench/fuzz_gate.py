@@ -10,6 +10,7 @@ was refused, and how near the others came to their bounds. Exit status 1 where o
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -22,7 +23,7 @@ from fused_resnet.problem import ConvProblem, NormProblem
 from fused_resnet.reference import Reference
 
 CPU, BATCH = torch.device("cpu"), 16
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RIGHT = {"eager": Implementation("off", False), "eager_nhwc": Implementation("off", True), "operators": Implementation("eager", True)}
 
 
@@ -40,10 +41,10 @@ class Tally:
             self.refused.append(f"{' '.join(key)} {who}: {status}")
 
 
-def networks(seed: int, tally: Tally) -> None:
+def networks(seed: int, dtypes: Sequence[torch.dtype], tally: Tally) -> None:
     """The suites of networks and blocks."""
     for suite, kind in STEPS.items():
-        for dtype in DTYPES:
+        for dtype in dtypes:
             key = suite, str(dtype).removeprefix("torch.")
             torch.manual_seed(seed)
             model = models.resnet50().layer2 if suite == "blocks" else models.resnet20()
@@ -63,10 +64,10 @@ def networks(seed: int, tally: Tally) -> None:
                     tally.add(key, who, truth.verdict(answer, BATCH)[1], nearness)
 
 
-def kernels(seed: int, tally: Tally) -> None:
+def kernels(seed: int, dtypes: Sequence[torch.dtype], tally: Tally) -> None:
     """The suite of kernels: every pass, every convolution."""
     norm, conv = NormProblem(4, 16, 8, 8), ConvProblem(4, 16, 8, 8, 24, 3, 3, (2, 2), (1, 1))
-    for dtype in (*DTYPES, torch.float16):
+    for dtype in dtypes:
         torch.manual_seed(seed)
         made = [getattr(passes, name)(passes.Inputs(norm, dtype, CPU)) for name in passes.NAMES]
         for name in convolutions.NAMES:
@@ -84,14 +85,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=200, metavar="N")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="of the first draw (default: 0)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="D",
+                        help=f"some of {', '.join(DTYPES)} (default: all; a CPU takes most of the time for fp16)")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="stop after that many")
     args = parser.parse_args()
     tally, ends, draws = Tally(), time.monotonic() + args.seconds, 0
+    dtypes = [DTYPES[name] for name in args.dtypes]
     for seed in range(args.first, args.first + args.draws):
         if time.monotonic() > ends:
             break
-        networks(seed, tally)
-        kernels(seed, tally)
+        networks(seed, dtypes, tally)
+        kernels(seed, dtypes, tally)
         draws += 1
     print(f"{draws} draws, from seed {args.first}")
     for key, count in tally.asked.items():

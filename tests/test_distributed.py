@@ -36,9 +36,10 @@ def test_two_processes_train_as_one(script, seed):
     torchrun(str(ROOT / "tests" / "distributed" / f"{script}.py"), str(seed))
 
 
-@pytest.mark.parametrize("script", ["recipe", "fused"])
-def test_networks_of_torchvision(script, torchvision_models, seed):
-    """The recipe of docs/drop-in.md; what FSDP2 and convert_sync_batchnorm make of a fused network. On CPUs."""
+@pytest.mark.parametrize("script", ["recipe", "fused", "fsdp1", "structured"])
+def test_networks_of_other_libraries(script, torchvision_models, seed):
+    """The recipe of docs/drop-in.md; what FSDP2 and convert_sync_batchnorm make of a fused network; FSDP1; networks that are known by their
+    structure. On CPUs."""
     torchrun(str(ROOT / "tests" / "distributed" / f"{script}.py"), str(seed), CUDA_VISIBLE_DEVICES="")
 
 

@@ -24,6 +24,8 @@ def test_what_answers_a_finding_exists():
     page = (FINDINGS / "README.md").read_text()
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert all(f"def {name}(" in tests for name in re.findall(r"`(test_\w+)`", page))
+    answers = page.partition("## What this project does about each")[2]
+    assert all("`test_" in row or "nothing to do" in row for row in re.findall(r"^\| [a-z]+_\w+ \| .*", answers, re.M))
     assert all((ROOT / path).exists() for path in re.findall(r"`((?:tests|csrc)/[\w.]+)`", page))
 
 

@@ -19,7 +19,7 @@ from fused_resnet.reference import Reference
 
 CPU = torch.device("cpu")
 BATCH = 16
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLANTED = Implementation("planted", True)
 
 
@@ -57,7 +57,7 @@ def verdicts(made: Gate, how: Implementation | str, calls: int = 3) -> list[str 
 FAULTS = [(suite, fault) for suite in STEPS for fault in (planted.INFERENCE if suite == "inference" else planted.TRAINING)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("suite, fault", FAULTS, ids=[f"{suite}-{fault.__name__}" for suite, fault in FAULTS])
 def test_a_planted_fault_is_refused(suite, fault, dtype, monkeypatch):
     made = gate_of(suite, dtype)
@@ -69,7 +69,7 @@ def test_a_planted_fault_is_refused(suite, fault, dtype, monkeypatch):
         assert found[0] is None and found[1]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("suite", STEPS)
 def test_what_is_right_is_not_refused(suite, dtype, monkeypatch):
     monkeypatch.setitem(BACKENDS, "planted", Reference())
@@ -96,7 +96,7 @@ def test_running_statistics_that_are_never_written_are_refused():
 def test_no_tensor_of_zeros_is_within_its_bound():
     """Unless it is what is right."""
     for suite in STEPS:
-        for dtype in DTYPES:
+        for dtype in DTYPES.values():
             for truth in (made := gate_of(suite, dtype))._truths.values():
                 blank = {name: torch.zeros_like(t) for name, t in truth.answer.items()}
                 errors = truth.errors(blank, BATCH)

@@ -88,6 +88,17 @@ def test_no_kernel_spills_and_wide_variants_move_16_bytes(library, monkeypatch):
             assert int(row["16-byte"].partition("/")[0]) >= (1 if row["kernel"] == "batch_stats_kernel" else 2), row
 
 
+#: What instructions in 16 bits may do: convert to float32, and make constants.
+HARMLESS = re.compile(r"HADD2\.F32 R\d+, -RZ, [^,]+ ;|HFMA2\S* R\d+, -RZ, RZ, [^,]+, [^,]+ ;")
+
+
+def test_arithmetic_is_in_float32(library):
+    """In bfloat16 nvcc would round a product twice for sm_80 and once for sm_90: findings/nvcc_bfloat16_contraction.sh."""
+    narrow = set(re.findall(r"\bH(?:FMA2|ADD2|MUL2|MNMX2)\S* [^;]+;", output_of(tool("cuobjdump"), "-sass", library)))
+    assert narrow and [instruction for instruction in narrow if not HARMLESS.fullmatch(instruction)] == []
+    assert not any(map(HARMLESS.fullmatch, ("HFMA2.BF16_V2 R5, R2, R3, R4 ;", "HADD2 R5, R2, R3 ;", "HMUL2.BF16_V2 R5, R2, R3 ;")))
+
+
 def test_the_table_of_kernels_is_one_command(library, monkeypatch, capsys):
     monkeypatch.setattr(native.CUDA, "path", library)
     assert main(["kernels", "--language", "cuda", "--name", "max_pool", "--csv"]) == 0

@@ -48,6 +48,32 @@ def test_autocast_is_as_exact_as_pytorchs(dtype):
     assert errors["eager"] <= 2 * errors["off"] < 0.2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_activations_behind_frozen_norms_have_autocasts_dtype(dtype, torchvision_models):
+    """PyTorch's are float32 there (findings/frozen_norm_under_autocast.sh). Outputs and gradients are as exact as these, by a factor of two."""
+    from torchvision.ops import FrozenBatchNorm2d
+
+    template, x = network(FrozenBatchNorm2d, dtype=torch.float32), torch.randn(16, *SIZE[1:])
+    for norm in (m for m in template.modules() if isinstance(m, FrozenBatchNorm2d)):
+        norm.bias[0::2], norm.bias[1::2] = 4.0, -4.0  # as `calm`
+    truth = copy.deepcopy(template).double()
+    exact = truth(x.double())
+    exact.square().sum().backward()
+    errors, seen = {}, {}
+    for backend in ("off", "eager"):
+        model = copy.deepcopy(template)
+        for stage in model.stages():
+            stage.register_forward_hook(lambda m, args, out, backend=backend: seen.setdefault(backend, set()).add((args[0].dtype, out.dtype)))
+        with torch.autocast("cpu", dtype), fused_resnet.backend(backend):
+            out = model(x)
+        out.float().square().sum().backward()
+        assert out.dtype == dtype and {p.grad.dtype for p in model.parameters()} == {torch.float32}
+        found = {"output": (out.double(), exact), "gradients": (gradients(model), gradients(truth))}
+        errors[backend] = {name: ((a - b).norm() / b.norm()).item() for name, (a, b) in found.items()}
+    assert seen == {"off": {(torch.float32, torch.float32)}, "eager": {(dtype, dtype)}}
+    assert all(errors["eager"][name] <= 2 * error < 0.2 for name, error in errors["off"].items()), errors
+
+
 def test_a_gradient_scaler_skips_what_overflows_and_unscales_the_rest():
     """Step by step as PyTorch's modules under the same scaler, which starts so high that its first steps overflow."""
     template = calm_network()

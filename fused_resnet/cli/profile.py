@@ -2,9 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,12 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..bench.load import LoadError, builder
 from ..bench.machine import current_commit
 from ..bench.steps import Subject, implementations
-from ..bench.table import console, number
+from ..bench.table import Column, Titled, console, number, show
 from ..profile.analysis import UNSTEADY, Profile, ProfileError, read_profile, write_profile
 from ..profile.picture import draw_profiles
 from ..profile.report import write_report
 from ..profile.run import STAGES, profile_step
-from .arguments import Unavailable, UsageError, add_commit, add_model, blaming, device, one_of, positive
+from .arguments import Unavailable, UsageError, add_commit, add_form, add_model, blaming, device, one_of, positive
 
 DESCRIPTION = """Profiles one training step: time, rate, bandwidth, launches and the fraction of
 the floor by layer, forward and backward, and the gaps between kernels.
@@ -29,12 +30,14 @@ The folder of the run gets
   trace.json.gz    for Perfetto or chrome://tracing, with a track of layers
   profile.json     for --compare
 
-On a CPU the times are the operators' own, and the report says so."""
+On a CPU the times are the operators' own, and the report says so. --csv and
+--json print what the page shows in tables: the step, layers, kernels."""
 EXAMPLES = """example:
   fused-resnet profile --model resnet50 --impl ours --out runs/ours
   fused-resnet profile --model torchvision:resnet50 --impl compile --out runs/compile
   fused-resnet profile --model my_models:make_net --batch 32 --size 64
   fused-resnet profile --compare runs/compile runs/ours --out runs/compared
+  fused-resnet profile --compare runs/compile runs/ours --csv > layers.csv
 """
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FILES = ("report.html", "report.png", "trace.json.gz", "profile.json")
@@ -57,6 +60,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="show two runs side by side; nothing is run")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the run (default: runs/profile-MODEL-IMPL, runs/profile-compared)")
     add_commit(parser)
+    add_form(parser)
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=profile)
 
@@ -84,8 +88,7 @@ def profile(args: argparse.Namespace) -> int:
     except RuntimeError as error:
         raise Unavailable(f"{args.model} with {impl} can't be profiled on {where}: {error}") from error
     write_profile(found, folder / DATA)
-    _show([found], folder)
-    print(f"{folder}: {', '.join(FILES)}")
+    _show([found], folder, args.form, FILES)
     return 0
 
 
@@ -112,19 +115,58 @@ def _compare(args: argparse.Namespace) -> int:
             profiles.append(read_profile(path / DATA if path.is_dir() else path))
     folder = args.out or Path("runs") / "profile-compared"
     folder.mkdir(parents=True, exist_ok=True)
-    _show(profiles, folder)
-    print(f"{folder}: {REPORT}, {PICTURE}")
+    _show(profiles, folder, args.form, (REPORT, PICTURE))
     return 0
 
 
-def _show(profiles: list[Profile], folder: Path) -> None:
+def _show(profiles: list[Profile], folder: Path, form: str, files: Sequence[str]) -> None:
+    """Writes page and picture, and tells of them in a few lines, or of all by tables for programs."""
     write_report(profiles, folder / REPORT)
     draw_profiles(profiles, folder / PICTURE)
     for p in profiles:
-        cpu = " (times of a CPU, no figure of a GPU)" if p.meta.device == "cpu" else ""
         if p.spread > UNSTEADY:
             print(f"warning: the {p.steps} recorded steps lie {p.spread:.0%} of their median apart: the machine was busy", file=sys.stderr)
+    if form != "table":
+        show(_tables(profiles), form)
+        print(f"{folder}: {', '.join(files)}", file=sys.stderr)
+        return
+    for p in profiles:
+        cpu = " (times of a CPU, no figure of a GPU)" if p.meta.device == "cpu" else ""
         console().print(
             f"{p.model}, {p.impl}, {p.dtype}, {p.batch} images: {number(p.step_ms)} ms a step, {number(p.images_per_s)} images/s{cpu}\n"
             f"  floor of the design {p.design} {number(p.floors_ms[p.design])} ms, of everything fused {number(p.floors_ms['fused'])} ms"
         )
+    print(f"{folder}: {', '.join(files)}")
+
+
+def _tables(profiles: Sequence[Profile]) -> list[Titled]:
+    """(title, columns) of what the page shows in tables: a line a run, a line a layer and phase, a line a kernel."""
+    steps, parts = [(p, p) for p in profiles], [(p, part) for p in profiles for part in p.parts]
+    kernels = [(p, kernel) for p in profiles for kernel in p.kernels]
+    return [
+        ("steps", _columns(steps, {
+            "device": lambda p: p.meta.device, "dtype": lambda p: p.dtype, "design": lambda p: p.design,
+        }, {
+            "batch": lambda p: p.batch, "ms": lambda p: p.step_ms, "images/s": lambda p: p.images_per_s, "gaps, ms": lambda p: p.gap_ms,
+            "launches": lambda p: p.launches, "floor, ms": lambda p: p.floors_ms[p.design],
+            "floor of everything fused, ms": lambda p: p.floors_ms["fused"], "peak MB": lambda p: p.peak_bytes / 1e6,
+        })),
+        ("layers", _columns(parts, {"layer": lambda part: part.layer, "phase": lambda part: part.phase}, {
+            "ms": lambda part: part.ms, "TFLOP/s": lambda part: part.tflops, "GB/s": lambda part: part.gbytes_per_s,
+            "of floor": lambda part: part.fraction, "launches": lambda part: part.launches,
+        })),
+        ("kernels", _columns(kernels, {"kernel": lambda kernel: kernel[0]}, {
+            "calls": lambda kernel: kernel[1], "ms": lambda kernel: kernel[2],
+        })),
+    ]  # fmt: skip
+
+
+def _columns(lines: Sequence[tuple[Profile, Any]], texts: Mapping[str, Callable], figures: Mapping[str, Callable]) -> list[Column]:
+    """Of (the run, what a line is about): the run's names, then what each function tells."""
+    found = [(head, [getattr(p, head) for p, _ in lines], False) for head in ("model", "impl")]
+    found += [(head, [tell(of) for _, of in lines], False) for head, tell in texts.items()]
+    return found + [(head, [_figure(tell(of)) for _, of in lines], True) for head, tell in figures.items()]
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
