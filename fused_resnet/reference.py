@@ -493,6 +493,10 @@ class Reference:
         scale = ones(y.shape[1], dtype, y.device) if scale is None else scale.to(dtype)
         return self.norm_add_act(y, scale, bias.to(dtype), residual, None, None, relu=relu, save_mask=False)[0]
 
+    def conv_add_act_(self, x: Tensor, weight: Tensor, geometry: ConvGeometry, bias: Tensor, residual: Tensor, relu: bool) -> Tensor:
+        """`conv_affine_act` without a scale, which may write act over `residual`."""
+        return self.conv_affine_act(x, weight, geometry, None, bias, residual, relu)
+
     def convolve_backward(
         self,
         source: Source,

@@ -16,6 +16,7 @@ from torch import nn
 import fused_resnet
 from fused_resnet import models
 from fused_resnet.backends import BACKENDS
+from fused_resnet.reference import Reference
 
 #: Runs exported programs in a process that can't import this package: a file of (path, input, expected output).
 FOREIGN = """
@@ -52,18 +53,27 @@ def test_folded_networks_agree(dtype):
 
 
 class Calls(list):
-    """What a backend's `conv_affine_act` was called for while this was in place: (x, residual, relu, result) of each call."""
+    """What a backend's `conv_affine_act`, also in place, was called for in the meantime: (x, residual, relu, result) of each call."""
 
     def __init__(self, monkeypatch, backend: str = "eager"):
         super().__init__()
         original = BACKENDS[backend].conv_affine_act
+        in_place = type(BACKENDS[backend]).conv_add_act_
 
         def call(x, weight, geometry, scale, bias, residual, relu):
             act = original(x, weight, geometry, scale, bias, residual, relu)
             self.append((x, residual, relu, act))
             return act
 
+        def call_in_place(x, weight, geometry, bias, residual, relu):
+            if in_place is Reference.conv_add_act_:  # the same
+                return call(x, weight, geometry, None, bias, residual, relu)
+            act = in_place(BACKENDS[backend], x, weight, geometry, bias, residual, relu)
+            self.append((x, residual, relu, act))
+            return act
+
         monkeypatch.setattr(BACKENDS[backend], "conv_affine_act", call)
+        monkeypatch.setattr(BACKENDS[backend], "conv_add_act_", call_in_place)
 
     def taken(self) -> list[tuple[bool, bool]]:
         """(whether there was a residual, whether there was a ReLU) of each call; then forgotten."""

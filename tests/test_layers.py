@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fused_resnet"
 #: The top-level modules from left to right; those of one group do not import each other. "" is the package's __init__.
 ORDER = [
     ["collectives"],
-    ["_version", "devices", "environment", "files", "problem", "processors", "reference", "binary", "versions"],
+    ["_version", "derived", "devices", "environment", "files", "problem", "processors", "reference", "binary", "versions"],
     ["roofline", "native"],
     ["native_kernels"],
     ["tuning"],

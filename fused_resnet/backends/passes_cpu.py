@@ -4,12 +4,15 @@ from torch import Tensor
 
 from .. import native
 from ..reference import Conv, convolution, convolution_backward, like_weight
-from . import products
+from . import onednn, products
 from .passes_native import PassesNative
 
 
 class PassesCpu(PassesNative):
-    """The passes on CPUs, by PyTorch's threads; and those convolutions as products of matrices that are faster so."""
+    """The passes on CPUs, by PyTorch's threads; those convolutions as products of matrices that are faster so.
+
+    In inference, a convolution and what follows it is one primitive of oneDNN's.
+    """
 
     name = "passes_cpu"
     library = native.CPU
@@ -25,6 +28,14 @@ class PassesCpu(PassesNative):
 
     def _convolution(self, act, conv):
         return self.with_norm(_convolution(act, conv), conv.norm)
+
+    def conv_affine_act(self, x, weight, geometry, scale, bias, residual, relu):
+        act = onednn.conv_affine_act(x, weight, geometry, bias, residual, relu) if scale is None else None
+        return super().conv_affine_act(x, weight, geometry, scale, bias, residual, relu) if act is None else act
+
+    def conv_add_act_(self, x, weight, geometry, bias, residual, relu):
+        act = onednn.conv_affine_act(x, weight, geometry, bias, residual, relu, in_place=True)
+        return super().conv_affine_act(x, weight, geometry, None, bias, residual, relu) if act is None else act
 
     def convolution_again(self, source, conv, written):
         return lambda read: _convolution(read.x, conv)

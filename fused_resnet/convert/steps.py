@@ -11,7 +11,7 @@ from ..nn import Activation
 from ..nn.activation import BatchStatistics
 from ..nn.block import to_nhwc
 from ..nn.chain import advance
-from ..nn.folded import inferring
+from ..nn.folded import conv_act, inferring
 from ..nn.modules import (
     autocast_dtype,
     batch_statistics,
@@ -40,8 +40,7 @@ class LazyConv(NamedTuple):
 
     def make(self) -> Tensor:
         """The convolution, in one call of the backend."""
-        x, conv = self.x, self.conv
-        return ops.conv_affine_act(x, conv.weight.to(x.dtype), geometry(conv), None, conv.bias, self.residual, self.relu)
+        return conv_act(self.x, self.conv, self.residual, self.relu)
 
 
 def is_lazy(value: Any) -> bool:

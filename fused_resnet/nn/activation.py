@@ -24,12 +24,13 @@ class Activation(NamedTuple):
     nothing of may have put anything else in its place.
 
     `statistics` are those that no norm has been told of. They are written once, at the end, so that a network of fifty norms
-    does it in a few launches.
+    does it in a few launches. `owned`: whether x is a tensor that nobody else has seen, which may be overwritten.
     """
 
     x: Tensor | Pending
     residual: Tensor | Pending | None = None
     statistics: tuple[BatchStatistics, ...] = ()
+    owned: bool = False
 
     def finish(self) -> Tensor:
         """The activation as a tensor [N, C, H, W] in channels_last; its statistics are written."""

@@ -98,7 +98,7 @@ class Block(nn.Module):
         """From the activation before this block to the one behind it, which stays pending."""
         branch = self.branch()
         if not self.fusible() or not (isinstance(a.x, Pending) or takes(branch[0][0], a.x)):
-            return Activation(folded.block_forward(self, a.finish()))
+            return folded.block_forward(self, branch, a)
         if isinstance(a.x, Tensor):  # under autocast, PyTorch's modules may have made it in float32
             x = enter(a.x, compute_dtype(a.x)).x
             given = Source(x)

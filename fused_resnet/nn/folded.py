@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..derived import derived
+from .activation import Activation
 from .modules import (
     Requirement,
     compute_dtype,
     geometry,
+    held,
     is_conv,
     is_folded_conv,
     is_norm,
@@ -23,7 +26,6 @@ from .modules import (
     is_row,
     met,
     takes,
-    weight_for,
 )
 
 #: What stands, in a folded block, where a block has what the first asks for.
@@ -40,15 +42,19 @@ def is_folded(block: nn.Module) -> bool:
     return met(requirements(block))
 
 
-def block_forward(block: nn.Module, x: Tensor) -> Tensor:
-    """The output of a `Block` that is not `fusible`, for an activation x [N, C, H, W]: folded, or by PyTorch's modules."""
-    if block.training or not (inferring(x, block.modules()) and is_folded(block) and takes(block.branch()[0][0], x)):
-        return block.forward_modules(x)
-    out = x = _as_read(x, compute_dtype(x))
-    *inner, (last, _) = block.branch()
+def block_forward(block: nn.Module, branch: list[tuple[nn.Module, nn.Module]], a: Activation) -> Activation:
+    """The output of a `Block` that is not `fusible`, for an activation [N, C, H, W]: folded, or by PyTorch's modules."""
+    given = a.finish()
+    if block.training or not (inferring(given, block.modules()) and is_folded(block) and takes(branch[0][0], given)):
+        return Activation(block.forward_modules(given))
+    out = x = _as_read(given, compute_dtype(given))
+    *inner, (last, _) = branch
     for conv, _ in inner:
-        out = _conv_act(out, conv)
-    return _conv_act(out, last, _shortcut(block, x) if block.shortcut else None)
+        out = conv_act(out, conv)
+    if not block.shortcut:
+        return Activation(conv_act(out, last), owned=True)
+    residual, owned = _shortcut(block, x)
+    return Activation(conv_act(out, last, residual, owned=owned or (residual is given and a.owned)), owned=True)
 
 
 def conv_act_length(queue: Sequence[nn.Module], position: int) -> int:
@@ -62,26 +68,31 @@ def conv_act_length(queue: Sequence[nn.Module], position: int) -> int:
 def row_forward(members: Sequence[nn.Module], x: Tensor) -> Tensor:
     """What the members that `conv_act_length` counts make of x [N, C, H, W]."""
     if not members[0].training and takes(members[0], x) and inferring(x, members):
-        return _conv_act(_as_read(x, compute_dtype(x)), members[0], relu=len(members) == 3)
+        return conv_act(_as_read(x, compute_dtype(x)), members[0], relu=len(members) == 3)
     for module in members:
         x = module(x)
     return x
 
 
-def _shortcut(block: nn.Module, x: Tensor) -> Tensor:
+def _shortcut(block: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
+    """(what is added, whether it was made here and nobody else has seen it)."""
     projection = block.downsample
     if projection is None:
-        return x
+        return x, False
     *before, conv, norm = projection if is_row(projection) and len(projection) > 1 else (None, None)
     if is_folded_conv(conv) and is_nothing(norm):
         for module in before:  # timm's average pool
             x = module(x)
-        return _conv_act(_as_read(x, x.dtype), conv, relu=False)
-    return _as_read(projection(x), x.dtype)
+        return conv_act(_as_read(x, x.dtype), conv, relu=False), True
+    return _as_read(projection(x), x.dtype), False
 
 
-def _conv_act(x: Tensor, conv: nn.Conv2d, residual: Tensor | None = None, relu: bool = True) -> Tensor:
-    return ops.conv_affine_act(x, weight_for(conv, x), geometry(conv), None, conv.bias, residual, relu)
+def conv_act(x: Tensor, conv: nn.Conv2d, residual: Tensor | None = None, relu: bool = True, owned: bool = False) -> Tensor:
+    """One call of the backend's, which may write over a residual that is `owned`. Under autocast, weights are rounded once."""
+    weight = held(conv, "weight")
+    if weight.dtype != x.dtype:
+        weight = derived(weight, x.dtype, lambda: weight.to(x.dtype))
+    return ops.conv_affine_act(x, weight, geometry(conv), None, conv.bias, residual, relu, owned)
 
 
 def inferring(x: Tensor, modules: Iterable[nn.Module]) -> bool:

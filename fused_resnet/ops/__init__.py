@@ -134,15 +134,20 @@ def conv_affine_act(
     bias: Tensor,
     residual: Tensor | None = None,
     relu: bool = True,
+    owned: bool = False,
 ) -> Tensor:
     """relu(conv(x)·scale + bias + residual): a convolution in inference, in one kernel where the backend has one. [N, K, P, Q].
 
-    `scale`, None for one, and `bias` are [K]; `residual` [N, K, P, Q] is an activation, or None. No operator of PyTorch's stands around
+    `scale`, None for one, and `bias` are [K]; `residual` [N, K, P, Q] is an activation, or None; where it is `owned`, nobody else reads it
+    any more, and the result may be written over it. No operator of PyTorch's stands around
     it, so that nothing which looks for one sees it: call it only where `inferring` is true.
     """
     check_inference(x, weight, geometry, scale, bias, residual)
     scale, bias = None if scale is None else scale.contiguous(), bias.contiguous()  # the kernels read them without strides
-    return implementation(x).conv_affine_act(x, weight, geometry, scale, bias, residual, relu)
+    backend = implementation(x)
+    if owned and scale is None and residual is not None:
+        return backend.conv_add_act_(x, weight, geometry, bias, residual, relu)
+    return backend.conv_affine_act(x, weight, geometry, scale, bias, residual, relu)
 
 
 def running_affine(x: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
