@@ -120,7 +120,7 @@ case $part in
     fi
     for file in tests/test_*.py; do
       # Without the settings of pyproject.toml, which ask for plug-ins that may be missing here.
-      step "$(basename "$file" .py)" "$python" -m pytest "$file" -x -q -o addopts= -rs
+      step "$(basename "$file" .py)" "$python" -m pytest "$file" --maxfail=20 -q -o addopts= -rs
     done
     ;;
   sanitize)

@@ -197,6 +197,12 @@ def channel_sums(dz: Tensor, *standardised: Tensor) -> tuple[Tensor, ...]:
     return tuple(s.to(dtype) for s in sums)
 
 
+def allow_tf32() -> bool:
+    """Whether products of float32 may be cut to TF32, as the framework's convolutions would."""
+    # Not `cudnn.allow_tf32`, which raises an error where somebody has set this.
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
 @cache
 def ones(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[channels] ones. Kept for good: a folded network asks for the same at each convolution, and a CUDA graph may read them."""

@@ -6,6 +6,7 @@ Without a GPU the package builds nodes and prints them; it proposes no plan.
 import importlib.metadata
 import importlib.util
 import json
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -692,3 +693,30 @@ def test_nan_passes_forward_and_backward():
     s = trial.source
     act, mask = work.norm_add_act(s.x, s.scale, s.bias, s.residual, None, None)
     assert act[0, 0, 0, 0].isnan() and mask[0, 0, 0, 0].item() & 1
+
+
+def test_a_plan_is_built_where_its_gpu_is_the_current_one(monkeypatch, tmp_path):
+    """cuDNN builds for the current device, which need not be that of the tensors."""
+    current = []
+
+    class On:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    def compiled(*_, **__):
+        assert current == [torch.device("cuda", 1)]
+        return types.SimpleNamespace(serialize=lambda: b"a plan", get_workspace_size=lambda: 7)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", On)
+    monkeypatch.setattr(plans, "compiled", compiled)
+    monkeypatch.setattr(plans.library, "handle", lambda device: None)
+    problem = GraphProblem("conv_genstats", ConvProblem(2, 8, 4, 4, 8, 1, 1), "float16", "act")
+    made = plans.Plans(torch.device("cuda", 1), "these versions", tmp_path)._built(problem)
+    assert made.workspace_bytes == 7 and not current

@@ -1,6 +1,7 @@
 """Autocast with and without a gradient scaler, parameters of mixed dtypes, TF32, deterministic algorithms."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet.backends import BACKENDS, convolutions
+from fused_resnet.cudnn import work
+from fused_resnet.reference import ConvGeometry
 
 
 def gradients(model: nn.Module) -> torch.Tensor:
@@ -173,6 +176,11 @@ def test_tf32_of_convolutions_is_honoured(interface, allowed, tf32_settings, mon
     assert {name for name, _ in told} == {"fprop", "dgrad", "wgrad"}
     assert {value for _, value in told} == {allowed}
     assert convolutions.allow_tf32() is allowed
+    asked = []
+    monkeypatch.setattr(work, "plans_of", lambda device: SimpleNamespace(get=lambda problem: asked.append(problem) or "no plan"))
+    x, weight = torch.zeros(2, 8, 4, 4).contiguous(memory_format=torch.channels_last), torch.zeros(8, 8, 1, 1)
+    work.conv_affine_act(x, weight, ConvGeometry([1, 1], [0, 0], [1, 1], 1), None, torch.zeros(8), None, tried=True)
+    assert [problem.tf32 for problem in asked] == [allowed]  # of the graph that cuDNN is asked for
 
 
 @pytest.mark.parametrize("backend", ["eager", *LANGUAGES, "triton"])

@@ -13,10 +13,11 @@ import fused_resnet
 from fused_resnet import backends, models
 from fused_resnet.backends import BACKENDS, TUNED
 from fused_resnet.bench import tune
+from fused_resnet.bench.journal import Journal
 from fused_resnet.kernels.networks import tasks
 from fused_resnet.problem import ConvProblem
 from fused_resnet.roofline import resnet
-from fused_resnet.tuning import Configuration, Entry, Table, Task
+from fused_resnet.tuning import Configuration, Entry, Table, Task, heuristics
 from fused_resnet.tuning.table import Meta, path_of, write_table
 
 #: The tuned backend that runs here.
@@ -32,6 +33,30 @@ TASKS = {
     "dgrad with a projection": Task("dgrad", POINTWISE, "float32", "norm_add_raw", compact=2, compact_k=40),
     "wgrad of a norm": Task("wgrad", POINTWISE, "float32", "norm"),
 }
+
+
+def test_a_candidate_that_ended_a_run_is_passed_over(device, monkeypatch, tmp_path):
+    """By an error of the GPU that lasts, or with the whole process, of which nothing is left but what stands in the file."""
+    task, path = TASKS["wgrad of a norm"], tmp_path / "gpu.journal"
+    rule, *others = map(str, heuristics.candidates(task, (9, 0))[:3])
+    kernel = tune.Trial.call
+
+    def call(trial, choice):
+        def broken():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        return broken if str(choice) == rule else kernel(trial, choice)
+
+    monkeypatch.setattr(tune.Trial, "call", call)
+    Journal(path).begin(f"{task}: {others[0]}")  # and there the process ended
+    first = tune.tune(task, Table(), device, most=3, repeats=1, limit_s=300, journal=Journal(path))
+    assert first.failed[rule] == "unsupported: CUDA error: an illegal memory access was encountered"
+    assert first.failed[others[0]] == f"lost: it ended a run before; remove {path} to try it again"
+    monkeypatch.setattr(tune.Trial, "call", kernel)
+    again = tune.tune(task, Table(), device, most=3, repeats=1, limit_s=300, journal=Journal(path))
+    assert set(again.failed) == {rule, others[0]} and again.failed[rule].startswith("lost") and again.entry is not None
+    path.unlink()
+    assert not tune.tune(task, Table(), device, most=3, repeats=1, limit_s=300, journal=Journal(path)).failed
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

@@ -12,15 +12,20 @@ from torch import Tensor
 
 from .. import cudnn
 from ..cudnn.work import as_cudnn_reads, problem_of
-from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Pending, Reference, Source, convolution, convolution_backward
+from ..reference import (
+    Conv,
+    ConvGeometry,
+    ConvOutput,
+    Norm,
+    Pending,
+    Reference,
+    Source,
+    allow_tf32,
+    convolution,
+    convolution_backward,
+)
 from ..roofline import pays_to_apply_norm
 from ..tuning import CUDNN, Choice, Task
-
-
-def allow_tf32() -> bool:
-    """Whether products of float32 may be cut to TF32, as the framework's convolutions would."""
-    # Not `cudnn.allow_tf32`, which raises an error where somebody has set this.
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def is_pointwise(weight: Tensor, geometry: ConvGeometry, strided: bool = False) -> bool:

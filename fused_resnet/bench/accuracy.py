@@ -21,8 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.convolutions import allow_tf32
-from ..reference import Source, accumulate_dtype
+from ..reference import Source, accumulate_dtype, allow_tf32
 
 #: The largest error, over the scale, of a result whose terms or elements were stored in that dtype. Products of float32 lose more to their
 #: order than to being stored.

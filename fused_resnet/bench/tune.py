@@ -31,6 +31,7 @@ from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Reference, Source,
 from ..tuning import CUDNN, Choice, Entry, Table, Task, heuristics
 from . import accuracy
 from .accuracy import Terms
+from .journal import Journal
 from .timing import Times, attempt, measure
 from .trace import scalar
 
@@ -96,6 +97,8 @@ def in_order(tasks: Iterable[Task]) -> list[Task]:
     return sorted(tasks, key=lambda t: (t.source != "act", t.kind, t.dact, t.compact))
 
 
+#: In the status of a candidate after which the GPU may answer no more.
+LASTING = "CUDA error"
 #: A task's work, done by a backend.
 Work = Callable[[FusedConvolutions], tuple[Tensor | None, ...]]
 
@@ -112,7 +115,8 @@ class Expected(FusedConvolutions):
 class Trial:
     """The operands of a task, and its work by any candidate."""
 
-    def __init__(self, task: Task, table: Table, device: torch.device):
+    def __init__(self, task: Task, table: Table, device: torch.device, journal: Journal | None = None):
+        self.journal = journal or Journal()
         self.task, self.dtype = task, getattr(torch, task.dtype)
         self.precision = accuracy.convolved_precision(self.dtype, device)
         c = task.conv
@@ -192,14 +196,21 @@ class Trial:
         """The status of each of these candidates that does not agree with the reference, or fails. `ends`: by `time.monotonic()`."""
         expected, failed = self._run(Expected()), {}
         for name, choice in choices.items():
-            call, results = self.call(choice), []
+            call, results, work = self.call(choice), [], f"{self.task}: {name}"
+            if choice is not None and (lost := self.journal.lost(work)):
+                failed[name] = lost
+                continue
 
             def check(call=call, results=results):
                 results.extend(call())
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
 
+            if choice is not None:
+                self.journal.begin(work)
             status = attempt(check, max(1.0, ends - time.monotonic()))
+            if choice is not None and not (status and LASTING in status):
+                self.journal.end(work)
             if status := status or self.error(tuple(results), expected)[1]:
                 failed[name] = status
         return failed
@@ -273,9 +284,14 @@ class Outcome:
     failed: dict[str, str]  #: the status of each candidate that was wrong or did not run
 
 
-def tune(task: Task, table: Table, device: torch.device, most: int, repeats: int, limit_s: float) -> Outcome:
-    """Check and time the first `most` candidates of a task against the passes, and check them again; the best goes into `table`."""
-    trial = Trial(task, table, device)
+def tune(
+    task: Task, table: Table, device: torch.device, most: int, repeats: int, limit_s: float, journal: Journal | None = None
+) -> Outcome:
+    """Check and time the first `most` candidates of a task against the passes, and check them again; the best goes into `table`.
+
+    A candidate that by `journal` ended a run before is passed over.
+    """
+    trial = Trial(task, table, device, journal)
     configurations = heuristics.candidates(task, capability(device))[:most]
     choices: dict[str, Choice | None] = {"passes": None} | {str(c): c for c in configurations}
     failed: dict[str, str] = {}
@@ -293,7 +309,7 @@ def tune(task: Task, table: Table, device: torch.device, most: int, repeats: int
     failed |= {name: outcome for name, outcome in times.items() if not isinstance(outcome, Times)}
     del trial, calls  # there may not be room for the operands of both
     timed = {name: choices[name] for name in times if name not in failed}
-    failed |= {name: f"{status} (after it was timed)" for name, status in Trial(task, table, device).wrong(timed, ends).items()}
+    failed |= {name: f"{status} (after it was timed)" for name, status in Trial(task, table, device, journal).wrong(timed, ends).items()}
     medians = {name: times[name].median_ms for name in timed if name not in failed}
     if "passes" not in medians:
         return Outcome(None, failed)

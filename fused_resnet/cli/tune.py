@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import backends
 from ..backends.cudnn import machine_refusal
+from ..bench.journal import Journal
 from ..bench.load import LoadError, builder
 from ..bench.machine import current_commit
 from ..bench.schema import DATE_FORMAT
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         add_to_table(path, Meta(name, torch.__version__, importlib.metadata.version("triton"), commit, date), [entry])
 
     print(cudnn_answers(dtype, where), file=sys.stderr)
-    outcomes = _tune(todo, table, where, args, keep)
+    outcomes = _tune(todo, table, where, args, keep, Journal(path.with_suffix(".journal")))
     backends.forget_choices()
     show([("" if on_gpu else "by the interpreter and a CPU's clock: no figure of a GPU", _columns(tasks, table, outcomes))], args.form)
     left = len(todo) - len(outcomes)
@@ -110,7 +111,7 @@ def cudnn_answers(dtype: torch.dtype, where: torch.device) -> str:
     return f"cuDNN's graphs: {len(found) - len(refused)} of {len(found)} may be candidates" + "".join(refused)
 
 
-def _tune(todo: list[Task], table: Table, where: torch.device, args: argparse.Namespace, keep) -> dict[Task, Outcome]:
+def _tune(todo: list[Task], table: Table, where: torch.device, args: argparse.Namespace, keep, journal: Journal) -> dict[Task, Outcome]:
     """The outcome of each task that there was time for. The table is written after each: what was measured is not lost."""
     outcomes: dict[Task, Outcome] = {}
     ends, terminal = time.monotonic() + args.limit, sys.stderr.isatty()
@@ -121,7 +122,7 @@ def _tune(todo: list[Task], table: Table, where: torch.device, args: argparse.Na
             if (left := ends - time.monotonic()) <= 0:
                 break
             progress.update(bar, description=str(task))
-            outcome = tune(task, table, where, args.candidates, args.repeats, min(left, args.task_limit))
+            outcome = tune(task, table, where, args.candidates, args.repeats, min(left, args.task_limit), journal)
             if outcome.entry:
                 keep(outcome.entry)
             elif time.monotonic() >= ends:  # it was not given the time that it has: the next run does it

@@ -9,7 +9,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,10 +156,12 @@ class Plans:
         return reason if isinstance(reason, str) else None
 
     def _built(self, problem: GraphProblem) -> Plan:
-        graph = compiled(problem, self.limit_s, handle=library.handle(self.device))
-        with suppress(RuntimeError):  # not every engine can be serialised
-            self._write(self.path(problem, PLAN), bytes(graph.serialize()))
-        return Plan(graph, graph.get_workspace_size(), self.device)
+        # A handle is of the device that is current when a plan is built, too, which need not be that of the tensors.
+        with torch.cuda.device(self.device) if torch.cuda.is_available() else nullcontext():
+            graph = compiled(problem, self.limit_s, handle=library.handle(self.device))
+            with suppress(RuntimeError):  # not every engine can be serialised
+                self._write(self.path(problem, PLAN), bytes(graph.serialize()))
+            return Plan(graph, graph.get_workspace_size(), self.device)
 
     def _restored(self, problem: GraphProblem) -> Plan | None:
         """A plan from the user's cache; None where there is none, or none that cuDNN takes."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..problem import ConvProblem
-from ..reference import ConvGeometry, Reference, Source, nhwc
+from ..reference import ConvGeometry, Reference, Source, allow_tf32, nhwc
 from . import work
 from .graphs import GRAPHS, GraphProblem
 from .library import frontend
@@ -25,7 +25,7 @@ CASES = [(name, source) for name, graph in GRAPHS.items() for source in graph.so
 
 def small_problem(graph: str, source: str, dtype: str) -> GraphProblem:
     """What a graph is tried on."""
-    c, options = PROBLEM, {"tf32": torch.backends.cudnn.allow_tf32, "deterministic": work.deterministic()}
+    c, options = PROBLEM, {"tf32": allow_tf32(), "deterministic": work.deterministic()}
     if graph in work.POINTWISE:
         return work.pointwise_problem(graph, (c.n, c.c, c.h, c.w), dtype, source)
     return GraphProblem(graph, c, dtype, source, dact=graph == "dgrad", **options)

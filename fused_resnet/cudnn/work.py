@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..problem import ConvProblem
-from ..reference import ConvGeometry, Source, like_weight, ones
+from ..reference import ConvGeometry, Source, allow_tf32, like_weight, ones
 from ..tuning import Task
 from .graphs import GraphProblem
 from .plans import Plan, plans_of
@@ -19,7 +19,7 @@ def deterministic() -> bool:
 
 def problem_of_task(task: Task) -> GraphProblem | str:
     """The graph that does a task's work, or why none does."""
-    options = {"tf32": torch.backends.cudnn.allow_tf32, "deterministic": deterministic()}
+    options = {"tf32": allow_tf32(), "deterministic": deterministic()}
     if task.kind == "dgrad":
         dact = task.dact or bool(task.compact)  # a projection's gradient is one of the whole activation here
         return GraphProblem("dgrad", task.conv, task.dtype, task.source, dact, **options)
@@ -87,7 +87,7 @@ def problem_of(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> ConvProblem
 
 
 def _plan(graph: str, x: Tensor, conv: ConvProblem, source: str, dact: bool = False) -> Plan:
-    problem = GraphProblem(graph, conv, _name(x), source, dact, torch.backends.cudnn.allow_tf32, deterministic())
+    problem = GraphProblem(graph, conv, _name(x), source, dact, allow_tf32(), deterministic())
     found = plans_of(x.device).get(problem)
     if isinstance(found, str):
         raise RuntimeError(f"cuDNN refuses {problem}: {found}")
@@ -202,7 +202,7 @@ def conv_affine_act(
     from .probe import fault
 
     conv = problem_of(x, weight, geometry)
-    kind, tf32 = "norm" if residual is None else "norm_add", torch.backends.cudnn.allow_tf32
+    kind, tf32 = "norm" if residual is None else "norm_add", allow_tf32()
     problem = GraphProblem("conv_scale_bias_add_relu", conv, _name(x), kind, tf32=tf32, deterministic=deterministic())
     if not tried and fault(problem.graph, kind, problem.dtype, x.device):
         return None
