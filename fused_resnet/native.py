@@ -15,7 +15,8 @@ import torch
 from . import environment
 
 #: What the library for CPUs is compiled for, from the plainest to the best; numbered as in csrc/cpu/dispatch.cpp.
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
+_in_use = ""
 
 
 class Library:
@@ -67,13 +68,14 @@ def use_instruction_set(name: str | None = None) -> str:
     number = CPU.operators.use_instruction_set(-1 if name is None else INSTRUCTION_SETS.index(name))
     if number < 0:
         raise environment.VariableError(f"FUSED_RESNET_CPU_ISA: this machine, or this build, lacks {name}")
-    return INSTRUCTION_SETS[number]
+    global _in_use
+    _in_use = INSTRUCTION_SETS[number]
+    return _in_use
 
 
-@cache
 def cpu_instruction_set() -> str:
-    """What the library for CPUs, which is loaded, uses: by `FUSED_RESNET_CPU_ISA`, else the best that there is. Set once in a process."""
-    return use_instruction_set(environment.cpu_instruction_set())
+    """What the library for CPUs, which is loaded, uses: by `FUSED_RESNET_CPU_ISA`, else the best that there is, or what was set since."""
+    return _in_use or use_instruction_set(environment.cpu_instruction_set())
 
 
 def _is_truncated(path: Path) -> bool:

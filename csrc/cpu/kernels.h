@@ -135,6 +135,33 @@ struct AvgPool {
   void* out;         // [images, channels]
 };
 
+// 1x1 convolutions, with the passes around them; AMX alone has them.
+struct PackWeight {
+  const void* weight;  // [outputs, inputs]
+  int64_t outputs, inputs;
+  bool forward;
+  void* packed;
+};
+
+struct PointwiseForward {
+  NormAddAct norm;  // its act is y's input; not pending: its x is
+  bool pending;
+  const void* packed;  // the weight, forward
+  void* y;
+  Moments moments;  // of y; mean is nullptr where nobody asks for them. Its parts are those of the work
+};
+
+struct PointwiseBackward {
+  BackwardApply apply;  // dy: nullptr where nobody else reads it
+  const void* packed;   // the weight, backward; nullptr where nobody asks for dx
+  BackwardReduce reduce;  // d is the convolution's. Not pending: of it the extent, the parts, dact and, for dx, dz
+  bool pending;
+  const void* act;
+  int64_t groups, parts_per_group;
+  float* sums;    // of dweight, [groups, outputs, inputs] in tiles; nullptr where it is not summed here
+  void* dweight;  // [outputs, inputs], by merge_weight
+};
+
 struct Kernels {
   void (*norm_add_act)(const NormAddAct&, int64_t first_row, int64_t last_row);
   void (*moments)(const Moments&, int64_t first_part, int64_t last_part);
@@ -145,6 +172,12 @@ struct Kernels {
   void (*backward_apply)(const BackwardApply&, int64_t first_row, int64_t last_row);
   void (*max_pool)(const MaxPool&, int64_t first_line, int64_t last_line);  // lines of out: image by image, height by height
   void (*avg_pool)(const AvgPool&, int64_t first_image, int64_t last_image);
+  // nullptr in most instruction sets. `scratch`: pointwise_scratch bytes, or forward 64 * outputs.
+  void (*pack_weight)(const PackWeight&, int64_t first_block, int64_t last_block);  // of 16 columns
+  void (*pointwise_forward)(const PointwiseForward&, int64_t first_part, int64_t last_part, void* scratch);
+  void (*pointwise_backward)(const PointwiseBackward&, int64_t first_group, int64_t last_group, void* scratch);
+  int64_t (*pointwise_scratch)(const PointwiseBackward&);
+  void (*merge_weight)(const PointwiseBackward&, int64_t first_block, int64_t last_block);  // of 16 outputs
 };
 
 // The tables that are compiled in. The numbers of fused_resnet.native.INSTRUCTION_SETS.
@@ -156,6 +189,9 @@ namespace avx2 {
 extern const Kernels kKernels;
 }
 namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace amx {
 extern const Kernels kKernels;
 }
 #endif

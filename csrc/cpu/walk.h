@@ -11,7 +11,7 @@
 namespace fused_resnet {
 namespace FUSED_RESNET_ISA {
 
-constexpr int64_t kTileBytes = 4096;  // of one operand: a page
+constexpr int64_t kTileBytes = 1024;  // of one operand: a page
 
 template <typename T>
 FUSED_RESNET_INLINE int64_t tile_rows(int channels) {

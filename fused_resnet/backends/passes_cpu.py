@@ -1,17 +1,22 @@
 """The backend `passes_cpu`: the passes as C++ kernels for CPUs (csrc/cpu/), for the instruction set that the machine has."""
 
+import torch
 from torch import Tensor
 
 from .. import native
-from ..reference import Conv, convolution, convolution_backward, like_weight
+from ..reference import Conv, ConvGeometry, ConvOutput, Pending, Source, convolution, convolution_backward, like_weight
 from . import onednn, products
-from .passes_native import PassesNative
+from .passes_native import PassesNative, float32_vector
+
+#: Channels of a 1x1 convolution that runs together with the passes around it are multiples of this.
+POINTWISE_CHANNELS = 32
 
 
 class PassesCpu(PassesNative):
-    """The passes on CPUs, by PyTorch's threads; those convolutions as products of matrices that are faster so.
+    """The passes on CPUs, by PyTorch's threads; and those convolutions as products of matrices that are faster so.
 
-    In inference, a convolution and what follows it is one primitive of oneDNN's.
+    In inference, a convolution and what follows it is one primitive of oneDNN's. With AMX, in training, a 1x1 convolution of
+    bfloat16 runs together with the passes around it, part by part of its pixels.
     """
 
     name = "passes_cpu"
@@ -26,7 +31,16 @@ class PassesCpu(PassesNative):
 
     # Each as in `Reference`, where the docstrings are.
 
+    def convolve(self, source, convs, write_act):
+        first, *others = convs
+        if not is_pointwise(source.x, first.weight, first.geometry):
+            return super().convolve(source, convs, write_act)
+        pending, act, mask = self._pointwise(source, first)
+        return [pending, *(self._convolution(act, conv) for conv in others)], act, mask
+
     def _convolution(self, act, conv):
+        if is_pointwise(act, conv.weight, conv.geometry):
+            return self._pointwise(Source(act), conv)[0]
         return self.with_norm(_convolution(act, conv), conv.norm)
 
     def conv_affine_act(self, x, weight, geometry, scale, bias, residual, relu):
@@ -37,12 +51,52 @@ class PassesCpu(PassesNative):
         act = onednn.conv_affine_act(x, weight, geometry, bias, residual, relu, in_place=True)
         return super().conv_affine_act(x, weight, geometry, None, bias, residual, relu) if act is None else act
 
+    def _pointwise(self, source: Source, conv: Conv) -> tuple[Pending, Tensor, Tensor | None]:
+        """(what a 1x1 convolution makes, the activation that it reads, its mask where there is a residual)."""
+        norm = conv.norm
+        statistics = norm.training and not norm.group
+        y, act, mask, *made = self.operators.pointwise_forward(
+            source.x, source.scale, source.bias, source.residual, source.residual_scale, source.residual_bias,
+            conv.weight, statistics, float32_vector(norm.gamma), float32_vector(norm.beta), norm.eps,
+        )  # fmt: skip
+        pending = Pending(y, *made) if statistics else self.with_norm(y, norm)
+        return pending, source.x if act is None else act, mask
+
     def convolution_again(self, source, conv, written):
+        if is_pointwise(source.x, conv.weight, conv.geometry):
+            none = (None,) * 5
+            return lambda read: self.operators.pointwise_forward(read.x, *none, conv.weight, False, None, None, 0.0)[0]
         return lambda read: _convolution(read.x, conv)
+
+    def convolve_backward(self, source, act, mask, outputs, dact, need_dx):
+        first, *others = outputs
+        if first.dz is None or not first.training or not is_pointwise(source.x, first.weight, first.geometry):
+            return super().convolve_backward(source, act, mask, outputs, dact, need_dx)
+        pairs = [self._convolution_backward(act, output, need_dx) for output in others]
+        added = [gradient for gradient in (dact, *(dx for dx, _ in pairs)) if gradient is not None] if need_dx else []
+        gradients, dw = self._pointwise_backward(source, act, mask, first, sum(added[1:], added[0]) if added else None, need_dx)
+        return gradients, [dw, *(dw for _, dw in pairs)]
+
+    def _pointwise_backward(
+        self, source: Source, act: Tensor, mask: Tensor | None, output: ConvOutput, dact: Tensor | None, need_dx: bool
+    ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        """((dx, s1, s2, residual_s2), dw) of a 1x1 convolution, of which dact are the gradients of the activation's other readers."""
+        raw = source.residual_mean is not None
+        *gradients, dw, dy = self.operators.pointwise_backward(
+            output.dz, output.y, output.mean, output.invstd, float32_vector(output.gamma), output.s1, output.s2, output.weight, act, dact,
+            source.x, source.mean, source.invstd, source.scale, source.bias,
+            source.residual if raw else None, source.residual_mean, source.residual_invstd, mask, need_dx, output.need_dw,
+        )  # fmt: skip
+        if dy is not None:
+            dw = products.wgrad(act, dy, products.problem_of(act, output.weight, output.geometry))
+        return tuple(gradients), None if dw is None else like_weight(dw, output.weight)
 
     def _convolution_backward(self, act, output, need_dx):
         if output.dz is None:
             return None, None
+        if output.training and is_pointwise(act, output.weight, output.geometry):
+            (dx, *_), dw = self._pointwise_backward(Source(act), act, None, output, None, need_dx)
+            return dx, dw
         dy, weight = self._dy(output), output.weight
         problem, dx, dw = products.problem_of(act, weight, output.geometry), None, None
         if need_dx and products.as_product("dgrad", problem, act.dtype):
@@ -53,6 +107,21 @@ class PassesCpu(PassesNative):
             rest = convolution_backward(act, dy, output, need_dx and dx is None, output.need_dw and dw is None)
             dx, dw = (ours if ours is not None else theirs for ours, theirs in zip((dx, dw), rest, strict=True))
         return dx, dw
+
+
+def is_pointwise(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether the convolution of x by `weight` runs together with the passes around it."""
+    k, c, *window = weight.shape
+    return (
+        window == [1, 1]
+        and x.dtype == torch.bfloat16
+        and c % POINTWISE_CHANNELS == k % POINTWISE_CHANNELS == 0
+        and geometry.groups == 1
+        and not any(geometry.padding)
+        and max(geometry.stride) == 1
+        and weight.stride()[:2] == (c, 1)
+        and native.cpu_instruction_set() == "amx"
+    )
 
 
 def _convolution(act: Tensor, conv: Conv) -> Tensor:

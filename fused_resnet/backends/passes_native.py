@@ -32,13 +32,13 @@ class PassesNative(Passes):
     # norm's own parameters need not be.
 
     def batch_stats(self, y, gamma, beta, eps):
-        return self.operators.batch_stats(y, _float32(gamma), _float32(beta), eps)
+        return self.operators.batch_stats(y, float32_vector(gamma), float32_vector(beta), eps)
 
     def batch_moments(self, y):
         return self.operators.batch_moments(y)
 
     def merge_moments(self, counts, means, m2s, gamma, beta, eps):
-        return self.operators.merge_moments(counts, means, m2s, _float32(gamma), _float32(beta), eps)
+        return self.operators.merge_moments(counts, means, m2s, float32_vector(gamma), float32_vector(beta), eps)
 
     def norm_add_act(self, *args, **options):
         return self.operators.norm_add_act(*args, **options)
@@ -47,7 +47,7 @@ class PassesNative(Passes):
         return self.operators.norm_backward_reduce(*args, **options)
 
     def norm_backward_apply(self, dz, y, mean, invstd, gamma, s1, s2):
-        return self.operators.norm_backward_apply(dz, y, mean, invstd, _float32(gamma), s1, s2)
+        return self.operators.norm_backward_apply(dz, y, mean, invstd, float32_vector(gamma), s1, s2)
 
     def norm_act_max_pool(self, *args):
         return self.operators.norm_act_max_pool(*args)
@@ -62,5 +62,6 @@ class PassesNative(Passes):
         return self.operators.norm_add_act_avg_pool_backward(*args)
 
 
-def _float32(vector: Tensor | None) -> Tensor | None:
+def float32_vector(vector: Tensor | None) -> Tensor | None:
+    """`vector` as the kernels take it."""
     return None if vector is None else vector.to(torch.float32).contiguous()
