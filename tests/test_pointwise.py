@@ -10,16 +10,20 @@ from fused_resnet.reference import Conv, ConvGeometry, ConvOutput, Norm, Source
 PASSES = BACKENDS["passes_cpu"]
 GEOMETRY = ConvGeometry([1, 1], [0, 0], [1, 1], 1)
 #: n, c, k, h, w: whole blocks of pixels and not, one part and several, dweight summed on the way and of the whole dy.
-SHAPES = [(2, 64, 256, 56, 56), (3, 96, 32, 7, 5), (1, 32, 32, 1, 2), (2, 512, 128, 5, 5), (4, 64, 64, 33, 31)]
+SHAPES = [(1, 32, 64, 56, 45), (3, 96, 32, 7, 5), (1, 32, 32, 1, 2), (2, 512, 128, 5, 5), (4, 64, 64, 33, 31)]
 KINDS = ("act", "norm", "norm_add", "norm_add_raw")
 
 
-@pytest.fixture(autouse=True)
-def amx():
+@pytest.fixture(autouse=True, params=["portable", "best"])
+def instruction_set(request, monkeypatch):
+    """Plain loops, and the best that this machine has: AMX, or others' plain loops."""
     if reason := PASSES.declines(torch.device("cpu"), torch.bfloat16):
         pytest.skip(reason)
-    if native.cpu_instruction_set() != "amx":
-        pytest.skip("needs a CPU with AMX")
+    before = native.cpu_instruction_set()
+    monkeypatch.setattr(passes_cpu, "POINTWISE_SETS", native.INSTRUCTION_SETS)
+    native.use_instruction_set("portable" if request.param == "portable" else None)
+    yield
+    native.use_instruction_set(before)
 
 
 def activation(*shape):

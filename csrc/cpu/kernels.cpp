@@ -96,22 +96,16 @@ void avg_pool_of(const AvgPool& given, int64_t first, int64_t last) {
   });
 }
 
-#if defined(__AMX_BF16__)
 void pointwise_forward_of(const PointwiseForward& given, int64_t first, int64_t last, void* scratch) {
   with_residual(given.norm.kind, [&](auto kind) { pointwise_forward<static_cast<Residual>(kind.value)>(given, first, last, scratch); });
 }
-#endif
 
 }  // namespace
 
 const Kernels kKernels = {
     norm_add_act_of, moments_of,    merge_moments, backward_reduce_of, merge_sums,
     prepare_apply,   backward_apply_of, max_pool_of,   avg_pool_of,
-#if defined(__AMX_BF16__)
-    pack_weight, pointwise_forward_of, pointwise_backward, pointwise_scratch, merge_weight,
-#else
-    nullptr, nullptr, nullptr, nullptr, nullptr,
-#endif
+    pack_weight,     pointwise_forward_of, pointwise_backward, pointwise_scratch, merge_weight,
 };
 
 }  // namespace FUSED_RESNET_ISA

@@ -135,7 +135,7 @@ struct AvgPool {
   void* out;         // [images, channels]
 };
 
-// 1x1 convolutions, with the passes around them; AMX alone has them.
+// 1x1 convolutions, with the passes around them.
 struct PackWeight {
   const void* weight;  // [outputs, inputs]
   int64_t outputs, inputs;
@@ -172,7 +172,7 @@ struct Kernels {
   void (*backward_apply)(const BackwardApply&, int64_t first_row, int64_t last_row);
   void (*max_pool)(const MaxPool&, int64_t first_line, int64_t last_line);  // lines of out: image by image, height by height
   void (*avg_pool)(const AvgPool&, int64_t first_image, int64_t last_image);
-  // nullptr in most instruction sets. `scratch`: pointwise_scratch bytes, or forward 64 * outputs.
+  // `scratch`: pointwise_scratch bytes; forward 64 * inputs.
   void (*pack_weight)(const PackWeight&, int64_t first_block, int64_t last_block);  // of 16 columns
   void (*pointwise_forward)(const PointwiseForward&, int64_t first_part, int64_t last_part, void* scratch);
   void (*pointwise_backward)(const PointwiseBackward&, int64_t first_group, int64_t last_group, void* scratch);

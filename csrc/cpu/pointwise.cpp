@@ -65,7 +65,6 @@ struct Weight {
     if (!fits) check.fail("weight: expected a dense bfloat16 [K, ", inputs, ", 1, 1] on the CPU, got ", shape_of(weight));
     outputs = weight.size(0);
     if (outputs % kBlock || inputs % kBlock) check.fail("weight: expected channels that are multiples of ", kBlock, ", got ", shape_of(weight));
-    if (!kernels().pointwise_forward) check.fail("expected a processor with AMX for bfloat16");
   }
 
   Tensor packed(const Tensor& weight, bool forward) const {

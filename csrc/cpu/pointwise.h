@@ -14,8 +14,6 @@
 #include "statistics.h"
 #include "tiles.h"
 
-#if defined(__AMX_BF16__)
-
 namespace fused_resnet {
 namespace FUSED_RESNET_ISA {
 
@@ -32,7 +30,7 @@ inline void pack_weight(const PackWeight& given, int64_t first_block, int64_t la
 
 template <Residual kResidual>
 void pointwise_forward(const PointwiseForward& given, int64_t first_part, int64_t last_part, void* scratch) {
-  const Tiles tiles;
+  [[maybe_unused]] const Tiles tiles;
   const NormAddAct& norm = given.norm;
   const Moments& moments_of_y = given.moments;
   const int64_t inputs = norm.extent.channels, outputs = moments_of_y.extent.channels;
@@ -90,7 +88,7 @@ FUSED_RESNET_INLINE void reduce_part(const BackwardReduce& given, int64_t part) 
 }
 
 inline void pointwise_backward(const PointwiseBackward& given, int64_t first_group, int64_t last_group, void* scratch) {
-  const Tiles tiles;
+  [[maybe_unused]] const Tiles tiles;
   const PointwiseScratch space(given, scratch);
   const int64_t inputs = given.reduce.extent.channels, outputs = given.apply.extent.channels;
   const auto* act = static_cast<const BFloat16*>(given.act);
@@ -133,10 +131,10 @@ inline void merge_weight(const PointwiseBackward& given, int64_t first_block, in
   for (int64_t block = first_block; block < last_block; ++block) {
     for (int64_t column = 0; column < across; ++column) {
       const float* from = given.sums + (block * across + column) * kTileSums;
-      for (int64_t row = 0; row < kTileSide; ++row, from += kTileSide) {
-        Floats sum = load(from);
-        for (int64_t group = 1; group < given.groups; ++group) sum = sum + load(from + group * outputs * inputs);
-        store(to + (block * kTileSide + row) * inputs + column * kTileSide, rounded(BFloat16{}, sum));
+      for (int64_t i = 0; i < kTileSums; i += kLanes) {
+        Floats sum = load(from + i);
+        for (int64_t group = 1; group < given.groups; ++group) sum = sum + load(from + i + group * outputs * inputs);
+        store(to + (block * kTileSide + i / kTileSide) * inputs + column * kTileSide + i % kTileSide, rounded(BFloat16{}, sum));
       }
     }
   }
@@ -146,5 +144,3 @@ inline int64_t pointwise_scratch(const PointwiseBackward& given) { return Pointw
 
 }  // namespace FUSED_RESNET_ISA
 }  // namespace fused_resnet
-
-#endif

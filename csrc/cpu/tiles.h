@@ -1,4 +1,5 @@
-// Products of bfloat16 matrices by AMX: tiles of 16 rows of 32 values, sums in fp32.
+// Products of bfloat16 matrices by AMX: tiles of 16 rows of 32 values, sums in fp32. Without AMX the same in plain loops: what it gives is
+// right on every machine, and fast on none.
 //
 // A product's left factor is read as it lies, [rows, depth]; the right one is packed, depth by depth in pairs, as the instruction asks:
 // a packed matrix is tiles of 16 columns by 32 of depth, 1 KiB each, those of a column block one after another.
@@ -8,8 +9,6 @@
 
 #include "walk.h"
 
-#if defined(__AMX_BF16__)
-
 namespace fused_resnet {
 namespace FUSED_RESNET_ISA {
 
@@ -18,6 +17,8 @@ constexpr int kDepth = 32;                           // bfloat16 values in a row
 constexpr int kTileValues = kTileSide * kDepth;      // of bfloat16
 constexpr int kTileSums = kTileSide * kTileSide;     // of fp32
 constexpr int kBlockSide = 2 * kTileSide;            // two by two tiles are summed at once
+
+#if defined(__AMX_BF16__)
 
 // The tiles' shapes, for as long as it lives: whole tiles, in all of the registers.
 class Tiles {
@@ -195,7 +196,74 @@ FUSED_RESNET_INLINE void add_outer(const BFloat16* left, int64_t rows, const BFl
   }
 }
 
-}  // namespace FUSED_RESNET_ISA
-}  // namespace fused_resnet
+#else
+
+class Tiles {};
+
+FUSED_RESNET_INLINE float value_of(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+// Of a packed right factor [depth, columns], filled up to whole `steps` of depth, or of a left one [rows, depth]: where a value lies.
+FUSED_RESNET_INLINE int64_t right_at(int64_t row, int64_t column, int64_t steps) {
+  return (column / kTileSide * steps + row / kDepth) * kTileValues + row % kDepth / 2 * kDepth + column % kTileSide * 2 + row % 2;
+}
+FUSED_RESNET_INLINE int64_t left_at(int64_t row, int64_t column, int64_t steps) {
+  return (row / kTileSide * steps + column / kDepth) * kTileValues + row % kTileSide * kDepth + column % kDepth;
+}
+
+inline void pack(const BFloat16* from, int64_t depth, int64_t columns, int64_t first, int64_t last, BFloat16* packed) {
+  const int64_t steps = (depth + kDepth - 1) / kDepth;
+  for (int64_t row = 0; row < steps * kDepth; ++row) {
+    for (int64_t column = first * kTileSide; column < last * kTileSide; ++column) {
+      packed[right_at(row, column, steps)] = row < depth ? from[row * columns + column] : BFloat16{0};
+    }
+  }
+}
+
+inline void pack_transposed(const BFloat16* from, int64_t depth, int64_t first, int64_t last, BFloat16* packed) {
+  for (int64_t column = first * kTileSide; column < last * kTileSide; ++column) {
+    for (int64_t row = 0; row < depth; ++row) packed[right_at(row, column, depth / kDepth)] = from[column * depth + row];
+  }
+}
+
+inline void pack_left(const BFloat16* from, int64_t depth, int64_t rows, BFloat16* packed) {
+  const int64_t steps = (depth + kDepth - 1) / kDepth;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < steps * kDepth; ++column) {
+      packed[left_at(row, column, steps)] = column < depth ? from[column * rows + row] : BFloat16{0};
+    }
+  }
+}
+
+inline void multiply(const BFloat16* left, int64_t rows, int64_t depth, const BFloat16* right, int64_t columns, BFloat16* out, BFloat16*) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      float sums[kLanes] = {};
+      for (int64_t k = 0; k < depth; ++k) {
+        const float value = value_of(left[row * depth + k]);
+        for (int i = 0; i < kLanes; ++i) sums[i] += value * value_of(right[right_at(k, column + i, depth / kDepth)]);
+      }
+      store(out + row * columns + column, rounded(BFloat16{}, load(sums)));
+    }
+  }
+}
+
+inline void add_outer(const BFloat16* left, int64_t rows, const BFloat16* right, int64_t columns, int64_t steps, float* sums, bool first) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      const int64_t at = (row / kTileSide * (columns / kTileSide) + column / kTileSide) * kTileSums + row % kTileSide * kTileSide;
+      float& sum = sums[at + column % kTileSide];
+      if (first) sum = 0.0f;
+      for (int64_t k = 0; k < steps * kDepth; ++k) sum += value_of(left[left_at(row, k, steps)]) * value_of(right[right_at(k, column, steps)]);
+    }
+  }
+}
 
 #endif
+
+}  // namespace FUSED_RESNET_ISA
+}  // namespace fused_resnet

@@ -10,6 +10,8 @@ from .passes_native import PassesNative, float32_vector
 
 #: Channels of a 1x1 convolution that runs together with the passes around it are multiples of this.
 POINTWISE_CHANNELS = 32
+#: The instruction sets with which it is faster so. The others have it in plain loops, for the tests.
+POINTWISE_SETS = ("amx",)
 
 
 class PassesCpu(PassesNative):
@@ -120,7 +122,7 @@ def is_pointwise(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
         and not any(geometry.padding)
         and max(geometry.stride) == 1
         and weight.stride()[:2] == (c, 1)
-        and native.cpu_instruction_set() == "amx"
+        and native.cpu_instruction_set() in POINTWISE_SETS
     )
 
 
