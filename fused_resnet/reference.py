@@ -135,12 +135,9 @@ class ConvOutput(NamedTuple):
         Autograd may hand dz over in any strides, an expanded one for a sum. The sums are scaled as `share_sums` does.
         """
         dz, s1, s2 = self.dz, self.s1, self.s2
-        if dz is None:
+        if dz is None or (not self.group and dz.is_contiguous(memory_format=torch.channels_last)):
             return self
-        if not dz.is_contiguous(memory_format=torch.channels_last):
-            dz = nhwc(dz)
-        elif not self.group:
-            return self
+        dz = nhwc(dz)
         if self.group and self.training:
             s1, s2 = share_sums(values_per_channel(self.y), s1, s2, self.group)
         return self._replace(dz=dz, s1=s1, s2=s2)
@@ -437,12 +434,10 @@ class Reference:
         act is relu(norm(x) + residual), or x itself where `source` is materialised; None where it is not asked for and was not
         written. There is a mask with a residual only: without one, backward recomputes it from x.
         """
-        act, mask = source.x, None
-        if source.pending:
-            act, mask = self.norm_add_act(
-                source.x, source.scale, source.bias, source.residual, source.residual_scale, source.residual_bias,
-                relu=True, save_mask=source.residual is not None,
-            )  # fmt: skip
+        x, _, _, scale, bias, residual, _, _, residual_scale, residual_bias = source
+        act, mask = x, None
+        if scale is not None:
+            act, mask = self.norm_add_act(x, scale, bias, residual, residual_scale, residual_bias, True, residual is not None)
         return [self._convolution(act, conv) for conv in convs], act, mask
 
     def _convolution(self, act: Tensor, conv: Conv) -> Pending:
@@ -517,24 +512,28 @@ class Reference:
         act is what `convolve` gave. Of the residual, `source` holds a raw one only.
         For a pending source dx is its dz, and that of its residual too; for a materialised one s1 and s2 are None.
         """
-        pairs = [self._convolution_backward(act, output, need_dx) for output in outputs]
-        dws = [dw for _, dw in pairs]
-        if not need_dx:
-            return (None,) * 4, dws
-        return self._source_gradients(source, mask, [*(dx for dx, _ in pairs), dact]), dws
+        gradients, dws = [], []
+        for output in outputs:
+            dx, dw = self._convolution_backward(act, output, need_dx)
+            gradients.append(dx)
+            dws.append(dw)
+        gradients.append(dact)
+        return self._source_gradients(source, mask, gradients) if need_dx else (None,) * 4, dws
 
     def _source_gradients(self, source: Source, mask: Tensor | None, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
         """(dx, s1, s2, residual_s2) from the gradients of the activation, which all its readers hand back."""
         d, *more = [gradient for gradient in gradients if gradient is not None]
-        while len(more) > (1 if source.pending else 0):  # the reduction below adds two; a third is rare
+        x, mean, invstd, scale, bias, residual, residual_mean, residual_invstd, _, _ = source
+        while len(more) > (0 if scale is None else 1):  # the reduction below adds two; a third is rare
             d = d + more.pop(0)
-        if not source.pending:
+        if scale is None:
             return d, None, None, None
-        raw = source.residual_mean is not None
+        if residual_mean is None:
+            residual = None
+        added = more[0] if more else None
         return self.norm_backward_reduce(
-            d, more[0] if more else None, source.x, source.mean, source.invstd, source.scale, source.bias,
-            source.residual if raw else None, source.residual_mean, source.residual_invstd, mask, relu=True,
-        )  # fmt: skip
+            d, added, x, mean, invstd, scale, bias, residual, residual_mean, residual_invstd, mask, True
+        )
 
     def _convolution_backward(self, act: Tensor, output: ConvOutput, need_dx: bool) -> tuple[Tensor | None, Tensor | None]:
         """(dx, dw) of one convolution."""

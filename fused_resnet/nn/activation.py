@@ -44,18 +44,17 @@ def update_running_statistics(statistics: Sequence[BatchStatistics]) -> None:
     A norm that several convolutions share is told of them one after the other.
     """
     told, groups = {}, defaultdict(list)
-    for norm, *batch in statistics:
+    for norm, batch_mean, batch_var, size in statistics:
         buffers = norm._buffers  # found sooner than by nn.Module's own search
-        if "running_mean" in buffers and "running_var" in buffers and "num_batches_tracked" in buffers:
+        try:
             mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        else:
+        except KeyError:
             mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
         momentum = norm.momentum
         if mean is None or (momentum is None and count is None):  # PyTorch then leaves them alone, too
             continue
-        before = told.get(norm, 0)
-        told[norm] = before + 1
-        groups[before, momentum, batch[0] is None].append((count, mean, var, *batch))
+        told[norm] = before = told.get(norm, -1) + 1
+        groups[before, momentum, batch_mean is None].append((count, mean, var, batch_mean, batch_var, size))
     for (_, momentum, empty), members in groups.items():
         counts, *rest = zip(*members, strict=True)
         counts = [count for count in counts if count is not None]

@@ -11,9 +11,7 @@ from . import folded
 from .activation import Activation
 from .modules import (
     Requirement,
-    batch_statistics,
     compute_dtype,
-    conv_and_norm,
     is_conv,
     is_norm,
     is_nothing,
@@ -25,6 +23,7 @@ from .modules import (
     takes,
     why_not,
 )
+from .prepared import prepared
 from .recompute import run_of
 
 
@@ -96,36 +95,31 @@ class Block(nn.Module):
 
     def advance(self, a: Activation) -> Activation:
         """From the activation before this block to the one behind it, which stays pending."""
-        branch = self.branch()
-        if not self.fusible() or not (isinstance(a.x, Pending) or takes(branch[0][0], a.x)):
-            return folded.block_forward(self, branch, a)
+        known = prepared(self)
+        if known is None or not (isinstance(a.x, Pending) or takes(known.pairs[0].conv, a.x)):
+            return folded.block_forward(self, self.branch(), a)
         if isinstance(a.x, Tensor):  # under autocast, PyTorch's modules may have made it in float32
             x = enter(a.x, compute_dtype(a.x)).x
             given = Source(x)
         else:
             x, given = a.x.y, ops.source(a.x, a.residual)
-        projection = self.projection()
-        layers = [[conv_and_norm(conv, norm, x)] for conv, norm in branch]
-        beside = projection is not None and projection[0] is None  # it reads what the branch's first convolution reads
-        if beside:
-            layers[0].append(conv_and_norm(*projection[1:], x))
-        made = run_of(given, layers, self.shortcut, self.recompute)
-        outs = [first for (first, *_), _, _ in made]
+        made = run_of(given, known.layers(x), self.shortcut, self.recompute)
+        statistics, projection = list(a.statistics), known.projection
+        for pair, (pendings, _, _) in zip(known.pairs, made, strict=True):
+            out = pendings[0]
+            statistics += pair.statistics(out)
         act = made[0].act
-        statistics = a.statistics
-        for (_, norm), out in zip(branch, outs, strict=True):
-            statistics += batch_statistics(norm, out)
-        if beside:
+        if known.beside:
             residual = made[0].pendings[-1]
         elif not self.shortcut or self.downsample is None:
             residual = act if self.shortcut else None
         elif projection is None:
             residual = enter(self.downsample(act), x.dtype).x
         else:
-            residual = ops.conv_stats(enter(projection[0](act), x.dtype).x, conv_and_norm(*projection[1:], x))
+            residual = ops.conv_stats(enter(known.pool(act), x.dtype).x, projection.layer(x))
         if projection is not None:  # PyTorch's modules run it last
-            statistics += batch_statistics(projection[-1], residual)
-        return Activation(outs[-1], residual, statistics)
+            statistics += projection.statistics(residual)
+        return Activation(out, residual, tuple(statistics))
 
 
 def enter(x: Tensor, dtype: torch.dtype | None = None) -> Activation:

@@ -41,6 +41,10 @@ def run(modules: Iterable[nn.Module], a: Activation) -> Activation:
     queue = flatten(modules)
     position = 0
     while position < len(queue):
+        if isinstance(queue[position], Block):
+            a = advance(queue[position], a)
+            position += 1
+            continue
         length = conv_norm_act_length(queue, position)
         if length and (isinstance(a.x, Pending) or takes(queue[position], a.x)):
             a = _conv_norm_act(a, *queue[position : position + 2])

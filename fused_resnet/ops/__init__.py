@@ -20,7 +20,7 @@ from . import norm_act as _norm_act  # noqa: F401
 from .checks import check_conv, check_inference
 from .convolutions import Convolved
 from .library import call, is_plain, is_transformed
-from .node import Layer
+from .node import Layer, Layers
 from .node import convolve as _convolve
 from .node import source_of as source
 from .running import update_running_statistics
@@ -30,6 +30,7 @@ __all__ = [
     "ConvGeometry",
     "Convolved",
     "Layer",
+    "Layers",
     "Norm",
     "Pending",
     "Source",

@@ -87,6 +87,13 @@ def check_source(source: Source) -> None:
     check_vectors(RESIDUAL_VECTORS, given, channels, x)
 
 
+def check_layouts(source: Source) -> None:
+    """That the activations of a source are in channels_last, where all else of it is known to be right."""
+    for name, t in (("x", source.x), ("residual", source.residual)):
+        if t is not None and not is_channels_last(t):
+            check_activation(name, t)
+
+
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
     """The extent of a convolution's or a pool's output along one axis."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1

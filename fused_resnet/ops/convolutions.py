@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
-from ..reference import Conv, ConvOutput, Pending, Source, accumulate_dtype
+from ..reference import Conv, ConvOutput, Pending, Reference, Source, accumulate_dtype
 from .checks import check_conv, check_source
 from .flat import flatten, schema, unflatten
 from .library import channels_last, define, empty_nhwc, nothing, overload, present
@@ -89,18 +89,22 @@ class Operator:
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    def run(self, source: Source, convs: Sequence[Conv], backend: str, write_act: bool = False) -> tuple:
-        """Run on a source that has been checked -> the fields of `Convolved`. `write_act` asks for an activation that nobody else reads."""
+    def run(self, source: Source, convs: Sequence[Conv], passes: Reference, write_act: bool = False) -> tuple:
+        """Run, on what has been checked -> the fields of `Convolved`. `write_act` asks for an activation that nobody else reads."""
+        return passes.convolve(source, convs, not self.may_skip_act or write_act or passes.keeps_act(source, convs))
+
+    def check_and_run(self, source: Source, convs: Sequence[Conv], passes: Reference) -> tuple:
+        """`run`, of a source that has been checked."""
         for conv in convs:
             check_conv(source.x, conv)
-        implementation = BACKENDS[backend]
-        written = not self.may_skip_act or write_act or implementation.keeps_act(source, convs)
-        return implementation.convolve(source, convs, written)
+        return self.run(source, convs, passes)
 
-    def check_and_run(self, source: Source, convs: Sequence[Conv], backend: str, write_act: bool) -> tuple:
-        """`run` on any source."""
+    def _implementation(self, source: Source, convs: Sequence[Conv], backend: str, write_act: bool) -> tuple:
+        """What stands behind the dispatcher."""
         check_source(source)
-        return self.run(source, convs, backend, write_act)
+        for conv in convs:
+            check_conv(source.x, conv)
+        return self.run(source, convs, BACKENDS[backend], write_act)
 
     def fake(self, source: Source, convs: Sequence[Conv], backend: str, write_act: bool = False) -> Convolved:
         """The shapes and layouts of `run`, with the same checks."""
@@ -124,7 +128,7 @@ class Operator:
     def define(self, differentiable: Callable[..., Convolved]) -> None:
         """Register the operator, what makes it a node of autograd, and its backward, with flat arguments and results."""
         define(self.backward_schema, self._flat_gradients, self._fake_gradients)
-        define(self.schema, *(self._flattened(f) for f in (self.check_and_run, self.fake, differentiable)))
+        define(self.schema, *(self._flattened(f) for f in (self._implementation, self.fake, differentiable)))
 
     def dispatched(self, source: Source, convs: Sequence[Conv], backend: str, write_act: bool = False) -> Convolved:
         """`run`, behind the dispatcher."""

@@ -5,16 +5,17 @@ layer before it, which nobody else sees. One node for a run costs the host less 
 somebody looks for operators, each layer is an operator, and a node, of its own.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backends import BACKENDS
 from ..reference import Conv, ConvOutput, Pending, Source
-from .checks import check_source
+from .checks import check_layouts, check_source
 from .convolutions import INNER, OPERATORS, Convolved, Operator, operator_for
 from .library import is_watched, is_wrapped, wants_gradient
 
@@ -22,55 +23,86 @@ from .library import is_watched, is_wrapped, wants_gradient
 Layer = Sequence[Conv]
 #: What runs a layer: (operator, source, convolutions) -> what the operator makes, a `Convolved` or its fields.
 Execute = Callable[[Operator, Source, Layer], tuple]
+#: The fields of a source that a gradient is defined for.
+DIFFERENTIABLE = ("x", "mean", "invstd", "residual", "residual_mean", "residual_invstd")
+#: What a node saves of each output, and of each convolution.
+KEPT, KEPT_PARAMETERS = ("y", "mean", "invstd", "scale", "bias"), ("weight", "gamma")
+_facts = attrgetter("shape", "dtype", "device")
 
 
-@dataclass(slots=True)
+class Layers(tuple[Layer, ...]):
+    """The layers of a run, and what follows from them whatever they read. One that is kept knows what it was checked with."""
+
+    def __new__(cls, layers: Iterable[Layer]) -> "Layers":
+        """Of convolutions that stay as they are."""
+        self = super().__new__(cls, layers)
+        self.parameters, self.kept, self.settings, self._tensors, self._right = [], [], [], [], set()
+        for layer in self:
+            of_layer = []
+            for weight, norm, geometry in layer:
+                self.parameters += weight, norm.gamma, norm.beta
+                self.kept += weight, norm.gamma
+                self._tensors += [t for t in (weight, *norm) if isinstance(t, Tensor)]
+                # The next layer reads the first output, and nobody else does.
+                of_layer.append((not of_layer and layer is not self[-1], (norm.training, geometry, norm.group)))
+            self.settings.append(of_layer)
+        return self
+
+    def facts(self, source: Source) -> tuple:
+        """All that checks look at, of these convolutions on a source, but for layouts."""
+        return tuple(map(_facts, [*[t for t in source if t is not None], *self._tensors])), source.kind()
+
+    def known(self, facts: tuple) -> bool:
+        """Whether they were right before."""
+        return facts in self._right
+
+    def learn(self, facts: tuple) -> None:
+        """They are right."""
+        self._right.add(facts)
+
+
 class Run:
     """What becomes a node of autograd."""
 
-    first: Operator  #: of the first layer
-    source: Source
-    layers: Sequence[Layer]
-    backend: str
-    execute: Execute
-    made: Sequence[tuple] = ()  #: by each layer, once it ran
+    __slots__ = ("backend", "execute", "first", "layers", "made", "source")
+
+    def __init__(self, first: Operator, source: Source, layers: Layers, backend: str, execute: Execute):
+        self.first, self.source, self.layers, self.backend, self.execute = first, source, layers, backend, execute
+        self.made: Sequence[tuple] = ()  #: by each layer, once it ran
 
     def as_node(self, apply: Callable[..., Any]) -> list[Convolved]:
         """Run, as a node. Its results, which have a graph, stand in the place of what the layers made."""
-        source, parameters = self.source, []
-        for convs in self.layers:
-            for weight, norm, _ in convs:
-                parameters += weight, norm.gamma, norm.beta
-        results = iter(
-            apply(self, source.x, source.mean, source.invstd, source.residual, source.residual_mean, source.residual_invstd, *parameters)
-        )
-        made, inner = [], len(self.layers) - 1
-        for pendings, act, mask in self.made:
-            seen = pendings[:1] if inner else []  # what the next layer reads is nobody else's
-            for *_, var, scale, bias in pendings[len(seen) :]:
-                seen.append(Pending(next(results), next(results), next(results), var, scale, bias))
-            made.append(Convolved(seen, None if made or self.first.pending else act, mask))
-            inner -= inner > 0
+        x, mean, invstd, _, _, residual, residual_mean, residual_invstd, _, _ = self.source
+        results = apply(self, x, mean, invstd, residual, residual_mean, residual_invstd, *self.layers.parameters)
+        made, rest, is_first = [], iter(results), True
+        for (pendings, act, mask), of_layer in zip(self.made, self.layers.settings, strict=True):
+            seen = []
+            for pending, (read_next, _) in zip(pendings, of_layer, strict=True):
+                if not read_next:
+                    *_, var, scale, bias = pending
+                    pending = Pending(next(rest), next(rest), next(rest), var, scale, bias)
+                seen.append(pending)
+            made.append(Convolved(seen, act if is_first and not self.first.pending else None, mask))
+            is_first = False
         if self.first.residual:
             pendings, _, mask = made[0]
-            made[0] = Convolved(pendings, next(results), mask)
+            made[0] = Convolved(pendings, results[-1], mask)
         return made
 
 
 def in_steps(first: Operator, source: Source, layers: Sequence[Layer], execute: Execute) -> list[tuple]:
     """The layers of a run, one after the other."""
-    made, operator, read_next = [], first, None
+    operator, made = first, []
     for convs in layers:
-        if read_next is not None:
-            source = source_of(read_next)
+        if made:
+            ((y, mean, invstd, _, scale, bias), *_), _, _ = made[-1]
+            source = Source(y, mean, invstd, scale, bias)
             operator = INNER if len(convs) == 1 else operator_for(source, convs, False)
-        pendings, act, mask = execute(operator, source, convs)
-        made.append((pendings, act, mask))
-        read_next = pendings[0]
+        made.append(execute(operator, source, convs))
     return made
 
 
-def convolve(source: Source, layers: Sequence[Layer], backend: str, act_is_read: bool) -> list[Convolved]:
+def convolve(source: Source, layers: Iterable[Layer], backend: str, act_is_read: bool) -> list[Convolved]:
     """What each layer of a run makes; `act_is_read` tells whether others read the activation of a pending source, too.
 
     Only then it is handed out: what a backend keeps for itself is nobody else's.
@@ -81,14 +113,23 @@ def convolve(source: Source, layers: Sequence[Layer], backend: str, act_is_read:
         any_size = _any_size(source.x)
         made = in_steps(first, source, layers, lambda o, s, convs: o.dispatched(s, convs, backend, o.may_skip_act and any_size))
         return _handed_out(first, made)
-    check_source(source)  # every other is made by an operator
+    layers = layers if type(layers) is Layers else Layers(layers)
+    passes, facts = BACKENDS[backend], layers.facts(source)
+    if known := layers.known(facts):
+        check_layouts(source)
+    else:
+        check_source(source)  # every other is made by an operator
 
     def execute(operator: Operator, source: Source, convs: Layer) -> tuple:
-        return operator.run(source, convs, backend)
+        return (operator.run if known else operator.check_and_run)(source, convs, passes)
 
     if torch.is_grad_enabled():
-        return Run(first, source, layers, backend, execute).as_node(_apply)
-    return _handed_out(first, in_steps(first, source, layers, execute))
+        made = Run(first, source, layers, backend, execute).as_node(_apply)
+    else:
+        made = _handed_out(first, in_steps(first, source, layers, execute))
+    if not known:
+        layers.learn(facts)
+    return made
 
 
 def _handed_out(first: Operator, made: list[tuple]) -> list[Convolved]:
@@ -105,7 +146,7 @@ def _as_dispatched(operator: Operator) -> Callable[..., Convolved]:
 
         if not wants_gradient(*source, *(t for weight, norm, _ in convs for t in (weight, norm.gamma, norm.beta))):
             return below(operator, source, convs)
-        run = Run(operator, source, [convs], backend, below)
+        run = Run(operator, source, Layers([convs]), backend, below)
         ((pendings, act, mask),) = run.as_node(Node.apply)
         ((_, kept, _),) = run.made
         return Convolved(pendings, kept if operator.may_skip_act else act, mask)
@@ -137,23 +178,17 @@ class Node(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # an unused act must not cost a tensor of zeros
         first, source, layers = run.first, run.source, run.layers
         made = run.made = in_steps(first, source, layers, run.execute)
-        saved = list(source if source.residual_mean is not None else source._replace(residual=None))
-        results, known, inner = [], [], len(layers) - 1
-        for convs, (pendings, act, mask) in zip(layers, made, strict=True):
-            saved += act if known or first.pending else None, mask
-            statics, read_next = [], inner > 0
-            for (weight, norm, geometry), (y, mean, invstd, _, scale, bias) in zip(convs, pendings, strict=True):
-                saved += y, mean, invstd, weight, norm.gamma
-                if read_next:
-                    saved += scale, bias
-                else:
+        x, mean, invstd, scale, bias, *residual = source
+        saved = [x, mean, invstd, scale, bias, *(residual if source.residual_mean is not None else [None] * len(residual))]
+        kept, results = [], []
+        for (pendings, act, mask), of_layer in zip(made, layers.settings, strict=True):
+            saved += None if act is x else act, mask
+            for (y, mean, invstd, _, scale, bias), (read_next, _) in zip(pendings, of_layer, strict=True):
+                kept += y, mean, invstd, scale, bias
+                if not read_next:
                     results += y, mean, invstd
-                statics.append((read_next, norm.training, geometry, norm.group))
-                read_next = False
-            known.append(statics)
-            inner -= 1
-        ctx.save_for_backward(*saved)
-        ctx.known = first, known, run.backend, source.residual is not None
+        ctx.save_for_backward(*saved, *kept, *layers.kept)
+        ctx.known = first, layers.settings, run.backend, source.residual is not None
         if first.residual:
             (_, act, _), *_ = made
             results.append(act)
@@ -162,41 +197,39 @@ class Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of the arguments. Autograd casts them to the arguments' dtypes."""
-        first, known, backend, has_residual = ctx.known
+        first, settings, backend, has_residual = ctx.known
         saved, needs, given = iter(ctx.saved_tensors), iter(ctx.needs_input_grad), iter(grads)
         next(needs)  # of the run itself
-        source = Source(*islice(saved, len(Source._fields)))
-        need_dx = any([next(needs) for _ in ("x", "mean", "invstd", "residual", "residual_mean", "residual_invstd")])  # noqa: C419
+        source, need_dx = Source(*islice(saved, len(Source._fields))), True in tuple(islice(needs, len(DIFFERENTIABLE)))
+        acts = [(next(saved), next(saved)) for _ in settings]
+        convs = sum(map(len, settings))
+        kept = iter([tuple(islice(saved, len(KEPT))) for _ in range(convs)])
         operator, layers = first, []
-        for statics in known:
-            act, mask, outputs, following, wanted = next(saved), next(saved), [], None, need_dx
-            for read_next, *static in statics:
-                kept = list(islice(saved, 5))
-                if read_next:
-                    y, mean, invstd, *_ = kept
-                    following = Source(y, mean, invstd, next(saved), next(saved))
-                of_parameters = next(needs), next(needs), next(needs)
-                wanted = wanted or any(of_parameters)
-                of_output = () if read_next else (next(given), next(given), next(given))
-                outputs.append((of_output, kept, static, of_parameters))
-            layers.append((operator, source, act if operator.pending else source.x, mask, outputs, need_dx))
-            source, need_dx, operator = following, wanted, INNER
+        for (act, mask), of_layer in zip(acts, settings, strict=True):
+            parts, wanted = [], need_dx
+            for read_next, setting in of_layer:
+                of_output = None if read_next else (next(given), next(given), next(given))
+                needed = next(needs), next(needs), next(needs)
+                parts.append((of_output, next(kept), (next(saved), next(saved)), setting, needed))
+                wanted = wanted or True in needed
+            layers.append((operator, source, act if operator.pending else source.x, mask, parts, need_dx))
+            (_, (y, mean, invstd, scale, bias), *_), *_ = parts
+            operator, source, need_dx = INNER, Source(y, mean, invstd, scale, bias), wanted
         dact = next(given, None)
-        backward = Operator.gradients if _is_plain_backward(layers, grads) else Operator.dispatched_gradients
-        gradients, of_x = [], None
+        backward = Operator.gradients if _is_plain_backward(source.x, grads) else Operator.dispatched_gradients
+        gradients, of_read = [], None
         while layers:
             operator, source, act, mask, parts, need_dx = layers.pop()
-            outputs = []
-            for of_output, kept, (training, geometry, group), (need_dw, *_) in parts:
-                if of_x is not None and not outputs:
-                    of_output = of_x
-                outputs.append(ConvOutput(*of_output, *kept, training, geometry, need_dw, group))
-            of_act = None if layers else dact
-            if of_act is None and all([output.dz is None for output in outputs]):  # noqa: C419
-                dx, s1, s2, residual_s2, dws = None, None, None, None, [None] * len(outputs)
-            else:
+            outputs, of_act, is_used = [], None if layers else dact, False
+            for of_output, (y, mean, invstd, _, _), (weight, gamma), (training, geometry, group), (need_dw, _, _) in parts:
+                dz, s1, s2 = of_read if of_output is None else of_output
+                is_used = is_used or dz is not None
+                outputs.append(ConvOutput(dz, s1, s2, y, mean, invstd, weight, gamma, training, geometry, need_dw, group))
+            if is_used or of_act is not None:
                 (dx, s1, s2, residual_s2), dws = backward(operator, source, act, mask, outputs, of_act, need_dx, backend)
-            of_x, of_layer = (dx, s1, s2), []
+            else:
+                dx, s1, s2, residual_s2, dws = None, None, None, None, [None] * len(outputs)
+            of_read, of_layer = (dx, s1, s2), []
             for output, dw, (*_, (_, need_dgamma, need_dbeta)) in zip(outputs, dws, parts, strict=True):
                 of_layer += dw, output.s2 if need_dgamma else None, output.s1 if need_dbeta else None
             gradients = of_layer + gradients
@@ -205,10 +238,9 @@ class Node(torch.autograd.Function):
         return None, dx, s1, s2, *of_residual, *gradients
 
 
-def _is_plain_backward(layers: list, grads: Sequence[Tensor | None]) -> bool:
+def _is_plain_backward(x: Tensor, grads: Sequence[Tensor | None]) -> bool:
     """Whether nobody watches the dispatcher, or may ask for a second derivative, which is an error there."""
-    (_, source, *_), *_ = layers
-    return not (torch.is_grad_enabled() or is_watched(source.x)) and not any([g is not None and is_wrapped(g) for g in grads])  # noqa: C419
+    return not (torch.is_grad_enabled() or is_watched(x)) and not any([g is not None and is_wrapped(g) for g in grads])  # noqa: C419
 
 
 #: `Node.apply` for plain tensors, where no transform of torch.func is: all that it does in Python is to look for one.

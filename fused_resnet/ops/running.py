@@ -5,6 +5,7 @@ whose batch the norms have been told of.
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from .library import LIBRARY, NAMESPACE, is_watched, overload
 
 _NAME = "update_running_statistics"
+_dtype = attrgetter("dtype")
 
 
 def update_running_statistics(
@@ -49,7 +51,7 @@ def _update(counts, means, variances, batch_means, batch_variances, sizes, momen
         return
     running = wide = [*means, *variances]
     batches = [*batch_means, *torch._foreach_mul(batch_variances, [n / (n - 1) if n else 1.0 for n in sizes])]
-    if any([t.dtype is not b.dtype for t, b in zip(running, batches, strict=True)]):  # noqa: C419
+    if list(map(_dtype, running)) != list(map(_dtype, batches)):
         dtypes = [torch.promote_types(t.dtype, b.dtype) for t, b in zip(running, batches, strict=True)]
         wide = [t.to(dtype) for t, dtype in zip(running, dtypes, strict=True)]
         batches = [b.to(dtype) for b, dtype in zip(batches, dtypes, strict=True)]
