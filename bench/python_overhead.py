@@ -53,28 +53,31 @@ class NoKernels(Reference):
         self._dy(output)
         return torch.empty_like(act) if need_dx else None, torch.empty_like(output.weight) if output.need_dw else None
 
-    def norm_add_act(self, x, scale, bias, residual, residual_scale, residual_bias, relu, save_mask):
-        return torch.empty_like(x), packed(x) if save_mask else None
+    def norm_add_act(self, source, relu, save_mask):
+        return torch.empty_like(source.x), packed(source.x) if save_mask else None
 
-    def norm_backward_reduce(self, d, dact, x, mean, invstd, scale, bias, residual, residual_mean, residual_invstd, mask, relu):
-        residual_s2 = None if residual_mean is None else torch.empty_like(mean)
+    def norm_backward_reduce(self, d, dact, source, mask, relu):
+        x, mean, *_ = source
+        residual_s2 = None if source.residual_mean is None else torch.empty_like(mean)
         return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), residual_s2
 
     def norm_backward_apply(self, dz, y, mean, invstd, gamma, s1, s2):
         return torch.empty_like(y)
 
-    def norm_act_max_pool(self, x, scale, bias, kernel_size, stride, padding):
+    def norm_act_max_pool(self, source, kernel_size, stride, padding):
+        x = source.x
         shape = (*x.shape[:2], *((size + 2 * padding - kernel_size) // stride + 1 for size in x.shape[2:]))
         return empty_nhwc(x, shape), empty_nhwc(x, shape, torch.uint8)
 
-    def norm_act_max_pool_backward(self, dout, index, x, mean, *_):
-        return torch.empty_like(x), *mean.new_empty(2, mean.shape[0]).unbind()
+    def norm_act_max_pool_backward(self, dout, index, source, *_):
+        return self.norm_backward_reduce(None, None, source, None, True)[:3]
 
-    def norm_add_act_avg_pool(self, x, scale, bias, residual, residual_scale, residual_bias):
-        return empty_nhwc(x, (*x.shape[:2], 1, 1)), None if residual is None else packed(x)
+    def norm_add_act_avg_pool(self, source):
+        x = source.x
+        return empty_nhwc(x, (*x.shape[:2], 1, 1)), None if source.residual is None else packed(x)
 
-    def norm_add_act_avg_pool_backward(self, dout, x, mean, invstd, scale, bias, residual, residual_mean, residual_invstd, mask):
-        return self.norm_backward_reduce(None, None, x, mean, None, None, None, None, residual_mean, None, None, True)
+    def norm_add_act_avg_pool_backward(self, dout, source, mask):
+        return self.norm_backward_reduce(None, None, source, None, True)
 
 
 def step(model: torch.nn.Module, x: Tensor, dy: Tensor) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_resnet.backends import BACKENDS
 from fused_resnet.bench.accuracy import error
 from fused_resnet.bench.kernels import LANGUAGES
-from fused_resnet.reference import Reference, nhwc
+from fused_resnet.reference import Reference, Source, nhwc
 
 REFERENCE = Reference()
 #: [N, C, H, W]: one tile; no vector load and a part of a mask's byte; so many rows that partial results are merged; many channels
@@ -27,39 +27,39 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, tup
     x, residual, d, dact = (nhwc((torch.randn(shape) + offset).to(dtype)) for offset in (1.0, 0.0, 0.3, 0.0))
     gamma, beta = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
     mean, invstd, _, scale, bias = REFERENCE.batch_stats(x, gamma, beta, 1e-5)
-    statistics = mean, invstd, scale, bias
-    residual_mean, residual_invstd, _, residual_scale, residual_bias = REFERENCE.batch_stats(residual, gamma, beta, 1e-5)
-    raw = residual, residual_mean, residual_invstd
-    absent = None, None, None
+    of_residual = REFERENCE.batch_stats(residual, gamma, beta, 1e-5)
+    plain = Source(x, mean, invstd, scale, bias)
+    added = plain._replace(residual=residual)
+    raw = Source(*plain[:5], residual, *of_residual[:2], *of_residual[3:])
     for vectors in ((gamma, beta), (None, None)):
         yield "batch_stats", (x, *vectors, 1e-5)
         parts = [REFERENCE.batch_moments(image) for image in x.split(1)]
         counts = torch.full((len(parts),), shape[2] * shape[3])
         yield "merge_moments", (counts, *(torch.stack(p) for p in zip(*parts, strict=True)), *vectors, 1e-5)
     yield "batch_moments", (x,)
-    for given in (absent, (residual, None, None), (residual, residual_scale, residual_bias)):
+    for source in (plain, added, raw):
         for relu, save_mask in ((True, True), (True, False), (False, False)):
-            if given[0] is not None or not save_mask:
-                yield "norm_add_act", (x, scale, bias, *given, relu, save_mask)
-        yield "norm_add_act_avg_pool", (x, scale, bias, *given)
-    mask = REFERENCE.norm_add_act(x, scale, bias, residual, None, None, True, True)[1]
-    for of_residual, bits in ((absent, None), (absent, mask), (raw, mask)):
-        yield "norm_backward_reduce", (d, None, x, *statistics, *of_residual, bits, True)
-        yield "norm_backward_reduce", (d, dact, x, *statistics, *of_residual, bits, True)
-        yield "norm_backward_reduce", (d, dact, x, *statistics, *of_residual, None, False)
+            if source.residual is not None or not save_mask:
+                yield "norm_add_act", (source, relu, save_mask)
+        yield "norm_add_act_avg_pool", (source,)
+    mask = REFERENCE.norm_add_act(added, True, True)[1]
+    for source, bits in ((plain, None), (plain, mask), (raw, mask)):
+        yield "norm_backward_reduce", (d, None, source, bits, True)
+        yield "norm_backward_reduce", (d, dact, source, bits, True)
+        yield "norm_backward_reduce", (d, dact, source, None, False)
         dout = nhwc(d[:, :, :1, :1])
-        yield "norm_add_act_avg_pool_backward", (dout, x, *statistics, *of_residual, bits)
+        yield "norm_add_act_avg_pool_backward", (dout, source, bits)
     for weight in (gamma, None):
         yield "norm_backward_apply", (d, x, mean, invstd, weight, beta, gamma)
     if min(shape[2:]) + 2 * WINDOW[2] >= WINDOW[0]:
-        out, index = REFERENCE.norm_act_max_pool(x, scale, bias, *WINDOW)
-        yield "norm_act_max_pool", (x, scale, bias, *WINDOW)
-        yield "norm_act_max_pool_backward", (out, index, x, *statistics, *WINDOW)
+        out, index = REFERENCE.norm_act_max_pool(plain, *WINDOW)
+        yield "norm_act_max_pool", (plain, *WINDOW)
+        yield "norm_act_max_pool_backward", (out, index, plain, *WINDOW)
 
 
 def run(call: Callable, arguments: tuple, device: torch.device) -> list[Tensor | None]:
     """The results of `call` on `device`, on the CPU."""
-    results = call(*(a.to(device) if isinstance(a, Tensor) else a for a in arguments))
+    results = call(*torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), arguments))
     return [None if r is None else r.cpu() for r in ([results] if isinstance(results, Tensor) else results)]
 
 

@@ -274,64 +274,45 @@ class Reference:
         return mean, invstd, var, scale, bias
 
     @staticmethod
-    def _preactivation(x, scale, bias, residual, residual_scale, residual_bias):
-        z = affine(x, scale, bias)
-        if residual_scale is not None:
-            z = z + affine(residual, residual_scale, residual_bias)
-        elif residual is not None:
-            z = z + residual
+    def _preactivation(source):
+        z = affine(source.x, source.scale, source.bias)
+        if source.residual_scale is not None:
+            z = z + affine(source.residual, source.residual_scale, source.residual_bias)
+        elif source.residual is not None:
+            z = z + source.residual
         return z
 
-    def norm_add_act(
-        self,
-        x: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-        residual_scale: Tensor | None,
-        residual_bias: Tensor | None,
-        relu: bool,
-        save_mask: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def norm_add_act(self, source: Source, relu: bool, save_mask: bool) -> tuple[Tensor, Tensor | None]:
         """act = relu(fma(x, scale, bias) + residual), rounded once, and its packed mask where `save_mask`.
 
-        `residual` is None, materialised (`residual_scale` None), or raw with an affine of its own. A mask is saved only with a ReLU
-        and a residual, where backward can't tell it from `x` alone; else it raises ValueError.
+        Of statistics only scale and bias are read. A mask is saved only with a ReLU and a residual, where backward can't tell it from `x`
+        alone; else it raises ValueError.
         """
-        if save_mask and not (relu and residual is not None):
+        if save_mask and not (relu and source.residual is not None):
             raise ValueError("save_mask: expected False without a ReLU and a residual")
-        z = self._preactivation(x, scale, bias, residual, residual_scale, residual_bias)
-        act = nhwc((z.relu() if relu else z).to(x.dtype))
+        z = self._preactivation(source)
+        act = nhwc((z.relu() if relu else z).to(source.x.dtype))
         return act, pack_mask(passes_gradient(z)) if save_mask else None
 
     def norm_backward_reduce(
-        self,
-        d: Tensor,
-        dact: Tensor | None,
-        x: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-        residual_mean: Tensor | None,
-        residual_invstd: Tensor | None,
-        mask: Tensor | None,
-        relu: bool,
+        self, d: Tensor, dact: Tensor | None, source: Source, mask: Tensor | None, relu: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dz = (d + dact)·mask, rounded once; s1 = Σ dz; s2 = Σ dz·x̂; and Σ dz·x̂ of a raw residual.
 
-        `mask` is packed; where it is None, and `relu`, it is recomputed from z = fma(x, scale, bias). `residual` and its
-        statistics are given for a raw residual only.
+        `mask` is packed; where it is None, and `relu`, it is recomputed from z = fma(x, scale, bias). Only a raw residual is read.
         """
         dz = d.double() + (0 if dact is None else dact)
         if relu:
-            keep = unpack_mask(mask, x.shape[1]) if mask is not None else passes_gradient(affine(x, scale, bias))
-            dz = torch.where(keep, dz, 0.0)
-        return self._reduced(nhwc(dz.to(x.dtype)), x, mean, invstd, residual, residual_mean, residual_invstd)
+            dz = torch.where(self._passing(source, mask), dz, 0.0)
+        return self._reduced(nhwc(dz.to(source.x.dtype)), source)
 
     @staticmethod
-    def _reduced(dz, x, mean, invstd, residual=None, residual_mean=None, residual_invstd=None):
+    def _passing(source, mask):
+        return passes_gradient(affine(source.x, source.scale, source.bias)) if mask is None else unpack_mask(mask, source.x.shape[1])
+
+    @staticmethod
+    def _reduced(dz, source):
+        x, mean, invstd, _, _, residual, residual_mean, residual_invstd, _, _ = source
         if residual_mean is None:
             return dz, *channel_sums(dz, standardise(x, mean, invstd)), None
         return dz, *channel_sums(dz, standardise(x, mean, invstd), standardise(residual, residual_mean, residual_invstd))
@@ -344,14 +325,12 @@ class Reference:
         dx = dz.double() - per_channel(s1) / n - standardise(y, mean, invstd) * (per_channel(s2) / n)
         return nhwc((per_channel(invstd if gamma is None else invstd.double() * gamma) * dx).to(y.dtype))
 
-    def norm_act_max_pool(
-        self, x: Tensor, scale: Tensor, bias: Tensor, kernel_size: int, stride: int, padding: int
-    ) -> tuple[Tensor, Tensor]:
+    def norm_act_max_pool(self, source: Source, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
         """Max pool of act = relu(fma(x, scale, bias)) as rounded -> (out, index), both [N, C, P, Q].
 
         `index` (uint8) is the tap r·kernel_size + s that won: the first of equals; a NaN wins.
         """
-        act = affine(x, scale, bias).relu().to(x.dtype)
+        act = affine(source.x, source.scale, source.bias).relu().to(source.x.dtype)
         taps = windows(act, kernel_size, stride, padding, float("-inf"))
         # argmax does not promise which of equals it takes, so the first is asked for by name. NaN equals nothing.
         best = taps.amax(-1, keepdim=True)
@@ -359,58 +338,27 @@ class Reference:
         return nhwc(best.squeeze(-1)), nhwc(index.to(torch.uint8))
 
     def norm_act_max_pool_backward(
-        self,
-        dout: Tensor,
-        index: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        kernel_size: int,
-        stride: int,
-        padding: int,
+        self, dout: Tensor, index: Tensor, source: Source, kernel_size: int, stride: int, padding: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient of `norm_act_max_pool` as (dz, s1, s2): each pixel gathers from the windows that it won."""
         won = torch.nn.functional.one_hot(index.long(), kernel_size**2) * dout.double().unsqueeze(-1)  # [N, C, P, Q, taps]
         columns = won.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)
-        d = torch.nn.functional.fold(columns, x.shape[2:], kernel_size, padding=padding, stride=stride)
-        dz = torch.where(passes_gradient(affine(x, scale, bias)), d, 0.0)
-        return self._reduced(nhwc(dz.to(x.dtype)), x, mean, invstd)[:3]
+        d = torch.nn.functional.fold(columns, source.x.shape[2:], kernel_size, padding=padding, stride=stride)
+        dz = torch.where(self._passing(source, None), d, 0.0)
+        return self._reduced(nhwc(dz.to(source.x.dtype)), source)[:3]
 
-    def norm_add_act_avg_pool(
-        self,
-        x: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-        residual_scale: Tensor | None,
-        residual_bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def norm_add_act_avg_pool(self, source: Source) -> tuple[Tensor, Tensor | None]:
         """The mean over H, W of relu(fma(x, scale, bias) + residual) as rounded -> [N, C, 1, 1]; a packed mask with a residual."""
-        act, mask = self.norm_add_act(
-            x, scale, bias, residual, residual_scale, residual_bias, relu=True, save_mask=residual is not None
-        )
-        return act.double().mean((2, 3), keepdim=True).to(x.dtype), mask
+        act, mask = self.norm_add_act(source, relu=True, save_mask=source.residual is not None)
+        return act.double().mean((2, 3), keepdim=True).to(source.x.dtype), mask
 
     def norm_add_act_avg_pool_backward(
-        self,
-        dout: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-        residual_mean: Tensor | None,
-        residual_invstd: Tensor | None,
-        mask: Tensor | None,
+        self, dout: Tensor, source: Source, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The gradient of `norm_add_act_avg_pool`, as `norm_backward_reduce` gives it. dout: [N, C, 1, 1]."""
-        keep = unpack_mask(mask, x.shape[1]) if mask is not None else passes_gradient(affine(x, scale, bias))
+        x = source.x
         d = dout.double() / (x.shape[2] * x.shape[3])
-        dz = nhwc(torch.where(keep, d, 0.0).to(x.dtype))
-        return self._reduced(dz, x, mean, invstd, residual, residual_mean, residual_invstd)
+        return self._reduced(nhwc(torch.where(self._passing(source, mask), d, 0.0).to(x.dtype)), source)
 
     # ---- operators: what a network is made of ------------------------------------------------------------------------
 
@@ -434,10 +382,9 @@ class Reference:
         act is relu(norm(x) + residual), or x itself where `source` is materialised; None where it is not asked for and was not
         written. There is a mask with a residual only: without one, backward recomputes it from x.
         """
-        x, _, _, scale, bias, residual, _, _, residual_scale, residual_bias = source
-        act, mask = x, None
-        if scale is not None:
-            act, mask = self.norm_add_act(x, scale, bias, residual, residual_scale, residual_bias, True, residual is not None)
+        act, mask = source.x, None
+        if source.scale is not None:
+            act, mask = self.norm_add_act(source, True, source.residual is not None)
         return [self._convolution(act, conv) for conv in convs], act, mask
 
     def _convolution(self, act: Tensor, conv: Conv) -> Pending:
@@ -492,7 +439,7 @@ class Reference:
         dtype = accumulate_dtype(x.dtype)
         y = nhwc(torch.conv2d(x, weight, None, *geometry))
         scale = ones(y.shape[1], dtype, y.device) if scale is None else scale.to(dtype)
-        return self.norm_add_act(y, scale, bias.to(dtype), residual, None, None, relu=relu, save_mask=False)[0]
+        return self.norm_add_act(Source(y, scale=scale, bias=bias.to(dtype), residual=residual), relu, save_mask=False)[0]
 
     def conv_add_act_(self, x: Tensor, weight: Tensor, geometry: ConvGeometry, bias: Tensor, residual: Tensor, relu: bool) -> Tensor:
         """`conv_affine_act` without a scale, which may write act over `residual`."""
@@ -523,17 +470,10 @@ class Reference:
     def _source_gradients(self, source: Source, mask: Tensor | None, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
         """(dx, s1, s2, residual_s2) from the gradients of the activation, which all its readers hand back."""
         d, *more = [gradient for gradient in gradients if gradient is not None]
-        x, mean, invstd, scale, bias, residual, residual_mean, residual_invstd, _, _ = source
-        while len(more) > (0 if scale is None else 1):  # the reduction below adds two; a third is rare
+        pending = source.scale is not None
+        while len(more) > pending:  # the reduction below adds two; a third is rare
             d = d + more.pop(0)
-        if scale is None:
-            return d, None, None, None
-        if residual_mean is None:
-            residual = None
-        added = more[0] if more else None
-        return self.norm_backward_reduce(
-            d, added, x, mean, invstd, scale, bias, residual, residual_mean, residual_invstd, mask, True
-        )
+        return self.norm_backward_reduce(d, more[0] if more else None, source, mask, True) if pending else (d, None, None, None)
 
     def _convolution_backward(self, act: Tensor, output: ConvOutput, need_dx: bool) -> tuple[Tensor | None, Tensor | None]:
         """(dx, dw) of one convolution."""

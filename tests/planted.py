@@ -74,13 +74,13 @@ class BackwardForgetsVariance(Reference):
 
 
 class BackwardForgetsMask(Reference):
-    def norm_backward_reduce(self, d, dact, x, mean, invstd, scale, bias, residual, residual_mean, residual_invstd, mask, relu):
-        return super().norm_backward_reduce(d, dact, x, mean, invstd, scale, bias, residual, residual_mean, residual_invstd, None, False)
+    def norm_backward_reduce(self, d, dact, source, mask, relu):
+        return super().norm_backward_reduce(d, dact, source, None, False)
 
 
 class ResidualIsForgotten(Reference):
-    def norm_add_act(self, x, scale, bias, residual, *args, **kwargs):
-        return super().norm_add_act(x, scale, bias, zeros(residual), *args, **kwargs)
+    def norm_add_act(self, source, *args, **kwargs):
+        return super().norm_add_act(source._replace(residual=zeros(source.residual)), *args, **kwargs)
 
 
 class StatisticsOfHalfTheBatch(Reference):

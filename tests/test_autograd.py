@@ -12,7 +12,7 @@ import fused_resnet
 from fused_resnet import ops
 from fused_resnet.backends import BACKENDS
 from fused_resnet.functional import conv_bn_act
-from fused_resnet.reference import Reference
+from fused_resnet.reference import Reference, Source
 
 SHAPE = Shape(2, 6, 5, 4, 10, size=3)
 
@@ -181,7 +181,7 @@ def test_nan_is_kept(backend, device):
 def test_max_pool_takes_the_first_of_equals_as_pytorch_does():
     x = torch.randint(-2, 2, (2, 5, 9, 8)).float().contiguous(memory_format=torch.channels_last).requires_grad_()
     one, zero = torch.ones(5), torch.zeros(5)
-    out, index = Reference().norm_act_max_pool(x.detach(), one, zero, 3, 2, 1)
+    out, index = Reference().norm_act_max_pool(Source(x.detach(), scale=one, bias=zero), 3, 2, 1)
     expected, where = F.max_pool2d(x.relu(), 3, 2, 1, return_indices=True)
     assert torch.equal(out, expected)
     rows, columns = torch.arange(5)[:, None] * 2 - 1 + index // 3, torch.arange(4) * 2 - 1 + index % 3

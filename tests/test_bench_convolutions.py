@@ -14,7 +14,7 @@ from fused_resnet.bench.machine import Ceilings
 from fused_resnet.bench.passes import EPS
 from fused_resnet.bench.timing import Times
 from fused_resnet.problem import ConvProblem
-from fused_resnet.reference import Reference, unpack_mask
+from fused_resnet.reference import Reference, Source, unpack_mask
 from fused_resnet.roofline import DESIGNS, resnet, training_step
 
 CPU = torch.device("cpu")
@@ -222,26 +222,25 @@ class Faulty(Reference):
             gamma = gamma * 1.05
         return super().norm_backward_apply(dz, y, mean, invstd, gamma, s1, s2)
 
-    def norm_backward_reduce(self, d, dact, x, mean, invstd, scale, bias, residual, residual_mean, residual_invstd, mask, relu):
+    def norm_backward_reduce(self, d, dact, source, mask, relu):
         dact = None if self.fault == "no second gradient" else dact
         if self.fault == "the mask of no bias":
-            bias, mask = bias * 0, None
+            source, mask = source._replace(bias=source.bias * 0), None
         if self.fault == "no mask":
             relu = False
-        others = residual, residual_mean, residual_invstd
-        results = list(super().norm_backward_reduce(d, dact, x, mean, invstd, scale, bias, *others, mask, relu))
+        results = list(super().norm_backward_reduce(d, dact, source, mask, relu))
         if self.fault == "sums without an image":
-            part = [t if t is None or t.dim() < 4 else t[1:] for t in (results[0], x, mean, invstd, *others)]
-            results[1:] = self._reduced(*part)[1:]
+            part = Source(*(t if t is None or t.dim() < 4 else t[1:] for t in source))
+            results[1:] = self._reduced(results[0][1:], part)[1:]
         if self.fault == "sums of raw x":
-            results[2] = self._reduced(results[0], x, mean * 0, invstd)[2]
+            results[2] = self._reduced(results[0], Source(source.x, source.mean * 0, source.invstd))[2]
         if self.fault == "a wrong tile of dz":
             results[0][-1, :8, -2:] *= 1.5
         return tuple(results)
 
-    def norm_add_act(self, x, scale, bias, residual, *rest, **options):
-        scale = scale * 1.05 if self.fault == "a wrong scale" else scale
-        return super().norm_add_act(x, scale, bias, residual, *rest, **options)
+    def norm_add_act(self, source, *rest, **options):
+        source = source._replace(scale=source.scale * 1.05) if self.fault == "a wrong scale" else source
+        return super().norm_add_act(source, *rest, **options)
 
     def with_norm(self, y, norm, parts=None):
         if self.fault == "a wrong tile of y":

@@ -691,7 +691,7 @@ def test_nan_passes_forward_and_backward():
     trial = probe.Trial("float16", DEVICE, "norm_add")
     trial.x[0, 0, 0, 0] = float("nan")
     s = trial.source
-    act, mask = work.norm_add_act(s.x, s.scale, s.bias, s.residual, None, None)
+    act, mask = work.norm_add_act(s)
     assert act[0, 0, 0, 0].isnan() and mask[0, 0, 0, 0].item() & 1
 
 

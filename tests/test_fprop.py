@@ -89,8 +89,7 @@ def activation(source: Source) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(act, packed mask) of a source; no mask of a materialised one."""
     if not source.pending:
         return source.x, None
-    arguments = source.x, source.scale, source.bias, source.residual, source.residual_scale, source.residual_bias
-    return REFERENCE.norm_add_act(*arguments, relu=True, save_mask=source.residual is not None)
+    return REFERENCE.norm_add_act(source, relu=True, save_mask=source.residual is not None)
 
 
 def relative_error(y, truth):

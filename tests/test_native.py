@@ -17,7 +17,7 @@ from chains import DEVICE, LANGUAGES
 from fused_resnet import native, native_kernels
 from fused_resnet.backends import BACKENDS
 from fused_resnet.cli import main
-from fused_resnet.reference import Reference
+from fused_resnet.reference import Reference, Source
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -308,7 +308,7 @@ def test_unaligned_tensors_take_the_narrow_path(operators):
     x, (scale, bias) = nhwc(2, 64, 6, 6), vectors(2, 64)
     flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)
     shifted = flat[1:].view(2, 6, 6, 64).permute(0, 3, 1, 2).copy_(x)  # 2 bytes past a 16-byte boundary
-    expected = Reference().norm_add_act(x, scale, bias, x, None, None, True, True)
+    expected = Reference().norm_add_act(Source(x, scale=scale, bias=bias, residual=x), True, True)
     for given in (x, shifted):
         act, mask = operators.norm_add_act(given, scale, bias, given, None, None, True, True)
         assert torch.equal(act, expected[0]) and torch.equal(mask, expected[1])
@@ -317,7 +317,7 @@ def test_unaligned_tensors_take_the_narrow_path(operators):
 @pytest.mark.gpu
 def test_operators_run_on_the_current_stream(operators):
     x, (scale, bias) = nhwc(8, 64, 28, 28), vectors(2, 64)
-    expected, _ = Reference().norm_add_act(x, scale, bias, None, None, None, True, False)
+    expected, _ = Reference().norm_add_act(Source(x, scale=scale, bias=bias), True, False)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(DEVICE)
     operators.norm_add_act(x, scale, bias, None, None, None, True, False)  # loads the kernel, which is not for a capture
     torch.cuda.synchronize(DEVICE)

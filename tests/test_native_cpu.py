@@ -15,7 +15,7 @@ import torch
 from fused_resnet import native
 from fused_resnet.backends import BACKENDS
 from fused_resnet.environment import VariableError
-from fused_resnet.reference import Reference
+from fused_resnet.reference import Reference, Source
 
 pytestmark = pytest.mark.skipif(native.CPU.load() is not None, reason=f"native library for CPUs: {native.CPU.load()}")
 PASSES = BACKENDS["passes_cpu"]
@@ -34,30 +34,26 @@ def results(shape, dtype, seed) -> dict[str, tuple]:
     c = shape[1]
     x, residual, d, dact = (nhwc(shape, dtype, offset) for offset in (1.0, 0.0, 0.3, 0.0))
     gamma, beta = torch.rand(c) + 0.5, torch.randn(c)
-    of_x = mean, invstd, _, scale, bias = PASSES.batch_stats(x, gamma, beta, 1e-5)
+    of_x = mean, invstd, _, *affine = PASSES.batch_stats(x, gamma, beta, 1e-5)
     of_residual = PASSES.batch_stats(residual, gamma, beta, 1e-5)
-    raw = residual, of_residual[3], of_residual[4]
-    act, mask = PASSES.norm_add_act(x, scale, bias, *raw, True, True)
-    statistics = mean, invstd, scale, bias
-    dz, s1, s2, _ = reduced = PASSES.norm_backward_reduce(d, dact, x, *statistics, residual, *of_residual[:2], mask, True)
+    plain = Source(x, mean, invstd, *affine)
+    raw = Source(*plain[:5], residual, *of_residual[:2], *of_residual[3:])
+    act, mask = PASSES.norm_add_act(raw, True, True)
+    dz, s1, s2, _ = reduced = PASSES.norm_backward_reduce(d, dact, raw, mask, True)
     found = {
         "batch_stats": of_x,
         "batch_moments": PASSES.batch_moments(x),
         "merge_moments": PASSES.merge_moments(torch.tensor([3, 5]), torch.rand(2, c), torch.rand(2, c), gamma, beta, 1e-5),
         "norm_add_act": (act, mask),
         "norm_backward_reduce": reduced,
-        "recomputed mask": PASSES.norm_backward_reduce(d, None, x, *statistics, None, None, None, None, True)[:3],
+        "recomputed mask": PASSES.norm_backward_reduce(d, None, plain, None, True)[:3],
         "norm_backward_apply": (PASSES.norm_backward_apply(dz, x, mean, invstd, gamma, s1, s2),),
-        "norm_add_act_avg_pool": PASSES.norm_add_act_avg_pool(x, scale, bias, *raw),
-        "norm_add_act_avg_pool_backward": PASSES.norm_add_act_avg_pool_backward(
-            nhwc((*shape[:2], 1, 1), dtype), x, *statistics, residual, *of_residual[:2], mask
-        ),
+        "norm_add_act_avg_pool": PASSES.norm_add_act_avg_pool(raw),
+        "norm_add_act_avg_pool_backward": PASSES.norm_add_act_avg_pool_backward(nhwc((*shape[:2], 1, 1), dtype), raw, mask),
     }
     if min(shape[2:]) > 1:
-        out, index = found["norm_act_max_pool"] = PASSES.norm_act_max_pool(x, scale, bias, 3, 2, 1)
-        found["norm_act_max_pool_backward"] = PASSES.norm_act_max_pool_backward(
-            nhwc(out.shape, dtype), index, x, *statistics, 3, 2, 1
-        )
+        out, index = found["norm_act_max_pool"] = PASSES.norm_act_max_pool(plain, 3, 2, 1)
+        found["norm_act_max_pool_backward"] = PASSES.norm_act_max_pool_backward(nhwc(out.shape, dtype), index, plain, 3, 2, 1)
     return found
 
 
@@ -120,12 +116,12 @@ def test_rounding_is_pytorchs_on_every_instruction_set(instruction_sets):
         native.use_instruction_set(name)
         for dtype in DTYPES:
             given = x.to(dtype).contiguous(memory_format=torch.channels_last)
-            out, _ = PASSES.norm_add_act(given, ones, zeros, None, None, None, False, False)
+            out, _ = PASSES.norm_add_act(Source(given, scale=ones, bias=zeros), False, False)
             torch.testing.assert_close(out, given, rtol=0, atol=0, equal_nan=True)
-            sums = PASSES.norm_add_act(given, ones, zeros, given, None, None, False, False)[0]
+            sums = PASSES.norm_add_act(Source(given, scale=ones, bias=zeros, residual=given), False, False)[0]
             torch.testing.assert_close(sums, (given.float() + given.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
             fine = (given.float() * 0.7310585975646973).to(dtype)  # bits below those of the dtype
-            scaled = PASSES.norm_add_act(given, ones * 0.7310585975646973, zeros, None, None, None, False, False)[0]
+            scaled = PASSES.norm_add_act(Source(given, scale=ones * 0.7310585975646973, bias=zeros), False, False)[0]
             torch.testing.assert_close(scaled, fine, rtol=0, atol=0, equal_nan=True)
 
 
@@ -162,9 +158,9 @@ def test_tensors_at_any_address():
     x, (scale, bias) = nhwc((2, 64, 6, 6), torch.bfloat16), torch.rand(2, 64)
     flat = torch.empty(x.numel() + 1, dtype=x.dtype)
     shifted = flat[1:].view(2, 6, 6, 64).permute(0, 3, 1, 2).copy_(x)
-    expected = Reference().norm_add_act(x, scale, bias, x, None, None, True, True)
+    expected = Reference().norm_add_act(Source(x, scale=scale, bias=bias, residual=x), True, True)
     for given in (x, shifted):
-        act, mask = PASSES.norm_add_act(given, scale, bias, given, None, None, True, True)
+        act, mask = PASSES.norm_add_act(Source(given, scale=scale, bias=bias, residual=given), True, True)
         assert torch.equal(act, expected[0]) and torch.equal(mask, expected[1])
 
 
@@ -172,16 +168,17 @@ def test_four_threads_at_once(seed):
     expected, found = results((4, 64, 33, 31), torch.bfloat16, seed), [None] * 4
     torch.manual_seed(seed)
     x = nhwc((4, 64, 33, 31), torch.bfloat16, 1.0)
-    scale, bias = expected["batch_stats"][3:]
+    mean, invstd, _, scale, bias = expected["batch_stats"]
+    source = Source(x, mean, invstd, scale, bias)
 
     def work(i):
         for _ in range(20):
-            found[i] = PASSES.norm_add_act(x, scale, bias, None, None, None, True, False)[0], *PASSES.batch_moments(x)
+            found[i] = PASSES.norm_add_act(source, True, False)[0], *PASSES.batch_moments(x)
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    act = PASSES.norm_add_act(x, scale, bias, None, None, None, True, False)[0]
+    act = PASSES.norm_add_act(source, True, False)[0]
     assert all(torch.equal(a, act) and torch.equal(mean, expected["batch_moments"][0]) for a, mean, _ in found)

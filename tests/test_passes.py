@@ -13,7 +13,7 @@ from chains import DEVICE, LANGUAGES
 from fused_resnet.backends import BACKENDS
 from fused_resnet.kernels import tiling
 from fused_resnet.kernels.launch import multiprocessors
-from fused_resnet.reference import Reference, unpack_mask
+from fused_resnet.reference import Reference, Source, unpack_mask
 
 REFERENCE = Reference()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,19 +49,12 @@ class Case:
         self.gamma, self.beta = torch.rand(c, device=DEVICE) + 0.5, torch.randn(c, device=DEVICE)
         self.mean, self.invstd, _, self.scale, self.bias = REFERENCE.batch_stats(self.x, self.gamma, self.beta, 1e-5)
         stats = REFERENCE.batch_stats(self.residual, self.gamma, self.beta, 1e-5)
-        self.residual_mean, self.residual_invstd, _, self.residual_scale, self.residual_bias = stats
-        self.residuals = {
-            "none": (None, None, None),
-            "materialised": (self.residual, None, None),
-            "raw": (self.residual, self.residual_scale, self.residual_bias),
-        }
+        self.of_residual = (*stats[:2], *stats[3:])
 
-    def statistics(self):
-        return self.mean, self.invstd, self.scale, self.bias
-
-    def raw(self, kind):
-        """What a backward is given of the residual: of a raw one alone."""
-        return (self.residual, self.residual_mean, self.residual_invstd) if kind == "raw" else (None, None, None)
+    def source(self, kind="none", x=None):
+        """What a pass reads, with a residual of one of `KINDS`."""
+        residuals = {"none": (), "materialised": (self.residual,), "raw": (self.residual, *self.of_residual)}
+        return Source(self.x if x is None else x, self.mean, self.invstd, self.scale, self.bias, *residuals[kind])
 
 
 @pytest.fixture(params=CASES, ids=lambda p: f"{p[0]}-{'x'.join(map(str, p[1]))}-{p[2]}".replace("torch.", ""))
@@ -115,7 +108,7 @@ def test_more_rows_of_many_channels_are_one_part(passes):
     case = Case(passes, (5, 136, 15, 16), torch.float16)
     arguments = (case.x, case.gamma, case.beta, 1e-5)
     agree(passes.batch_stats(*arguments), REFERENCE.batch_stats(*arguments))
-    arguments = (case.d, case.dact, case.x, *case.statistics(), *case.raw("raw"), None, False)
+    arguments = (case.d, case.dact, case.source("raw"), None, False)
     agree(passes.norm_backward_reduce(*arguments), REFERENCE.norm_backward_reduce(*arguments))
 
 
@@ -137,7 +130,7 @@ def test_moments_of_parts_merge_into_those_of_the_whole(case, parts):
 
 @pytest.mark.parametrize("kind, relu, save_mask", [(k, *o) for k in KINDS for o in OPTIONS if k != "none" or o != (True, True)])
 def test_norm_add_act(case, kind, relu, save_mask):
-    arguments = (case.x, case.scale, case.bias, *case.residuals[kind], relu, save_mask)
+    arguments = (case.source(kind), relu, save_mask)
     ours, expected = case.passes.norm_add_act(*arguments), REFERENCE.norm_add_act(*arguments)
     agree(ours, expected, flips=1e-3)
     if save_mask:  # bits past the last channel are zero
@@ -150,17 +143,15 @@ def test_norm_add_act(case, kind, relu, save_mask):
 def test_norm_backward_reduce(case, kind, relu, with_dact):
     mask = None
     if relu and kind != "none":
-        mask = REFERENCE.norm_add_act(case.x, case.scale, case.bias, *case.residuals[kind], True, True)[1]
+        mask = REFERENCE.norm_add_act(case.source(kind), True, True)[1]
     dact = case.dact if with_dact else None
-    arguments = (case.d, dact, case.x, *case.statistics(), *case.raw(kind), mask, relu)
+    arguments = (case.d, dact, case.source(kind), mask, relu)
     agree(case.passes.norm_backward_reduce(*arguments), REFERENCE.norm_backward_reduce(*arguments))
 
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_norm_backward_apply(case, affine):
-    dz, s1, s2, _ = REFERENCE.norm_backward_reduce(
-        case.d, None, case.x, *case.statistics(), None, None, None, None, relu=False
-    )
+    dz, s1, s2, _ = REFERENCE.norm_backward_reduce(case.d, None, case.source(), None, relu=False)
     arguments = (dz, case.x, case.mean, case.invstd, case.gamma if affine else None, s1, s2)
     agree([case.passes.norm_backward_apply(*arguments)], [REFERENCE.norm_backward_apply(*arguments)])
 
@@ -170,26 +161,26 @@ def test_norm_act_max_pool(case, window):
     size, _, padding = window
     if min(case.shape[2:]) + 2 * padding < size:
         case = Case(case.passes, (2, 11, 3, 4), case.dtype)
-    forward = (case.x, case.scale, case.bias, *window)
+    forward = (case.source(), *window)
     out, index = REFERENCE.norm_act_max_pool(*forward)
     agree(case.passes.norm_act_max_pool(*forward), (out, index), flips=2e-3)
-    backward = (nhwc(out.shape, case.dtype, 0.5), index, case.x, *case.statistics(), *window)
+    backward = (nhwc(out.shape, case.dtype, 0.5), index, case.source(), *window)
     agree(case.passes.norm_act_max_pool_backward(*backward), REFERENCE.norm_act_max_pool_backward(*backward))
 
 
 @pytest.mark.parametrize("kind", ["none", "materialised", "raw"])
 def test_norm_add_act_avg_pool(case, kind):
-    forward = (case.x, case.scale, case.bias, *case.residuals[kind])
+    forward = (case.source(kind),)
     out, mask = REFERENCE.norm_add_act_avg_pool(*forward)
     agree(case.passes.norm_add_act_avg_pool(*forward), (out, mask), flips=1e-3)
-    backward = (nhwc(out.shape, case.dtype, 0.5), case.x, *case.statistics(), *case.raw(kind), mask)
+    backward = (nhwc(out.shape, case.dtype, 0.5), case.source(kind), mask)
     agree(case.passes.norm_add_act_avg_pool_backward(*backward), REFERENCE.norm_add_act_avg_pool_backward(*backward))
 
 
 def test_equal_activations_give_the_gradient_to_the_first(passes):
     x = torch.ones(1, 3, 5, 6, device=DEVICE).contiguous(memory_format=torch.channels_last)
     ones, zeros = torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE)
-    index = passes.norm_act_max_pool(x, ones, zeros, 3, 2, 1)[1]
+    index = passes.norm_act_max_pool(Source(x, scale=ones, bias=zeros), 3, 2, 1)[1]
     assert index.cpu()[0, 0].tolist() == [[4, 3, 3], [1, 0, 0], [1, 0, 0]]
 
 
@@ -199,18 +190,18 @@ def test_what_is_not_finite_is_not_hidden(passes, value):
     """NaN and infinities come out where the reference has them: GradScaler relies on it."""
     case = Case(passes, (2, 10, 6, 5), torch.float32)
     case.x[1, 3, 2, 2] = value
-    for kind in case.residuals:
-        arguments = (case.x, case.scale, case.bias, *case.residuals[kind], True, kind != "none")
+    for kind in KINDS:
+        arguments = (case.source(kind), True, kind != "none")
         agree(passes.norm_add_act(*arguments), REFERENCE.norm_add_act(*arguments), flips=1e-2)
         arguments = arguments[:-2]
         agree(passes.norm_add_act_avg_pool(*arguments), REFERENCE.norm_add_act_avg_pool(*arguments), flips=1e-2)
-    arguments = (case.x, case.scale, case.bias, 3, 2, 1)
+    arguments = (case.source(), 3, 2, 1)
     agree(passes.norm_act_max_pool(*arguments), REFERENCE.norm_act_max_pool(*arguments), flips=1e-2)
     ours = passes.batch_stats(case.x, None, None, 1e-5)
     assert not any(statistic[3].isfinite() for statistic in ours[:2] if not statistic[3] == 0)
     assert all(statistic[[0, 1, 2, 4]].isfinite().all() for statistic in ours)
     case.d[0, 5, 1, 1] = value
-    arguments = (case.d, None, case.x.nan_to_num(0, 0, 0), *case.statistics(), None, None, None, None, False)
+    arguments = (case.d, None, case.source(x=case.x.nan_to_num(0, 0, 0)), None, False)
     agree(passes.norm_backward_reduce(*arguments), REFERENCE.norm_backward_reduce(*arguments))
 
 
@@ -221,7 +212,7 @@ def test_the_same_input_gives_the_same_bits(passes):
     for _ in range(2):
         first, second = (passes.batch_stats(case.x, case.gamma, case.beta, 1e-5) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        arguments = (case.d, case.dact, case.x, *case.statistics(), None, None, None, None, True)
+        arguments = (case.d, case.dact, case.source(), None, True)
         first, second = (passes.norm_backward_reduce(*arguments)[:3] for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -233,12 +224,13 @@ def test_offsets_past_two_to_the_31(passes):
     x = torch.randn(n, 64, 112, 112, device=DEVICE, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
     assert x.numel() > 2**31
     scale, bias = torch.rand(64, device=DEVICE) + 0.5, torch.randn(64, device=DEVICE)
-    act, mask = passes.norm_add_act(x, scale, bias, x, None, None, True, True)
-    tail, tail_mask = passes.norm_add_act(x[-1:], scale, bias, x[-1:], None, None, True, True)
+    source, last = (Source(t, scale=scale, bias=bias, residual=t) for t in (x, x[-1:]))
+    act, mask = passes.norm_add_act(source, True, True)
+    tail, tail_mask = passes.norm_add_act(last, True, True)
     assert torch.equal(act[-1:], tail) and torch.equal(mask[-1:], tail_mask)
     del act, mask
-    out, index = passes.norm_act_max_pool(x, scale, bias, 3, 2, 1)
-    tail, tail_index = passes.norm_act_max_pool(x[-1:], scale, bias, 3, 2, 1)
+    out, index = passes.norm_act_max_pool(source, 3, 2, 1)
+    tail, tail_index = passes.norm_act_max_pool(last, 3, 2, 1)
     assert torch.equal(out[-1:], tail) and torch.equal(index[-1:], tail_index)
     x[:-1] = 0
     mean = passes.batch_stats(x, None, None, 1e-5)[0]

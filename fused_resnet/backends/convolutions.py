@@ -100,10 +100,7 @@ class FusedConvolutions(Reference, ABC):
                 pending, act, mask = self._fprop(source, convs[0], configuration, write_act)
                 pendings.append(pending)
             else:
-                act, mask = self.norm_add_act(
-                    source.x, source.scale, source.bias, source.residual, source.residual_scale, source.residual_bias,
-                    relu=True, save_mask=source.residual is not None,
-                )  # fmt: skip
+                act, mask = self.norm_add_act(source, relu=True, save_mask=source.residual is not None)
         for conv in convs[len(pendings) :]:
             configuration = self._choose("fprop", act, conv.weight, conv.geometry, "act")
             if configuration is None:
@@ -258,7 +255,7 @@ class FusedConvolutions(Reference, ABC):
             return cudnn.wgrad(source, dy, output.weight, output.geometry)
         if configuration in (None, CUDNN):  # cuDNN would round coefficients that this node's forward did not
             if act is None:
-                act, _ = self.norm_add_act(source.x, source.scale, source.bias, None, None, None, relu=True, save_mask=False)
+                act, _ = self.norm_add_act(source, relu=True, save_mask=False)
             return convolution_backward(act, dy, output, False, True)[1]
         from ..kernels.wgrad import wgrad
 

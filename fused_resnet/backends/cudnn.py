@@ -40,10 +40,10 @@ class Cudnn(FusedConvolutions, PassesTriton):
     def choose(self, task, device):
         return None if refusal(task, device) else CUDNN
 
-    def norm_add_act(self, x, scale, bias, residual, residual_scale, residual_bias, relu, save_mask):
+    def norm_add_act(self, source, relu, save_mask):
         # Only where the mask is saved: cuDNN may round x·scale before it adds, and a mask that is made again would not know.
-        made = work.norm_add_act(x, scale, bias, residual, residual_scale, residual_bias) if save_mask else None
-        return made or super().norm_add_act(x, scale, bias, residual, residual_scale, residual_bias, relu=relu, save_mask=save_mask)
+        made = work.norm_add_act(source) if save_mask else None
+        return made or super().norm_add_act(source, relu, save_mask)
 
     def _inference_choice(self, x, weight, geometry):
         return CUDNN  # whose graph for it is not that of a convolution with statistics, and refuses by itself

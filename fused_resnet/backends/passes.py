@@ -1,13 +1,26 @@
-"""What the two implementations of the passes share: which tensors and GPUs they take."""
+"""What the implementations of the passes share: which tensors and GPUs they take, and which tensors of a source a kernel reads."""
 
 from abc import ABC, abstractmethod
 
 import torch
+from torch import Tensor
 
-from ..reference import Reference
+from ..reference import Reference, Source
 
 CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def forward_tensors(source: Source) -> tuple[Tensor | None, ...]:
+    """What a forward kernel reads: x, scale, bias; the residual, and its scale and bias where it is raw."""
+    x, _, _, scale, bias, residual, _, _, residual_scale, residual_bias = source
+    return x, scale, bias, residual, residual_scale, residual_bias
+
+
+def backward_tensors(source: Source) -> tuple[Tensor | None, ...]:
+    """What a backward kernel reads: x, mean, invstd, scale, bias; of a raw residual itself, mean and invstd."""
+    x, mean, invstd, scale, bias, residual, residual_mean, residual_invstd, _, _ = source
+    return x, mean, invstd, scale, bias, None if residual_mean is None else residual, residual_mean, residual_invstd
 
 
 class Passes(Reference, ABC):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..native import Library
-from .passes import Passes
+from .passes import Passes, backward_tensors, forward_tensors
 
 
 class PassesNative(Passes):
@@ -40,26 +40,27 @@ class PassesNative(Passes):
     def merge_moments(self, counts, means, m2s, gamma, beta, eps):
         return self.operators.merge_moments(counts, means, m2s, float32_vector(gamma), float32_vector(beta), eps)
 
-    def norm_add_act(self, *args, **options):
-        return self.operators.norm_add_act(*args, **options)
+    def norm_add_act(self, source, relu, save_mask):
+        return self.operators.norm_add_act(*forward_tensors(source), relu, save_mask)
 
-    def norm_backward_reduce(self, *args, **options):
-        return self.operators.norm_backward_reduce(*args, **options)
+    def norm_backward_reduce(self, d, dact, source, mask, relu):
+        return self.operators.norm_backward_reduce(d, dact, *backward_tensors(source), mask, relu)
 
     def norm_backward_apply(self, dz, y, mean, invstd, gamma, s1, s2):
         return self.operators.norm_backward_apply(dz, y, mean, invstd, float32_vector(gamma), s1, s2)
 
-    def norm_act_max_pool(self, *args):
-        return self.operators.norm_act_max_pool(*args)
+    def norm_act_max_pool(self, source, kernel_size, stride, padding):
+        return self.operators.norm_act_max_pool(source.x, source.scale, source.bias, kernel_size, stride, padding)
 
-    def norm_act_max_pool_backward(self, *args):
-        return self.operators.norm_act_max_pool_backward(*args)
+    def norm_act_max_pool_backward(self, dout, index, source, kernel_size, stride, padding):
+        x, mean, invstd, scale, bias, *_ = source
+        return self.operators.norm_act_max_pool_backward(dout, index, x, mean, invstd, scale, bias, kernel_size, stride, padding)
 
-    def norm_add_act_avg_pool(self, *args):
-        return self.operators.norm_add_act_avg_pool(*args)
+    def norm_add_act_avg_pool(self, source):
+        return self.operators.norm_add_act_avg_pool(*forward_tensors(source))
 
-    def norm_add_act_avg_pool_backward(self, *args):
-        return self.operators.norm_add_act_avg_pool_backward(*args)
+    def norm_add_act_avg_pool_backward(self, dout, source, mask):
+        return self.operators.norm_add_act_avg_pool_backward(dout, *backward_tensors(source), mask)
 
 
 def float32_vector(vector: Tensor | None) -> Tensor | None:

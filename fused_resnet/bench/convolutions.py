@@ -242,7 +242,7 @@ def backward(i: ConvInputs) -> Case:
     outputs = [Output(conv, *results[3 * n : 3 * n + 3]) for n, conv in enumerate(i.convs)]
     act = results[-1] if place.adds else i.x
     if place.pending and not place.adds:
-        act = Reference().norm_add_act(i.x, i.scale, i.bias, None, None, None, True, False)[0]
+        act = Reference().norm_add_act(Source(i.x, i.mean, i.invstd, i.scale, i.bias), True, False)[0]
     if place.pending:  # eager's mask is told by the activation: what rounding took to zero still passes its gradient
         passing = unpack_mask(mask, i.norm.c) if place.adds else passes_gradient(affine(i.x, i.scale, i.bias))
         act.masked_fill_(passing & (act == 0), torch.finfo(i.dtype).smallest_normal)

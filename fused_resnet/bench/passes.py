@@ -70,6 +70,10 @@ class Inputs:
         """(mean, invstd, var, scale, bias) of x."""
         return Reference().batch_stats(x, self.gamma, self.beta, EPS)
 
+    def read(self, residual: Tensor | None = None, scale: Tensor | None = None, bias: Tensor | None = None) -> Source:
+        """relu(norm(x) + residual); of a raw residual, scale and bias."""
+        return Source(self.x, self.mean, self.invstd, self.scale, self.bias, residual, residual_scale=scale, residual_bias=bias)
+
     def mask(self) -> Tensor:
         """Bool [n, c, h, w], half of it true."""
         return nhwc(torch.rand(self.x.shape, device=self.device) < 0.5)
@@ -132,7 +136,7 @@ def norm_act(i: Inputs) -> Case:
     """Reads x, writes act."""
     return Case(
         "norm_act", i.norm, 2 * i.bytes,
-        lambda backend: backend.norm_add_act(i.x, i.scale, i.bias, None, None, None, True, False)[:1],
+        lambda backend: backend.norm_add_act(i.read(), True, False)[:1],
         lambda: (i.eager_norm(i.x, i.mean, i.var).relu_(),),
     )  # fmt: skip
 
@@ -142,7 +146,7 @@ def norm_add_act(i: Inputs) -> Case:
     residual = i.tensor()
     return Case(
         "norm_add_act", i.norm, 3 * i.bytes + i.norm.mask_bytes,
-        lambda backend: backend.norm_add_act(i.x, i.scale, i.bias, residual, None, None, True, True)[:1],
+        lambda backend: backend.norm_add_act(i.read(residual), True, True)[:1],
         lambda: (i.eager_norm(i.x, i.mean, i.var).add_(residual).relu_(),),
     )  # fmt: skip
 
@@ -153,7 +157,7 @@ def norm_add_act_raw(i: Inputs) -> Case:
     mean, _, var, scale, bias = i.coefficients(residual)
     return Case(
         "norm_add_act_raw", i.norm, 3 * i.bytes + i.norm.mask_bytes,
-        lambda backend: backend.norm_add_act(i.x, i.scale, i.bias, residual, scale, bias, True, True)[:1],
+        lambda backend: backend.norm_add_act(i.read(residual, scale, bias), True, True)[:1],
         lambda: (i.eager_norm(i.x, i.mean, i.var).add_(i.eager_norm(residual, mean, var)).relu_(),),
     )  # fmt: skip
 
@@ -163,7 +167,7 @@ def norm_act_forward(i: Inputs) -> Case:
 
     def ours(backend):
         scale, bias = backend.batch_stats(i.x, i.gamma, i.beta, EPS)[3:]
-        return backend.norm_add_act(i.x, scale, bias, None, None, None, True, False)[:1]
+        return backend.norm_add_act(Source(i.x, scale=scale, bias=bias), True, False)[:1]
 
     return Case(
         "norm_act_forward", i.norm, 3 * i.bytes, ours, lambda: (i.eager_training_norm().relu_(),), lambda: (i.cudnn_norm()[0].relu_(),)
@@ -176,7 +180,7 @@ def norm_add_forward(i: Inputs) -> Case:
 
     def ours(backend):
         scale, bias = backend.batch_stats(i.x, i.gamma, i.beta, EPS)[3:]
-        return backend.norm_add_act(i.x, scale, bias, residual, None, None, True, True)[:1]
+        return backend.norm_add_act(Source(i.x, scale=scale, bias=bias, residual=residual), True, True)[:1]
 
     return Case(
         "norm_add_forward", i.norm, 4 * i.bytes + i.norm.mask_bytes, ours,
@@ -188,12 +192,10 @@ def norm_add_forward(i: Inputs) -> Case:
 def norm_backward_reduce(i: Inputs) -> Case:
     """Reads d and x, writes dz; the mask is recomputed."""
     d = i.tensor(offset=0.5)
-    act = Reference().norm_add_act(i.x, i.scale, i.bias, None, None, None, True, False)[0]
+    act = Reference().norm_add_act(i.read(), True, False)[0]
     return Case(
         "norm_backward_reduce", i.norm, 3 * i.bytes,
-        lambda backend: backend.norm_backward_reduce(
-            d, None, i.x, i.mean, i.invstd, i.scale, i.bias, None, None, None, None, True
-        )[:3],
+        lambda backend: backend.norm_backward_reduce(d, None, i.read(), None, True)[:3],
         lambda: i.eager_sums(ATEN.threshold_backward(d, act, 0)),
         terms=i.sum_terms,
     )  # fmt: skip
@@ -205,9 +207,7 @@ def norm_add_backward_reduce(i: Inputs) -> Case:
     packed, act = pack_mask(mask), mask.to(i.dtype)
     return Case(
         "norm_add_backward_reduce", i.norm, 4 * i.bytes + i.norm.mask_bytes,
-        lambda backend: backend.norm_backward_reduce(
-            d, dact, i.x, i.mean, i.invstd, i.scale, i.bias, None, None, None, packed, True
-        )[:3],
+        lambda backend: backend.norm_backward_reduce(d, dact, i.read(), packed, True)[:3],
         lambda: i.eager_sums(ATEN.threshold_backward(d + dact, act, 0)),
         terms=i.sum_terms,
     )  # fmt: skip
@@ -216,9 +216,7 @@ def norm_add_backward_reduce(i: Inputs) -> Case:
 def norm_backward_apply(i: Inputs) -> Case:
     """Reads dz and y, writes dy. ATen has it with the reduction only: see `norm_add_backward`."""
     dz = i.tensor(offset=0.5)
-    sums = Reference().norm_backward_reduce(
-        dz, None, i.x, i.mean, i.invstd, i.scale, i.bias, None, None, None, None, relu=False
-    )[1:3]
+    sums = Reference().norm_backward_reduce(dz, None, i.read(), None, relu=False)[1:3]
     return Case(
         "norm_backward_apply", i.norm, 3 * i.bytes,
         lambda backend: (backend.norm_backward_apply(dz, i.x, i.mean, i.invstd, i.gamma, *sums),),
@@ -229,12 +227,10 @@ def norm_backward_apply(i: Inputs) -> Case:
 def norm_backward(i: Inputs) -> Case:
     """Reduce and apply: the whole backward of relu(norm(x)); the mask is recomputed. Reads d and x, writes dz; reads both, writes dy."""
     d = i.tensor(offset=0.5)
-    act = Reference().norm_add_act(i.x, i.scale, i.bias, None, None, None, True, False)[0]
+    act = Reference().norm_add_act(i.read(), True, False)[0]
 
     def ours(backend):
-        dz, s1, s2, _ = backend.norm_backward_reduce(
-            d, None, i.x, i.mean, i.invstd, i.scale, i.bias, None, None, None, None, True
-        )
+        dz, s1, s2, _ = backend.norm_backward_reduce(d, None, i.read(), None, True)
         return (backend.norm_backward_apply(dz, i.x, i.mean, i.invstd, i.gamma, s1, s2),)
 
     return Case(
@@ -250,9 +246,7 @@ def norm_add_backward(i: Inputs) -> Case:
     packed, act = pack_mask(mask), mask.to(i.dtype)
 
     def ours(backend):
-        dz, s1, s2, _ = backend.norm_backward_reduce(
-            d, dact, i.x, i.mean, i.invstd, i.scale, i.bias, None, None, None, packed, True
-        )
+        dz, s1, s2, _ = backend.norm_backward_reduce(d, dact, i.read(), packed, True)
         return (backend.norm_backward_apply(dz, i.x, i.mean, i.invstd, i.gamma, s1, s2),)
 
     return Case(
@@ -267,16 +261,16 @@ def norm_act_max_pool(i: Inputs) -> Case:
     pooled = i.norm.n * i.norm.c * ((i.norm.h + 1) // 2) * ((i.norm.w + 1) // 2)
     return Case(
         "norm_act_max_pool", i.norm, i.bytes + pooled * (i.dtype.itemsize + 1),
-        lambda backend: backend.norm_act_max_pool(i.x, i.scale, i.bias, 3, 2, 1)[:1],
+        lambda backend: backend.norm_act_max_pool(i.read(), 3, 2, 1)[:1],
         lambda: (torch.nn.functional.max_pool2d(i.eager_norm(i.x, i.mean, i.var).relu_(), 3, 2, 1),),
     )  # fmt: skip
 
 
 def norm_act_max_pool_backward(i: Inputs) -> Case:
     """Reads the output's gradient, the index and x; writes dz."""
-    index = Reference().norm_act_max_pool(i.x, i.scale, i.bias, 3, 2, 1)[1]
+    index = Reference().norm_act_max_pool(i.read(), 3, 2, 1)[1]
     dout = nhwc((torch.randn(index.shape, device=i.device) + 0.5).to(i.dtype))
-    act = Reference().norm_add_act(i.x, i.scale, i.bias, None, None, None, True, False)[0]
+    act = Reference().norm_add_act(i.read(), True, False)[0]
     winners = torch.nn.functional.max_pool2d(act, 3, 2, 1, return_indices=True)[1]
 
     def eager():
@@ -285,9 +279,7 @@ def norm_act_max_pool_backward(i: Inputs) -> Case:
 
     return Case(
         "norm_act_max_pool_backward", i.norm, 2 * i.bytes + dout.nbytes + index.nbytes,
-        lambda backend: backend.norm_act_max_pool_backward(
-            dout, index, i.x, i.mean, i.invstd, i.scale, i.bias, 3, 2, 1
-        ),
+        lambda backend: backend.norm_act_max_pool_backward(dout, index, i.read(), 3, 2, 1),
         eager,
         terms=i.sum_terms,
     )  # fmt: skip
@@ -298,7 +290,7 @@ def norm_add_act_avg_pool(i: Inputs) -> Case:
     residual = i.tensor()
     return Case(
         "norm_add_act_avg_pool", i.norm, 2 * i.bytes + i.norm.mask_bytes,
-        lambda backend: backend.norm_add_act_avg_pool(i.x, i.scale, i.bias, residual, None, None)[:1],
+        lambda backend: backend.norm_add_act_avg_pool(i.read(residual))[:1],
         lambda: (i.eager_norm(i.x, i.mean, i.var).add_(residual).relu_().mean((2, 3), keepdim=True),),
     )  # fmt: skip
 
@@ -310,9 +302,7 @@ def norm_add_act_avg_pool_backward(i: Inputs) -> Case:
     area = i.norm.h * i.norm.w
     return Case(
         "norm_add_act_avg_pool_backward", i.norm, 2 * i.bytes + i.norm.mask_bytes,
-        lambda backend: backend.norm_add_act_avg_pool_backward(
-            dout, i.x, i.mean, i.invstd, i.scale, i.bias, None, None, None, packed
-        )[:3],
+        lambda backend: backend.norm_add_act_avg_pool_backward(dout, i.read(), packed)[:3],
         lambda: i.eager_sums(ATEN.threshold_backward((dout / area).expand_as(act), act, 0)),
         terms=i.sum_terms,
     )  # fmt: skip

@@ -254,7 +254,7 @@ class Trial:
         dact = self._tensor(c.n, c.c, c.h, c.w) if task.dact else None
         source, mask = self.source, None
         if source.residual is not None:
-            _, mask = Reference().norm_add_act(*source[:1], *source[3:6], *source[8:], relu=True, save_mask=True)
+            _, mask = Reference().norm_add_act(source, relu=True, save_mask=True)
         if task.source == "norm_add":
             source = source._replace(residual=None)
 

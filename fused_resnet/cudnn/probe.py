@@ -118,9 +118,7 @@ class Trial:
         s = self.source
         if not s.pending:
             return s.x, None
-        return Reference().norm_add_act(
-            s.x, s.scale, s.bias, s.residual, s.residual_scale, s.residual_bias, relu=True, save_mask=s.residual is not None
-        )
+        return Reference().norm_add_act(s, relu=True, save_mask=s.residual is not None)
 
     def _convolved(self) -> Tensor:
         return torch.conv2d(self._activation()[0].double(), self.weight.double(), None, *self.geometry)
@@ -149,10 +147,7 @@ class Trial:
         d = torch.nn.grad.conv2d_input(self.x.shape, self.weight.double(), dy.double(), *self.geometry[:3])
         truth = (d + dact, None, None, None)
         if s.pending:
-            raw = s.residual if s.residual_mean is not None else None
-            truth = Reference().norm_backward_reduce(
-                d, dact, s.x, s.mean, s.invstd, s.scale, s.bias, raw, s.residual_mean, s.residual_invstd, mask, relu=True
-            )
+            truth = Reference().norm_backward_reduce(d, dact, s, mask, relu=True)
         names = ("dz", "s1", "s2", "residual_s2")
         both = [(name, a, b) for name, a, b in zip(names, made, truth, strict=True) if a is not None]
         return {name: a for name, a, _ in both}, {name: b for name, _, b in both}
@@ -160,13 +155,13 @@ class Trial:
     def scale_bias_add_relu(self) -> Results:
         """act and mask."""
         s, names = self.source, ("act", "mask")
-        made = _made(work.norm_add_act(s.x, s.scale, s.bias, s.residual, s.residual_scale, s.residual_bias, tried=True))
+        made = _made(work.norm_add_act(s, tried=True))
         return dict(zip(names, made, strict=True)), dict(zip(names, self._activation(), strict=True))
 
     def dbn_apply(self) -> Results:
         """dy."""
         dz, s = self._tensor(*self.x.shape), self.source
-        _, s1, s2, _ = Reference._reduced(dz, s.x, s.mean, s.invstd)
+        _, s1, s2, _ = Reference._reduced(dz, Source(s.x, s.mean, s.invstd))
         arguments = dz, s.x, s.mean, s.invstd, self._vector(PROBLEM.c), s1, s2
         return {"dy": _made(work.norm_backward_apply(*arguments, tried=True))}, {"dy": Reference().norm_backward_apply(*arguments)}
 

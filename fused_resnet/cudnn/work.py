@@ -155,14 +155,12 @@ def wgrad(source: Source, dy: Tensor, weight: Tensor, geometry: ConvGeometry) ->
     return like_weight(dw, weight)
 
 
-def norm_add_act(
-    x: Tensor, scale: Tensor, bias: Tensor, residual: Tensor, residual_scale: Tensor | None, residual_bias: Tensor | None,
-    tried: bool = False,
-) -> tuple[Tensor, Tensor] | None:
+def norm_add_act(source: Source, tried: bool = False) -> tuple[Tensor, Tensor] | None:
     """As `Reference.norm_add_act` with a ReLU, a residual and a mask; None where cuDNN refuses.
 
     `tried` says that the graph need not be tried first.
-    """  # fmt: skip
+    """
+    x, _, _, scale, bias, residual, _, _, residual_scale, residual_bias = source
     plan = _pointwise("scale_bias_add_relu", x, "norm_add" if residual_scale is None else "norm_add_raw", tried)
     if plan is None:
         return None

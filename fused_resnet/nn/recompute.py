@@ -78,8 +78,7 @@ class _Maker(NamedTuple):
 
     def activation(self, raw: Tensor) -> Tensor:
         """relu(norm(raw)), as the backend wrote it."""
-        _, _, scale, bias = self.norm
-        return self.implementation.norm_add_act(raw, scale, bias, None, None, None, relu=True, save_mask=False)[0]
+        return self.implementation.norm_add_act(Source(raw, *self.norm), relu=True, save_mask=False)[0]
 
     def output(self, read: Tensor) -> Tensor:
         """y of the activation that was written, or else of the raw output."""

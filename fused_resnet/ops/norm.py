@@ -53,10 +53,7 @@ def _norm_add_act(*args):
     *tensors, relu, backend = args
     source = Source(*tensors)
     check_source(source)
-    act, mask = BACKENDS[backend].norm_add_act(
-        source.x, source.scale, source.bias, source.residual, source.residual_scale, source.residual_bias,
-        relu, save_mask=relu and source.residual is not None,
-    )  # fmt: skip
+    act, mask = BACKENDS[backend].norm_add_act(source, relu, save_mask=relu and source.residual is not None)
     return act, nothing(act, torch.uint8) if mask is None else mask
 
 
@@ -88,12 +85,7 @@ def _norm_add_act_formula(ctx: Any, dact: Tensor | None, _: Any) -> tuple:
 def _norm_add_act_backward(dact, *args):
     *tensors, mask, relu, backend = args
     source = Source(*tensors)
-    return _sums(
-        BACKENDS[backend].norm_backward_reduce(
-            channels_last(dact), None, source.x, source.mean, source.invstd, source.scale, source.bias,
-            source.residual, source.residual_mean, source.residual_invstd, present(mask), relu,
-        )
-    )  # fmt: skip
+    return _sums(BACKENDS[backend].norm_backward_reduce(channels_last(dact), None, source, present(mask), relu))
 
 
 def _norm_add_act_backward_fake(dact, *args):
@@ -109,7 +101,7 @@ def _norm_act_max_pool(*args):
     source = Source(*tensors)
     check_source(source)
     check_pool(source.x, kernel_size, stride, padding)
-    return BACKENDS[backend].norm_act_max_pool(source.x, source.scale, source.bias, kernel_size, stride, padding)
+    return BACKENDS[backend].norm_act_max_pool(source, kernel_size, stride, padding)
 
 
 def _norm_act_max_pool_fake(*args):
@@ -137,8 +129,8 @@ def _norm_act_max_pool_formula(ctx: Any, dout: Tensor | None, _: Any) -> tuple:
 
 
 def _norm_act_max_pool_backward(dout, *args):
-    *args, backend = args
-    return BACKENDS[backend].norm_act_max_pool_backward(channels_last(dout), *args)
+    index, *tensors, kernel_size, stride, padding, backend = args
+    return BACKENDS[backend].norm_act_max_pool_backward(channels_last(dout), index, Source(*tensors), kernel_size, stride, padding)
 
 
 def _norm_act_max_pool_backward_fake(dout, index, x, *args):
@@ -152,9 +144,7 @@ def _norm_add_act_avg_pool(*args):
     *tensors, backend = args
     source = Source(*tensors)
     check_source(source)
-    out, mask = BACKENDS[backend].norm_add_act_avg_pool(
-        source.x, source.scale, source.bias, source.residual, source.residual_scale, source.residual_bias
-    )
+    out, mask = BACKENDS[backend].norm_add_act_avg_pool(source)
     return out, nothing(out, torch.uint8) if mask is None else mask
 
 
@@ -186,12 +176,7 @@ def _norm_add_act_avg_pool_formula(ctx: Any, dout: Tensor | None, _: Any) -> tup
 def _norm_add_act_avg_pool_backward(dout, *args):
     *tensors, mask, backend = args
     source = Source(*tensors)
-    return _sums(
-        BACKENDS[backend].norm_add_act_avg_pool_backward(
-            channels_last(dout), source.x, source.mean, source.invstd, source.scale, source.bias,
-            source.residual, source.residual_mean, source.residual_invstd, present(mask),
-        )
-    )  # fmt: skip
+    return _sums(BACKENDS[backend].norm_add_act_avg_pool_backward(channels_last(dout), source, present(mask)))
 
 
 def _norm_add_act_avg_pool_backward_fake(dout, *args):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..backends import BACKENDS
-from ..reference import Norm, accumulate_dtype
+from ..reference import Norm, Source, accumulate_dtype
 from .checks import NORM_VECTORS, check_activation, check_vectors
 from .library import call, channels_last, define_with_formula, empty_nhwc
 
@@ -32,7 +32,7 @@ def _norm_act(x: Tensor, *args):
         mean, invstd, var, scale, bias = passes.batch_stats(x, norm.gamma, norm.beta, norm.eps)
     else:
         mean, invstd, var, scale, bias = passes.running_stats(norm, x.dtype)
-    act, _ = passes.norm_add_act(x, scale, bias, None, None, None, relu=True, save_mask=False)
+    act, _ = passes.norm_add_act(Source(x, mean, invstd, scale, bias), relu=True, save_mask=False)
     return act, mean, invstd, var, scale, bias
 
 
@@ -65,7 +65,7 @@ def _formula(ctx: Any, dact: Tensor | None, *_: Any) -> tuple:
 
 def _backward(dact, x, mean, invstd, scale, bias, gamma, training, backend):
     passes = BACKENDS[backend]
-    dz, s1, s2, _ = passes.norm_backward_reduce(channels_last(dact), None, x, mean, invstd, scale, bias, None, None, None, None, relu=True)
+    dz, s1, s2, _ = passes.norm_backward_reduce(channels_last(dact), None, Source(x, mean, invstd, scale, bias), None, relu=True)
     if training:
         return passes.norm_backward_apply(dz, x, mean, invstd, gamma, s1, s2), s1, s2
     return (dz * scale[:, None, None]).to(x.dtype), s1, s2  # running statistics are constants
