@@ -20,9 +20,10 @@ from torch import Tensor
 
 import fused_resnet
 from fused_resnet.backends import BACKENDS
-from fused_resnet.ops.checks import output_size
 from fused_resnet.ops.library import empty_nhwc
-from fused_resnet.reference import Pending, Reference, accumulate_dtype
+from fused_resnet.problem import output_size
+from fused_resnet.reference import Reference
+from fused_resnet.values import Pending, accumulate_dtype
 
 HERE = Path(__file__).resolve().parent
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from fused_resnet.backends import BACKENDS
 from fused_resnet.bench.accuracy import error
 from fused_resnet.bench.kernels import LANGUAGES
-from fused_resnet.reference import Reference, Source, nhwc
+from fused_resnet.reference import Reference
+from fused_resnet.values import Source, nhwc
 
 REFERENCE = Reference()
 #: [N, C, H, W]: one tile; no vector load and a part of a mask's byte; so many rows that partial results are merged; many channels

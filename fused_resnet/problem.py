@@ -6,8 +6,13 @@ A FLOP is one addition or one multiplication, so a multiply-add counts two. Byte
 from dataclasses import dataclass
 
 
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """The extent of a convolution's output along one axis; below 1 where the window does not fit."""
+def ceil_div(a: int, b: int) -> int:
+    """⌈a / b⌉."""
+    return -(-a // b)
+
+
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
+    """The extent of a convolution's or a pool's output along one axis; below 1 where the window does not fit."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
@@ -60,7 +65,12 @@ class ConvProblem:
     @property
     def pointwise(self) -> bool:
         """Whether output pixels are input pixels, so that each is read once: 1x1, stride 1, no padding."""
-        return self.r * self.s == 1 and self.stride == (1, 1) and self.padding == (0, 0)
+        return self.reads_pixels and self.stride == (1, 1)
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether each output pixel is made of one input pixel: 1x1 without padding."""
+        return self.r * self.s == 1 and self.padding == (0, 0)
 
     @property
     def p(self) -> int:
@@ -135,4 +145,4 @@ class NormProblem:
     @property
     def mask_bytes(self) -> int:
         """The packed ReLU mask: a bit a value, each pixel's channels padded to whole bytes."""
-        return self.count * -(-self.c // 8)
+        return self.count * ceil_div(self.c, 8)

@@ -10,6 +10,7 @@ floor. Partial sums, split-K workspaces, finalising launches, and the casts of w
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from .policy import pays_to_apply_norm
 from .problem import ConvProblem, NormProblem
 
 MASTER_BYTES = 4  # parameters, their gradients and their momentum are float32
@@ -115,16 +116,6 @@ def _block(name: str, batch: int, c: int, h: int, shapes: list[tuple[int, int, i
     if stride > 1 or k != c:
         projection = Layer(f"{name}.downsample.0", ConvProblem(batch, c, h, h, k, 1, 1, (stride, stride)))
     return Block(tuple(branch), projection)
-
-
-#: Each N tile of dgrad makes its prologue's operand again, from L2. By arithmetic, up to 512 channels (four or eight N tiles) that costs
-#: less than a pass that writes it; with 2,048, of 512 at the other side, L2 would take longer than the products.
-MOST_CHANNELS = 512
-
-
-def pays_to_apply_norm(problem: ConvProblem) -> bool:
-    """Whether dgrad makes dy of dz and y on load: where each pixel is read by one tap, and by few N tiles."""
-    return problem.pointwise and problem.c <= MOST_CHANNELS
 
 
 # How a norm's backward sums, the stem's pool and the tail's pool may be done.

@@ -11,8 +11,9 @@ from fused_resnet.backends import cudnn as backend_cudnn
 from fused_resnet.backends.convolutions import FusedConvolutions
 from fused_resnet.backends.passes_triton import PassesTriton
 from fused_resnet.cudnn.work import problem_of_task, rounded_coefficients
-from fused_resnet.reference import ConvGeometry, Source, like_weight, nhwc, unpack_mask
+from fused_resnet.reference import like_weight, unpack_mask
 from fused_resnet.tuning import CUDNN, heuristics
+from fused_resnet.values import ConvGeometry, Source, nhwc
 
 
 def _channels(vector: Tensor) -> Tensor:

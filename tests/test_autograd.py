@@ -12,7 +12,8 @@ import fused_resnet
 from fused_resnet import ops
 from fused_resnet.backends import BACKENDS
 from fused_resnet.functional import conv_bn_act
-from fused_resnet.reference import Reference, Source
+from fused_resnet.reference import Reference
+from fused_resnet.values import Source
 
 SHAPE = Shape(2, 6, 5, 4, 10, size=3)
 

@@ -14,8 +14,9 @@ from fused_resnet.bench.machine import Ceilings
 from fused_resnet.bench.passes import EPS
 from fused_resnet.bench.timing import Times
 from fused_resnet.problem import ConvProblem
-from fused_resnet.reference import Reference, Source, unpack_mask
+from fused_resnet.reference import Reference, unpack_mask
 from fused_resnet.roofline import DESIGNS, resnet, training_step
+from fused_resnet.values import Source
 
 CPU = torch.device("cpu")
 MS = Times(1.0, 1.0, 1.0)

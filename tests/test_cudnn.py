@@ -22,8 +22,9 @@ from fused_resnet.backends import BACKENDS
 from fused_resnet.cudnn import library, plans, probe, work
 from fused_resnet.cudnn.graphs import GRAPHS, ROLES, GraphProblem, build
 from fused_resnet.problem import ConvProblem
-from fused_resnet.reference import Conv, ConvGeometry, ConvOutput, Norm, Reference, Source, affine, nhwc, passes_gradient
+from fused_resnet.reference import Reference, affine, passes_gradient
 from fused_resnet.tuning import CUDNN, Entry, Table, Task
+from fused_resnet.values import Conv, ConvGeometry, ConvOutput, Norm, Source, nhwc
 
 ROOT = Path(__file__).resolve().parents[1]
 package = pytest.importorskip("cudnn", reason="nvidia-cudnn-frontend is not installed")

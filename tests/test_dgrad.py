@@ -28,12 +28,13 @@ from test_passes import agree, poisoned
 
 from fused_resnet.kernels import dgrad as module
 from fused_resnet.kernels.dgrad import dgrad
+from fused_resnet.policy import pays_to_apply_norm
 from fused_resnet.problem import ConvProblem
-from fused_resnet.reference import ConvOutput, Source, convolution_backward, pack_mask, passes_gradient, unpack_mask
-from fused_resnet.roofline import pays_to_apply_norm
+from fused_resnet.reference import convolution_backward, pack_mask, passes_gradient, unpack_mask
 from fused_resnet.tuning import Configuration
 from fused_resnet.tuning.gpu import MULTIPROCESSORS
 from fused_resnet.tuning.heuristic_dgrad import configuration
+from fused_resnet.values import ConvOutput, Source
 
 pytestmark = pytest.mark.usefixtures(poisoned.__name__)
 

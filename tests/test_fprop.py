@@ -20,11 +20,12 @@ from fused_resnet.kernels import fprop as module
 from fused_resnet.kernels.batch_stats import merge_moments
 from fused_resnet.kernels.fprop import fprop
 from fused_resnet.problem import ConvProblem
-from fused_resnet.reference import ConvGeometry, Reference, Source
+from fused_resnet.reference import Reference
 from fused_resnet.roofline import resnet
 from fused_resnet.tuning import Configuration
 from fused_resnet.tuning.gpu import MULTIPROCESSORS
 from fused_resnet.tuning.heuristic_fprop import configuration
+from fused_resnet.values import ConvGeometry, Source
 
 pytestmark = pytest.mark.usefixtures(poisoned.__name__)
 

@@ -17,7 +17,8 @@ from chains import DEVICE, LANGUAGES
 from fused_resnet import native, native_kernels
 from fused_resnet.backends import BACKENDS
 from fused_resnet.cli import main
-from fused_resnet.reference import Reference, Source
+from fused_resnet.reference import Reference
+from fused_resnet.values import Source
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,7 +15,8 @@ import torch
 from fused_resnet import native
 from fused_resnet.backends import BACKENDS
 from fused_resnet.environment import VariableError
-from fused_resnet.reference import Reference, Source
+from fused_resnet.reference import Reference
+from fused_resnet.values import Source
 
 pytestmark = pytest.mark.skipif(native.CPU.load() is not None, reason=f"native library for CPUs: {native.CPU.load()}")
 PASSES = BACKENDS["passes_cpu"]

@@ -13,7 +13,8 @@ from chains import DEVICE, LANGUAGES
 from fused_resnet.backends import BACKENDS
 from fused_resnet.kernels import tiling
 from fused_resnet.kernels.launch import multiprocessors
-from fused_resnet.reference import Reference, Source, unpack_mask
+from fused_resnet.reference import Reference, unpack_mask
+from fused_resnet.values import Source
 
 REFERENCE = Reference()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -5,7 +5,7 @@ import torch
 
 from fused_resnet.backends import BACKENDS, products
 from fused_resnet.problem import ConvProblem
-from fused_resnet.reference import Conv, ConvGeometry, ConvOutput, Norm
+from fused_resnet.values import Conv, ConvGeometry, ConvOutput, Norm
 
 CASES = {
     "1x1": ((2, 24, 9, 7), 40, 1, 1, 0),

@@ -29,9 +29,10 @@ from test_passes import poisoned
 from fused_resnet.kernels import wgrad as module
 from fused_resnet.kernels.wgrad import wgrad
 from fused_resnet.problem import ConvProblem
-from fused_resnet.reference import ConvOutput, Source, convolution_backward
+from fused_resnet.reference import convolution_backward
 from fused_resnet.tuning import Configuration
 from fused_resnet.tuning.heuristic_wgrad import configuration, m_tiles
+from fused_resnet.values import ConvOutput, Source
 
 pytestmark = pytest.mark.usefixtures(poisoned.__name__)
 

@@ -11,31 +11,17 @@ import torch
 from torch import Tensor
 
 from .. import cudnn
-from ..cudnn.work import as_cudnn_reads, problem_of
-from ..reference import (
-    Conv,
-    ConvGeometry,
-    ConvOutput,
-    Norm,
-    Pending,
-    Reference,
-    Source,
-    allow_tf32,
-    convolution,
-    convolution_backward,
-)
-from ..roofline import pays_to_apply_norm
+from ..cudnn.work import as_cudnn_reads
+from ..policy import pays_to_apply_norm
+from ..problem import ConvProblem
+from ..reference import Reference, allow_tf32, convolution, convolution_backward
 from ..tuning import CUDNN, Choice, Task
+from ..values import Conv, ConvGeometry, ConvOutput, Norm, Pending, Source, problem_of
 
 
-def is_pointwise(weight: Tensor, geometry: ConvGeometry, strided: bool = False) -> bool:
-    """Whether each pixel of the output reads one of the input: 1x1, without padding, and with stride 1 unless `strided`."""
-    return weight.shape[2:] == (1, 1) and not any(geometry.padding) and (strided or max(geometry.stride) == 1)
-
-
-def is_projection(output: ConvOutput) -> bool:
+def is_projection(problem: ConvProblem) -> bool:
     """Whether its input's gradient is one of every stride-th pixel, in both directions."""
-    return is_pointwise(output.weight, output.geometry, strided=True) and len(set(output.geometry.stride)) == 1
+    return problem.reads_pixels and len(set(problem.stride)) == 1
 
 
 class FusedConvolutions(Reference, ABC):
@@ -74,7 +60,7 @@ class FusedConvolutions(Reference, ABC):
     def _prologue(self, source: Source, convs: Sequence[Conv]) -> Choice | None:
         """The choice for the first convolution where its prologue makes the activation; None where a pass does."""
         first = convs[0]
-        if source.residual is not None and not is_pointwise(first.weight, first.geometry):
+        if source.residual is not None and not problem_of(source.x, first.weight, first.geometry).pointwise:
             return None  # overlapping windows would make the activation, and write it, again and again
         return self._choose("fprop", source.x, first.weight, first.geometry, source.kind())
 
@@ -111,7 +97,7 @@ class FusedConvolutions(Reference, ABC):
 
     def _first(self, source: Source, convs: Sequence[Conv], write_act: bool) -> Choice | None:
         """As `_prologue`, where the activation may have to be written: by a 1x1 convolution alone, and not by cuDNN."""
-        if write_act and not is_pointwise(convs[0].weight, convs[0].geometry):
+        if write_act and not problem_of(source.x, convs[0].weight, convs[0].geometry).pointwise:
             return None
         configuration = self._prologue(source, convs)
         return None if write_act and configuration == CUDNN else configuration
@@ -193,7 +179,8 @@ class FusedConvolutions(Reference, ABC):
             return self._source_gradients(source, mask, [dact]), []
         main, *others = outputs
         # A projection's gradient stays on its own grid: between its pixels there are zeros, which nobody needs to write or read.
-        stride = others[0].geometry.stride[0] if others and is_projection(others[0]) else 0
+        beside = problem_of(source.x, others[0].weight, others[0].geometry) if others else None
+        stride = beside.stride[0] if beside and is_projection(beside) else 0
         adds = dact is not None or bool(others and not stride)
         projection = (stride, others[0].weight.shape[0]) if stride else ()
         configuration = self._choose("dgrad", source.x, main.weight, main.geometry, source.kind(mask), adds, *projection)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..derived import derived
-from ..reference import ConvGeometry, nhwc
+from ..values import ConvGeometry, nhwc
 
 _OPERATORS = torch.ops.mkldnn
 #: How many tensors are remembered as finite: a block's input is a residual a few calls later.

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..reference import Conv, ConvGeometry, ConvOutput, Pending, Source, convolution, convolution_backward, like_weight
+from ..reference import convolution, convolution_backward, like_weight
+from ..values import Conv, ConvGeometry, ConvOutput, Pending, Source
 from . import onednn, products
 from .passes_native import PassesNative, float32_vector
 

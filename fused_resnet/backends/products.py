@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..problem import ConvProblem
-from ..reference import ConvGeometry
+from ..values import ConvGeometry
 
 #: The most bytes that the windows of a 3x3 convolution may take, and the fewest channels on both sides.
 WINDOW_BYTES, WINDOW_CHANNELS = 2**24, 512

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import Source, accumulate_dtype, allow_tf32
+from ..reference import allow_tf32
+from ..values import Source, accumulate_dtype
 
 #: The largest error, over the scale, of a result whose terms or elements were stored in that dtype. Products of float32 lose more to their
 #: order than to being stored.

@@ -21,22 +21,9 @@ from torch import Tensor
 
 from ..cudnn.work import as_cudnn_reads
 from ..problem import ConvProblem, NormProblem
-from ..reference import (
-    Conv,
-    ConvGeometry,
-    ConvOutput,
-    Norm,
-    Reference,
-    Source,
-    accumulate_dtype,
-    affine,
-    channel_sums,
-    nhwc,
-    passes_gradient,
-    standardise,
-    unpack_mask,
-)
+from ..reference import Reference, affine, channel_sums, passes_gradient, standardise, unpack_mask
 from ..roofline import Kernel, Network, total_bytes
+from ..values import Conv, ConvGeometry, ConvOutput, Norm, Source, accumulate_dtype, nhwc
 from . import accuracy, passes
 from .accuracy import Terms
 from .passes import ATEN, EPS, Case, Inputs, Results, statistics

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..problem import NormProblem
-from ..reference import Reference, Source, accumulate_dtype, nhwc, pack_mask
+from ..reference import Reference, pack_mask
 from ..roofline import Kernel, Network
+from ..values import Source, accumulate_dtype, nhwc
 from . import accuracy
 from .accuracy import Terms
 

@@ -23,9 +23,10 @@ from ..backends import BACKENDS, backend
 from ..backends.triton import CAPABILITY
 from ..kernels.launch import Launch, recording
 from ..problem import ConvProblem
-from ..reference import Reference, nhwc
+from ..reference import Reference
 from ..roofline import optimizer_step
 from ..tuning import heuristics
+from ..values import nhwc
 
 ATEN = torch.ops.aten
 CONVOLUTIONS = {ATEN.conv2d, ATEN.convolution, ATEN.convolution_backward}

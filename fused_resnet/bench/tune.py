@@ -27,8 +27,9 @@ from ..backends.triton import capability
 from ..convert import fuse
 from ..cudnn.work import as_cudnn_reads
 from ..problem import ConvProblem
-from ..reference import Conv, ConvGeometry, ConvOutput, Norm, Reference, Source, channel_sums, nhwc, standardise
+from ..reference import Reference, channel_sums, standardise
 from ..tuning import CUDNN, Choice, Entry, Table, Task, heuristics
+from ..values import Conv, ConvGeometry, ConvOutput, Norm, Source, nhwc
 from . import accuracy
 from .accuracy import Terms
 from .journal import Journal

@@ -18,7 +18,7 @@ from ..nn.modules import (
     geometry,
 )
 from ..ops import Conv, Norm, Pending
-from ..ops.checks import output_size
+from ..problem import output_size
 from .kinds import norm_forward, taken
 
 

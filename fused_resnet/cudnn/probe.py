@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..problem import ConvProblem
-from ..reference import ConvGeometry, Reference, Source, allow_tf32, nhwc
+from ..reference import Reference, allow_tf32
+from ..values import ConvGeometry, Source, nhwc
 from . import work
 from .graphs import GRAPHS, GraphProblem
 from .library import frontend

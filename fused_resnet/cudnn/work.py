@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..problem import ConvProblem
-from ..reference import ConvGeometry, Source, allow_tf32, like_weight, ones
+from ..reference import allow_tf32, like_weight, ones
 from ..tuning import Task
+from ..values import ConvGeometry, Source, problem_of
 from .graphs import GraphProblem
 from .plans import Plan, plans_of
 
@@ -77,13 +78,6 @@ def as_cudnn_reads(source: Source) -> Source:
     """A pending source with the coefficients that cuDNN's prologue uses. Doing it again changes nothing."""
     made = rounded_coefficients(source)
     return source._replace(scale=made.wide_scale, bias=made.wide_bias)
-
-
-def problem_of(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> ConvProblem:
-    """The convolution in numbers."""
-    (n, c, h, w), (k, _, r, s) = x.shape, weight.shape
-    stride, padding, dilation, groups = geometry
-    return ConvProblem(n, c, h, w, k, r, s, tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def _plan(graph: str, x: Tensor, conv: ConvProblem, source: str, dact: bool = False) -> Plan:

@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import ConvOutput, Source
+from ..problem import ceil_div
 from ..tuning import Configuration
+from ..values import ConvOutput, Source, problem_of
 from .elements import batch_norm_backward, passes_gradient, unpack_bits, vector
 from .implicit_gemm import pixel, tile
 from .launch import launch
 from .norm_backward import PartialSums
-from .tiling import ceil_div
 
 
 @triton.jit
@@ -234,7 +234,7 @@ def dgrad(
     """
     (n, c, h, w), (k, _, r, s) = source.x.shape, output.weight.shape
     (stride_h, stride_w), padding, dilation, groups = output.geometry
-    pointwise = r * s * stride_h * stride_w == 1 and not any(padding)
+    pointwise = problem_of(source.x, output.weight, output.geometry).pointwise
     if groups != 1:
         raise ValueError(f"output.geometry: expected groups = 1; got {groups}")
     if configuration.splits != 1:

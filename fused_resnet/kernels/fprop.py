@@ -10,14 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import ConvProblem
-from ..reference import ConvGeometry, Source
+from ..problem import ConvProblem, ceil_div
 from ..tuning import Configuration
 from ..tuning.heuristic_fprop import FEW_CHANNELS
+from ..values import ConvGeometry, Source
 from .elements import pack_bits, passes_gradient, preactivation, relu, vector
 from .implicit_gemm import pixel, tap, tile, tile_moments
 from .launch import launch, packed_mask
-from .tiling import ceil_div
 
 
 @triton.jit

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..policy import pays_to_apply_norm
 from ..problem import ConvProblem
-from ..reference import ConvGeometry, ConvOutput, Source
-from ..roofline import Network, pays_to_apply_norm
+from ..roofline import Network
 from ..tuning import Configuration, Task
+from ..values import ConvGeometry, ConvOutput, Source
 from . import dgrad, fprop, wgrad
 from .launch import Launch, packed_mask, recording
 

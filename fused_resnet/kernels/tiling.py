@@ -5,15 +5,12 @@ The figures in the code are first guesses from the arithmetic in each comment. T
 
 from dataclasses import dataclass
 
+from ..problem import ceil_div
+
 
 def power_of_two(value: int) -> int:
     """The smallest power of two that is at least `value`."""
     return 1 << max(value - 1, 0).bit_length()
-
-
-def ceil_div(a: int, b: int) -> int:
-    """⌈a / b⌉."""
-    return -(-a // b)
 
 
 @dataclass(frozen=True)

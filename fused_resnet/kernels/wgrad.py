@@ -5,15 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import ConvProblem
-from ..reference import ConvGeometry, Source, like_weight
+from ..problem import ceil_div
+from ..reference import like_weight
 from ..tuning import Configuration
 from ..tuning.heuristic_fprop import FEW_CHANNELS
 from ..tuning.heuristic_wgrad import m_tiles
+from ..values import ConvGeometry, Source, problem_of
 from .elements import relu, vector
 from .implicit_gemm import pixel, tile
 from .launch import launch
-from .tiling import ceil_div
 
 
 @triton.jit
@@ -146,8 +146,8 @@ def wgrad(
         raise ValueError(f"geometry: expected groups = 1; got {geometry.groups}")
     (n, c, h, w), (k, _, r, s), (p, q) = source.x.shape, weight.shape, dy.shape[2:]
     rows = n * p * q
-    pointwise = r * s * geometry.stride[0] * geometry.stride[1] == 1 and not any(geometry.padding)
-    spanned = 0 if pointwise else min(n, configuration.block_k // (p * q) + 2) * h * w * c
+    problem = problem_of(source.x, weight, geometry)
+    spanned = 0 if problem.pointwise else min(n, configuration.block_k // (p * q) + 2) * h * w * c
     if max(spanned, rows + configuration.block_k) >= 2**31:
         raise ValueError(
             f"source: expected fewer than 2**31 elements in the images of a step, and output pixels; got {spanned} and {rows}"
@@ -157,7 +157,6 @@ def wgrad(
     dw = torch.empty_like(weight)  # of the weight's strides if those leave no gaps
     out = dw if splits == 1 else torch.empty((splits, dw.numel()), dtype=torch.float32, device=dw.device)
     flat = c if c < FEW_CHANNELS and r * s > 1 else 0
-    problem = ConvProblem(n, c, h, w, k, r, s, tuple(geometry.stride), tuple(geometry.padding), tuple(geometry.dilation))
     out_k, out_c, out_r, out_s = dw.stride()
     programs = splits * m_tiles(problem, configuration.block_m) * ceil_div(k, configuration.block_n)
     launch(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS, resolve
-from ..reference import Conv, ConvGeometry, Norm, Pending, Reference, Source, unpack_mask, values_per_channel
+from ..reference import Reference, unpack_mask
+from ..values import Conv, ConvGeometry, Norm, Pending, Source, values_per_channel
 from . import norm as _norm  # noqa: F401  (registers the operators)
 from . import norm_act as _norm_act  # noqa: F401
 from .checks import check_conv, check_inference

@@ -6,7 +6,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..reference import Conv, ConvGeometry, Source
+from ..problem import output_size
+from ..values import Conv, ConvGeometry, Source
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 VECTORS = ("mean", "invstd", "scale", "bias")
@@ -92,11 +93,6 @@ def check_layouts(source: Source) -> None:
     for name, t in (("x", source.x), ("residual", source.residual)):
         if t is not None and not is_channels_last(t):
             check_activation(name, t)
-
-
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
-    """The extent of a convolution's or a pool's output along one axis."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def check_inference(

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
-from ..reference import Conv, ConvOutput, Pending, Reference, Source, accumulate_dtype
+from ..reference import Reference
+from ..values import Conv, ConvOutput, Pending, Source, accumulate_dtype
 from .checks import check_conv, check_source
 from .flat import flatten, schema, unflatten
 from .library import channels_last, define, empty_nhwc, nothing, overload, present

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
-from ..reference import Conv, ConvOutput, Pending, Source
+from ..values import Conv, ConvOutput, Pending, Source
 from .checks import check_layouts, check_source
 from .convolutions import INNER, OPERATORS, Convolved, Operator, operator_for
 from .library import is_watched, is_wrapped, wants_gradient

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
-from ..reference import Source, accumulate_dtype
+from ..values import Source, accumulate_dtype
 from .checks import check_pool, check_source
 from .library import call, channels_last, define_with_formula, empty_nhwc, nothing, present
 

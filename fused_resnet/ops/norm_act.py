@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..backends import BACKENDS
-from ..reference import Norm, Source, accumulate_dtype
+from ..values import Norm, Source, accumulate_dtype
 from .checks import NORM_VECTORS, check_activation, check_vectors
 from .library import call, channels_last, define_with_formula, empty_nhwc
 

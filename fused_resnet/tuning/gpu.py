@@ -9,11 +9,6 @@ def architecture(capability: tuple[int, int]) -> int:
     return min(capability[0], max(MULTIPROCESSORS))
 
 
-def ceil_div(a: int, b: int) -> int:
-    """⌈a / b⌉."""
-    return -(-a // b)
-
-
 def power_of_two(value: int, most: int) -> int:
     """The least that is not below `value`, between 16, the least extent of a tile, and `most`."""
     return min(max(1 << max(value - 1, 0).bit_length(), 16), most)

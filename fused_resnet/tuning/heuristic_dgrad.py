@@ -5,10 +5,10 @@ The reasons are arithmetic and what the compiler says (docs/kernels/dgrad.md). T
 
 from dataclasses import replace
 
-from ..problem import ConvProblem
-from ..roofline import pays_to_apply_norm
+from ..policy import pays_to_apply_norm
+from ..problem import ConvProblem, ceil_div
 from .configuration import Configuration
-from .gpu import MULTIPROCESSORS, architecture, ceil_div, power_of_two
+from .gpu import MULTIPROCESSORS, architecture, power_of_two
 
 #: (architecture, bytes of an element, prologue) -> tiles for many rows and channels. The epilogue has as many values alive as the
 #: accumulator has, of x and x̂ too: 64 x 128 with four warps leaves two or three programs a multiprocessor, of which one computes

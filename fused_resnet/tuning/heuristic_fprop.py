@@ -5,9 +5,9 @@ The reasons are arithmetic and what the compiler says (docs/kernels/fprop.md). T
 
 from dataclasses import replace
 
-from ..problem import ConvProblem
+from ..problem import ConvProblem, ceil_div
 from .configuration import Configuration
-from .gpu import MULTIPROCESSORS, architecture, ceil_div, power_of_two
+from .gpu import MULTIPROCESSORS, architecture, power_of_two
 
 #: Fewer channels than the smallest step along K are not padded to one: the kernel's K axis then runs over whole filter rows.
 FEW_CHANNELS = 16

@@ -5,9 +5,9 @@ The reasons are arithmetic and what the compiler says (docs/kernels/wgrad.md). T
 
 from dataclasses import replace
 
-from ..problem import ConvProblem
+from ..problem import ConvProblem, ceil_div
 from .configuration import Configuration
-from .gpu import MULTIPROCESSORS, architecture, ceil_div, power_of_two
+from .gpu import MULTIPROCESSORS, architecture, power_of_two
 from .heuristic_fprop import FEW_CHANNELS
 
 #: (architecture, bytes of an element, prologue) -> tiles for many channels and filters.
