@@ -1,6 +1,7 @@
 """The residual block: convolutions with norms, a shortcut around them, and the rule by which activations stay pending."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from .modules import (
     takes,
     why_not,
 )
-from .prepared import prepared
+from .prepared import Prepared, prepared
 from .recompute import run_of
 
 
@@ -98,28 +99,39 @@ class Block(nn.Module):
         known = prepared(self)
         if known is None or not (isinstance(a.x, Pending) or takes(known.pairs[0].conv, a.x)):
             return folded.block_forward(self, self.branch(), a)
-        if isinstance(a.x, Tensor):  # under autocast, PyTorch's modules may have made it in float32
-            x = enter(a.x, compute_dtype(a.x)).x
-            given = Source(x)
-        else:
-            x, given = a.x.y, ops.source(a.x, a.residual)
+        if known.is_whole(self):
+            return advance_together([known], a, self.shortcut, self.recompute)
+        x, given = _read(a)
         made = run_of(given, known.layers(x), self.shortcut, self.recompute)
-        statistics, projection = list(a.statistics), known.projection
-        for pair, (pendings, _, _) in zip(known.pairs, made, strict=True):
-            out = pendings[0]
-            statistics += pair.statistics(out)
-        act = made[0].act
-        if known.beside:
-            residual = made[0].pendings[-1]
-        elif not self.shortcut or self.downsample is None:
-            residual = act if self.shortcut else None
-        elif projection is None:
+        (_, act, _), (out, *_) = made[0], made[-1].pendings
+        statistics, projection = known.statistics(made), known.projection
+        if projection is None:
             residual = enter(self.downsample(act), x.dtype).x
         else:
             residual = ops.conv_stats(enter(known.pool(act), x.dtype).x, projection.layer(x))
-        if projection is not None:  # PyTorch's modules run it last
-            statistics += projection.statistics(residual)
-        return Activation(out, residual, tuple(statistics))
+            statistics += projection.statistics(residual)  # PyTorch's modules run it last
+        return Activation(out, residual, (*a.statistics, *statistics))
+
+
+def advance_together(known: Sequence[Prepared], a: Activation, shortcut: bool, recompute: bool = False) -> Activation:
+    """From the activation before these blocks to the one behind them: one node of autograd. With `recompute` there is one block."""
+    x, given = _read(a)
+    blocks = [block.layers(x) for block in known]
+    made = [run_of(given, blocks[0], shortcut, True)] if recompute else ops.convolve_blocks(given, blocks, shortcut)
+    statistics = list(a.statistics)
+    for block, of_block in zip(known, made, strict=True):
+        statistics += block.statistics(of_block)
+    (beside, act, _), (out, *_) = made[-1][0], made[-1][-1].pendings
+    residual = beside[-1] if known[-1].beside else act if shortcut else None
+    return Activation(out, residual, tuple(statistics))
+
+
+def _read(a: Activation) -> tuple[Tensor, Source]:
+    """(x, what stands for the activation). Under autocast, PyTorch's modules may have made it in float32."""
+    if isinstance(a.x, Tensor):
+        x = enter(a.x, compute_dtype(a.x)).x
+        return x, Source(x)
+    return a.x.y, ops.source(a.x, a.residual)
 
 
 def enter(x: Tensor, dtype: torch.dtype | None = None) -> Activation:

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..ops import Pending
 from .activation import Activation
-from .block import Block, enter
+from .block import Block, advance_together, enter
 from .folded import conv_act_length, row_forward
 from .modules import (
     batch_statistics,
@@ -24,6 +25,7 @@ from .modules import (
     runs_fused,
     takes,
 )
+from .prepared import Prepared, prepared
 
 
 class Stage(nn.Sequential):
@@ -41,9 +43,9 @@ def run(modules: Iterable[nn.Module], a: Activation) -> Activation:
     queue = flatten(modules)
     position = 0
     while position < len(queue):
-        if isinstance(queue[position], Block):
-            a = advance(queue[position], a)
-            position += 1
+        if blocks := joined(queue, position, a):
+            a = advance_together(blocks, a, queue[position].shortcut)
+            position += len(blocks)
             continue
         length = conv_norm_act_length(queue, position)
         if length and (isinstance(a.x, Pending) or takes(queue[position], a.x)):
@@ -56,6 +58,26 @@ def run(modules: Iterable[nn.Module], a: Activation) -> Activation:
             a = advance(queue[position], a)
             position += 1
     return a
+
+
+def joined(queue: list[nn.Module], position: int, a: Activation) -> list[Prepared]:
+    """The blocks from `position` on that are one node of autograd, which costs the host less than one each: those of a stage.
+
+    A projection begins a new one, so that backward lets go of what a stage kept before it comes to the stage before. Where processes share
+    the gradients, each block stays a node of its own: its gradients then travel while those of the block before it are computed.
+    """
+    first, found = queue[position], []
+    distributed = torch.distributed
+    if not isinstance(first, Block) or torch.compiler.is_compiling() or (distributed.is_available() and distributed.is_initialized()):
+        return found
+    for block in queue[position:]:
+        if not isinstance(block, Block) or block.recompute or block.shortcut is not first.shortcut or observed(block):
+            break
+        known = prepared(block)
+        if known is None or not known.is_whole(block) or (found and known.projection is not None):
+            break
+        found.append(known)
+    return found if found and (isinstance(a.x, Pending) or takes(found[0].pairs[0].conv, a.x)) else []
 
 
 def flatten(modules: Iterable[nn.Module]) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from ..ops import Conv, ConvGeometry, Layer, Layers, Norm, Pending, values_per_channel
+from ..ops import Conv, ConvGeometry, Convolved, Layer, Layers, Norm, Pending, values_per_channel
 from .activation import BatchStatistics
 from .modules import Requirement, batch_statistics, geometry, met, norm_of, weight_for
 
@@ -106,6 +106,19 @@ class Prepared:
                 layers = Layers(layers)
                 self._kept = now, layers  # which holds the parameters, so that no other gets the name of one
         return layers
+
+    def is_whole(self, block: nn.Module) -> bool:
+        """Whether the operators make the residual, too, where there is one."""
+        return self.beside or not block.shortcut or block.downsample is None
+
+    def statistics(self, made: Sequence[Convolved]) -> list[BatchStatistics]:
+        """What the layers of the block tell the running statistics of its norms, in the order of PyTorch's modules."""
+        statistics = []
+        for pair, (pendings, _, _) in zip(self.pairs, made, strict=True):
+            statistics += pair.statistics(pendings[0])
+        if self.beside:
+            statistics += self.projection.statistics(made[0].pendings[-1])
+        return statistics
 
     def _layers(self, x: Tensor) -> list[Layer]:
         layers = [[pair.layer(x)] for pair in self.pairs]

@@ -39,6 +39,7 @@ __all__ = [
     "conv_stats",
     "conv_stats_pair",
     "convolve",
+    "convolve_blocks",
     "implementation",
     "inferring",
     "is_transformed",
@@ -68,6 +69,16 @@ def implementation(x: Tensor) -> Reference:
     return BACKENDS[_backend(x)]
 
 
+def convolve_blocks(source: Source, blocks: Sequence[Sequence[Layer]], act_is_read: bool = True) -> list[list[Convolved]]:
+    """Blocks one behind the other, one node of autograd -> what each layer of each makes.
+
+    Each block is as of `convolve`. The next one reads relu(norm(y) + residual): y is the first output of the block's last layer, the
+    residual the second output of its first layer, else the activation that this layer read, where `act_is_read`. Only what the last block
+    makes has a gradient of its own.
+    """
+    return _convolve(source, blocks, _backend(source.x), act_is_read)
+
+
 def convolve(source: Source, layers: Sequence[Layer], act_is_read: bool = True) -> list[Convolved]:
     """A run of convolutions, one node of autograd -> what each layer makes.
 
@@ -75,7 +86,8 @@ def convolve(source: Source, layers: Sequence[Layer], act_is_read: bool = True) 
     written and handed out where `act_is_read` by others, too, or a residual comes with it. Those of every other layer read relu(norm(y)) of
     the first output of the layer before; that output has no gradient of its own, and may be asked for its statistics alone.
     """
-    return _convolve(source, layers, _backend(source.x), act_is_read)
+    (made,) = convolve_blocks(source, [layers], act_is_read)
+    return made
 
 
 def conv_stats(x: Tensor, conv: Conv) -> Pending:

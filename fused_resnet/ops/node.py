@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
+from ..reference import Reference
 from ..values import Conv, ConvOutput, Pending, Source
-from .checks import check_layouts, check_source
+from .checks import check_source
 from .convolutions import INNER, OPERATORS, Convolved, Operator, operator_for
 from .library import is_watched, is_wrapped, wants_gradient
 
@@ -25,8 +26,8 @@ Layer = Sequence[Conv]
 Execute = Callable[[Operator, Source, Layer], tuple]
 #: The fields of a source that a gradient is defined for.
 DIFFERENTIABLE = ("x", "mean", "invstd", "residual", "residual_mean", "residual_invstd")
-#: What a node saves of each output, and of each convolution.
-KEPT, KEPT_PARAMETERS = ("y", "mean", "invstd", "scale", "bias"), ("weight", "gamma")
+#: What a node saves of each output: the fields of the source that it becomes.
+KEPT = ("y", "mean", "invstd", "scale", "bias")
 _facts = attrgetter("shape", "dtype", "device")
 
 
@@ -52,83 +53,104 @@ class Layers(tuple[Layer, ...]):
         """All that checks look at, of these convolutions on a source, but for layouts."""
         return tuple(map(_facts, [*[t for t in source if t is not None], *self._tensors])), source.kind()
 
-    def known(self, facts: tuple) -> bool:
-        """Whether they were right before."""
-        return facts in self._right
+    def run(self, first: Operator, source: Source, execute: Execute) -> list[tuple]:
+        """What each layer makes, one after the other; `first` is the operator of the first."""
+        operator, made = first, []
+        for convs in self:
+            if made:
+                ((y, mean, invstd, _, scale, bias), *_), _, _ = made[-1]
+                source = Source(y, mean, invstd, scale, bias)
+                operator = INNER if len(convs) == 1 else operator_for(source, convs, False)
+            made.append(execute(operator, source, convs))
+        return made
 
-    def learn(self, facts: tuple) -> None:
-        """They are right."""
+    def checked_run(self, first: Operator, source: Source, passes: Reference) -> list[tuple]:
+        """`run` by a backend. Arguments that were right before are not looked at again."""
+        facts = self.facts(source)
+        if facts in self._right:
+            return self.run(first, source, lambda operator, source, convs: operator.run(source, convs, passes))
+        made = self.run(first, source, lambda operator, source, convs: operator.check_and_run(source, convs, passes))
         self._right.add(facts)
-
-
-class Run:
-    """What becomes a node of autograd."""
-
-    __slots__ = ("backend", "execute", "first", "layers", "made", "source")
-
-    def __init__(self, first: Operator, source: Source, layers: Layers, backend: str, execute: Execute):
-        self.first, self.source, self.layers, self.backend, self.execute = first, source, layers, backend, execute
-        self.made: Sequence[tuple] = ()  #: by each layer, once it ran
-
-    def as_node(self, apply: Callable[..., Any]) -> list[Convolved]:
-        """Run, as a node. Its results, which have a graph, stand in the place of what the layers made."""
-        x, mean, invstd, _, _, residual, residual_mean, residual_invstd, _, _ = self.source
-        results = apply(self, x, mean, invstd, residual, residual_mean, residual_invstd, *self.layers.parameters)
-        made, rest, is_first = [], iter(results), True
-        for (pendings, act, mask), of_layer in zip(self.made, self.layers.settings, strict=True):
-            seen = []
-            for pending, (read_next, _) in zip(pendings, of_layer, strict=True):
-                if not read_next:
-                    *_, var, scale, bias = pending
-                    pending = Pending(next(rest), next(rest), next(rest), var, scale, bias)
-                seen.append(pending)
-            made.append(Convolved(seen, act if is_first and not self.first.pending else None, mask))
-            is_first = False
-        if self.first.residual:
-            pendings, _, mask = made[0]
-            made[0] = Convolved(pendings, results[-1], mask)
         return made
 
 
-def in_steps(first: Operator, source: Source, layers: Sequence[Layer], execute: Execute) -> list[tuple]:
-    """The layers of a run, one after the other."""
-    operator, made = first, []
-    for convs in layers:
-        if made:
-            ((y, mean, invstd, _, scale, bias), *_), _, _ = made[-1]
-            source = Source(y, mean, invstd, scale, bias)
-            operator = INNER if len(convs) == 1 else operator_for(source, convs, False)
-        made.append(execute(operator, source, convs))
-    return made
+class Run:
+    """What becomes a node of autograd: blocks, each of which reads what the one before it hands on."""
+
+    __slots__ = ("act_is_read", "backend", "blocks", "firsts", "made", "make", "source")
+
+    def __init__(self, source: Source, blocks: Sequence[Layers], backend: str, act_is_read: bool, make: Callable[..., list[tuple]]):
+        self.source, self.blocks, self.backend, self.act_is_read = source, blocks, backend, act_is_read
+        self.make = make  #: (layers, the operator of the first, source) -> what each layer makes
+        self.made: list[list[tuple]] = []  #: by each block, once it ran
+        self.firsts: list[Operator] = []  #: of the first layers
+
+    def run(self) -> list[list[tuple]]:
+        """What the blocks make, one after the other."""
+        source = self.source
+        for layers in self.blocks:
+            if self.made:
+                source = behind(self.made[-1], self.act_is_read)
+            first = operator_for(source, layers[0], self.act_is_read)
+            self.firsts.append(first)
+            self.made.append(self.make(layers, first, source))
+        return self.made
+
+    def as_node(self, apply: Callable[..., Any]) -> list[list[Convolved]]:
+        """Run, as a node. Its results, which have a graph, stand in the place of what the last block made."""
+        x, mean, invstd, _, _, residual, residual_mean, residual_invstd, _, _ = self.source
+        parameters = [t for layers in self.blocks for t in layers.parameters]
+        results = apply(self, x, mean, invstd, residual, residual_mean, residual_invstd, *parameters)
+        made = [[Convolved(pendings, None, mask) for pendings, _, mask in block] for block in self.made]
+        rest, last = iter(results), made[-1]
+        for (pendings, _, _), of_layer in zip(last, self.blocks[-1].settings, strict=True):
+            for i, (read_next, _) in enumerate(of_layer):
+                if not read_next:
+                    *_, var, scale, bias = pendings[i]
+                    pendings[i] = Pending(next(rest), next(rest), next(rest), var, scale, bias)
+        first, (pendings, _, mask) = self.firsts[-1], last[0]
+        if first.residual or not first.pending:
+            last[0] = Convolved(pendings, results[-1] if first.residual else x, mask)
+        return made
 
 
-def convolve(source: Source, layers: Iterable[Layer], backend: str, act_is_read: bool) -> list[Convolved]:
-    """What each layer of a run makes; `act_is_read` tells whether others read the activation of a pending source, too.
+def behind(made: Sequence[tuple], act_is_read: bool) -> Source:
+    """What the next block reads of what the layers of a block made: the output, and beside it the projection, or the activation."""
+    (pendings, act, _), ((out, *_), _, _) = made[0], made[-1]
+    _, *beside = pendings
+    return source_of(out, beside[0] if beside else act if act_is_read else None)
+
+
+def convolve(source: Source, blocks: Sequence[Sequence[Layer]], backend: str, act_is_read: bool) -> list[list[Convolved]]:
+    """What each layer of each block makes; `act_is_read` tells whether others read the activation of a pending source, too.
 
     Only then it is handed out: what a backend keeps for itself is nobody else's.
     """
-    first = operator_for(source, layers[0], act_is_read)
     if is_watched(source.x):
-        # Whether a backend keeps the activation depends on sizes; a graph for any size has to know it.
-        any_size = _any_size(source.x)
-        made = in_steps(first, source, layers, lambda o, s, convs: o.dispatched(s, convs, backend, o.may_skip_act and any_size))
-        return _handed_out(first, made)
-    layers = layers if type(layers) is Layers else Layers(layers)
-    passes, facts = BACKENDS[backend], layers.facts(source)
-    if known := layers.known(facts):
-        check_layouts(source)
-    else:
-        check_source(source)  # every other is made by an operator
-
-    def execute(operator: Operator, source: Source, convs: Layer) -> tuple:
-        return (operator.run if known else operator.check_and_run)(source, convs, passes)
-
+        return _dispatched(source, blocks, backend, act_is_read)
+    check_source(source)  # every other is made by an operator
+    passes = BACKENDS[backend]
+    blocks = [layers if type(layers) is Layers else Layers(layers) for layers in blocks]
+    run = Run(source, blocks, backend, act_is_read, lambda layers, first, source: layers.checked_run(first, source, passes))
     if torch.is_grad_enabled():
-        made = Run(first, source, layers, backend, execute).as_node(_apply)
-    else:
-        made = _handed_out(first, in_steps(first, source, layers, execute))
-    if not known:
-        layers.learn(facts)
+        return run.as_node(_apply)
+    return [_handed_out(first, made) for made, first in zip(run.run(), run.firsts, strict=True)]
+
+
+def _dispatched(source: Source, blocks: Sequence[Sequence[Layer]], backend: str, act_is_read: bool) -> list[list[Convolved]]:
+    """`convolve` where somebody looks on: each layer an operator."""
+    # Whether a backend keeps the activation depends on sizes; a graph for any size has to know it.
+    any_size, made = _any_size(source.x), []
+    for layers in blocks:
+        if made:
+            source = behind(made[-1], act_is_read)
+        block, read = [], source
+        for convs in layers:
+            if block:
+                read = source_of(block[-1].pendings[0])
+            operator = operator_for(read, convs, act_is_read and not block)
+            block.append(operator.dispatched(read, convs, backend, operator.may_skip_act and any_size))
+        made.append(_handed_out(operator_for(source, layers[0], act_is_read), block))
     return made
 
 
@@ -140,15 +162,15 @@ def _as_dispatched(operator: Operator) -> Callable[..., Convolved]:
     """What the dispatcher finds where autograd is due: the operator below it, as a node where something wants a gradient."""
 
     def differentiable(source: Source, convs: Layer, backend: str, write_act: bool) -> Convolved:
-        def below(operator: Operator, source: Source, convs: Layer) -> Convolved:
+        def below() -> Convolved:
             with torch._C._AutoDispatchBelowAutograd():
                 return operator.dispatched(source, convs, backend, write_act)
 
         if not wants_gradient(*source, *(t for weight, norm, _ in convs for t in (weight, norm.gamma, norm.beta))):
-            return below(operator, source, convs)
-        run = Run(operator, source, Layers([convs]), backend, below)
-        ((pendings, act, mask),) = run.as_node(Node.apply)
-        ((_, kept, _),) = run.made
+            return below()
+        run = Run(source, [Layers([convs])], backend, operator.residual, lambda *_: [below()])
+        (((pendings, act, mask),),) = run.as_node(Node.apply)
+        (((_, kept, _),),) = run.made
         return Convolved(pendings, kept if operator.may_skip_act else act, mask)
 
     return differentiable
@@ -176,64 +198,70 @@ class Node(torch.autograd.Function):
     def forward(ctx: Any, run: Run, *_: Tensor | None) -> tuple[Tensor, ...]:
         """Run and save: the raw input, a raw residual; of each layer act and mask; of each output y, its norm, weight and gamma."""
         ctx.set_materialize_grads(False)  # an unused act must not cost a tensor of zeros
-        first, source, layers = run.first, run.source, run.layers
-        made = run.made = in_steps(first, source, layers, run.execute)
+        made, source, blocks = run.run(), run.source, run.blocks
         x, mean, invstd, scale, bias, *residual = source
         saved = [x, mean, invstd, scale, bias, *(residual if source.residual_mean is not None else [None] * len(residual))]
-        kept, results = [], []
-        for (pendings, act, mask), of_layer in zip(made, layers.settings, strict=True):
-            saved += None if act is x else act, mask
-            for (y, mean, invstd, _, scale, bias), (read_next, _) in zip(pendings, of_layer, strict=True):
-                kept += y, mean, invstd, scale, bias
-                if not read_next:
-                    results += y, mean, invstd
-        ctx.save_for_backward(*saved, *kept, *layers.kept)
-        ctx.known = first, layers.settings, run.backend, source.residual is not None
-        if first.residual:
-            (_, act, _), *_ = made
+        kept, results, last = [], [], made[-1]
+        for block, layers in zip(made, blocks, strict=True):
+            for (pendings, act, mask), of_layer in zip(block, layers.settings, strict=True):
+                saved += None if act is x else act, mask
+                for (y, mean, invstd, _, scale, bias), (read_next, _) in zip(pendings, of_layer, strict=True):
+                    kept += y, mean, invstd, scale, bias
+                    if block is last and not read_next:
+                        results += y, mean, invstd
+            kept += layers.kept
+        ctx.save_for_backward(*saved, *kept)
+        ctx.known = run.firsts, [layers.settings for layers in blocks], run.backend, run.act_is_read, source.residual is not None
+        if run.firsts[-1].residual:
+            (_, act, _), *_ = last
             results.append(act)
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of the arguments. Autograd casts them to the arguments' dtypes."""
-        first, settings, backend, has_residual = ctx.known
+        firsts, settings, backend, act_is_read, has_residual = ctx.known
         saved, needs, given = iter(ctx.saved_tensors), iter(ctx.needs_input_grad), iter(grads)
         next(needs)  # of the run itself
         source, need_dx = Source(*islice(saved, len(Source._fields))), True in tuple(islice(needs, len(DIFFERENTIABLE)))
-        acts = [(next(saved), next(saved)) for _ in settings]
-        convs = sum(map(len, settings))
-        kept = iter([tuple(islice(saved, len(KEPT))) for _ in range(convs)])
-        operator, layers = first, []
-        for (act, mask), of_layer in zip(acts, settings, strict=True):
-            parts, wanted = [], need_dx
-            for read_next, setting in of_layer:
-                of_output = None if read_next else (next(given), next(given), next(given))
-                needed = next(needs), next(needs), next(needs)
-                parts.append((of_output, next(kept), (next(saved), next(saved)), setting, needed))
-                wanted = wanted or True in needed
-            layers.append((operator, source, act if operator.pending else source.x, mask, parts, need_dx))
-            (_, (y, mean, invstd, scale, bias), *_), *_ = parts
-            operator, source, need_dx = INNER, Source(y, mean, invstd, scale, bias), wanted
-        dact = next(given, None)
+        acts = iter([(next(saved), next(saved)) for of_block in settings for _ in of_block])
+        blocks = []
+        for operator, of_block in zip(firsts, settings, strict=True):
+            outputs = iter([tuple(islice(saved, len(KEPT))) for of_layer in of_block for _ in of_layer])
+            is_last, layers = len(blocks) + 1 == len(firsts), []
+            for of_layer in of_block:
+                (act, mask), parts, wanted = next(acts), [], need_dx
+                for read_next, setting in of_layer:
+                    of_output = (next(given), next(given), next(given)) if is_last and not read_next else None  # made on the way
+                    needed = next(needs), next(needs), next(needs)
+                    parts.append((of_output, next(outputs), (next(saved), next(saved)), setting, needed))
+                    wanted = wanted or True in needed
+                layers.append((operator, source, act if operator.pending else source.x, mask, parts, need_dx))
+                (_, out, *_), *_ = parts
+                operator, source, need_dx = INNER, Source(*out), wanted
+            (*_, (_, *beside), _), *_ = layers
+            for _, raw, *_ in beside:
+                source = Source(*out, *raw)
+            blocks.append(layers)
         backward = Operator.gradients if _is_plain_backward(source.x, grads) else Operator.dispatched_gradients
-        gradients, of_read = [], None
-        while layers:
-            operator, source, act, mask, parts, need_dx = layers.pop()
-            outputs, of_act, is_used = [], None if layers else dact, False
-            for of_output, (y, mean, invstd, _, _), (weight, gamma), (training, geometry, group), (need_dw, _, _) in parts:
-                dz, s1, s2 = of_read if of_output is None else of_output
-                is_used = is_used or dz is not None
-                outputs.append(ConvOutput(dz, s1, s2, y, mean, invstd, weight, gamma, training, geometry, need_dw, group))
-            if is_used or of_act is not None:
-                (dx, s1, s2, residual_s2), dws = backward(operator, source, act, mask, outputs, of_act, need_dx, backend)
-            else:
-                dx, s1, s2, residual_s2, dws = None, None, None, None, [None] * len(outputs)
-            of_read, of_layer = (dx, s1, s2), []
-            for output, dw, (*_, (_, need_dgamma, need_dbeta)) in zip(outputs, dws, parts, strict=True):
-                of_layer += dw, output.s2 if need_dgamma else None, output.s1 if need_dbeta else None
-            gradients = of_layer + gradients
-        # A residual shares dz, and where it is raw, s1.
+        gradients, of_act, of_next, of_beside = [], next(given, None), None, None
+        for layers in reversed(blocks):
+            while layers:
+                operator, source, act, mask, parts, need_dx = layers.pop()
+                outputs, dact = [], None if layers else of_act
+                for of_output, (y, mean, invstd, _, _), (weight, gamma), (training, geometry, group), (need_dw, _, _) in parts:
+                    dz, s1, s2 = of_output or (of_beside if outputs else of_next)
+                    outputs.append(ConvOutput(dz, s1, s2, y, mean, invstd, weight, gamma, training, geometry, need_dw, group))
+                if dact is not None or any([output.dz is not None for output in outputs]):  # noqa: C419
+                    (dx, s1, s2, residual_s2), dws = backward(operator, source, act, mask, outputs, dact, need_dx, backend)
+                else:
+                    dx, s1, s2, residual_s2, dws = None, None, None, None, [None] * len(outputs)
+                of_next, of_layer = (dx, s1, s2), []
+                for output, dw, (*_, (_, need_dgamma, need_dbeta)) in zip(outputs, dws, parts, strict=True):
+                    of_layer += dw, output.s2 if need_dgamma else None, output.s1 if need_dbeta else None
+                gradients = of_layer + gradients
+            # A residual shares dz, and where it is raw, s1.
+            of_act, of_beside = dx if act_is_read and source.residual_mean is None else None, (dx, s1, residual_s2)
         of_residual = dx if has_residual else None, None if residual_s2 is None else s1, residual_s2
         return None, dx, s1, s2, *of_residual, *gradients
 
