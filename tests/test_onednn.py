@@ -22,7 +22,7 @@ import fused_resnet
 from fused_resnet import derived as module
 from fused_resnet.backends import onednn
 from fused_resnet.derived import LIMIT, derived
-from fused_resnet.reference import ConvGeometry
+from fused_resnet.values import ConvGeometry
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="for CPUs")
 

@@ -113,12 +113,10 @@ class Prepared:
 
     def statistics(self, made: Sequence[Convolved]) -> list[BatchStatistics]:
         """What the layers of the block tell the running statistics of its norms, in the order of PyTorch's modules."""
-        statistics = []
-        for pair, (pendings, _, _) in zip(self.pairs, made, strict=True):
-            statistics += pair.statistics(pendings[0])
+        told = [(pair, pendings[0]) for pair, (pendings, _, _) in zip(self.pairs, made, strict=True)]
         if self.beside:
-            statistics += self.projection.statistics(made[0].pendings[-1])
-        return statistics
+            told.append((self.projection, made[0].pendings[-1]))
+        return [batch for pair, out in told for batch in pair.statistics(out)]
 
     def _layers(self, x: Tensor) -> list[Layer]:
         layers = [[pair.layer(x)] for pair in self.pairs]
@@ -165,15 +163,16 @@ _KNOWN: WeakKeyDictionary[nn.Module, _Remembered] = WeakKeyDictionary()
 
 def prepared(block: nn.Module) -> Prepared | None:
     """What the operators need to know of a block; None where they can't stand for its modules, or somebody watches these."""
-    compiling = torch.compiler.is_compiling()  # a compiler guards what it reads
-    if not compiling:
+    # A compiler guards what it reads, and a replica of DataParallel lives for one forward.
+    for_once = torch.compiler.is_compiling() or "_is_replica" in block.__dict__
+    if not for_once:
         found = _KNOWN.get(block)
         if found is not None and found.holds(block):
             return found.known
     requirements = block.requirements()
     if not met(requirements):
         return None
-    if compiling:
+    if for_once:
         return Prepared(block)
     found = _KNOWN[block] = _Remembered(block, requirements)
     return found.known

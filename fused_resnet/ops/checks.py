@@ -88,13 +88,6 @@ def check_source(source: Source) -> None:
     check_vectors(RESIDUAL_VECTORS, given, channels, x)
 
 
-def check_layouts(source: Source) -> None:
-    """That the activations of a source are in channels_last, where all else of it is known to be right."""
-    for name, t in (("x", source.x), ("residual", source.residual)):
-        if t is not None and not is_channels_last(t):
-            check_activation(name, t)
-
-
 def check_inference(
     x: Tensor, weight: Tensor, geometry: ConvGeometry, scale: Tensor | None, bias: Tensor, residual: Tensor | None
 ) -> None:

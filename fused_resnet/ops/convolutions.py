@@ -94,12 +94,6 @@ class Operator:
         """Run, on what has been checked -> the fields of `Convolved`. `write_act` asks for an activation that nobody else reads."""
         return passes.convolve(source, convs, not self.may_skip_act or write_act or passes.keeps_act(source, convs))
 
-    def check_and_run(self, source: Source, convs: Sequence[Conv], passes: Reference) -> tuple:
-        """`run`, of a source that has been checked."""
-        for conv in convs:
-            check_conv(source.x, conv)
-        return self.run(source, convs, passes)
-
     def _implementation(self, source: Source, convs: Sequence[Conv], backend: str, write_act: bool) -> tuple:
         """What stands behind the dispatcher."""
         check_source(source)

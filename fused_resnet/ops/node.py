@@ -16,14 +16,12 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..reference import Reference
 from ..values import Conv, ConvOutput, Pending, Source
-from .checks import check_source
+from .checks import check_conv, check_source
 from .convolutions import INNER, OPERATORS, Convolved, Operator, operator_for
 from .library import is_watched, is_wrapped, wants_gradient
 
 #: The convolutions that read one activation.
 Layer = Sequence[Conv]
-#: What runs a layer: (operator, source, convolutions) -> what the operator makes, a `Convolved` or its fields.
-Execute = Callable[[Operator, Source, Layer], tuple]
 #: The fields of a source that a gradient is defined for.
 DIFFERENTIABLE = ("x", "mean", "invstd", "residual", "residual_mean", "residual_invstd")
 #: What a node saves of each output: the fields of the source that it becomes.
@@ -53,23 +51,22 @@ class Layers(tuple[Layer, ...]):
         """All that checks look at, of these convolutions on a source, but for layouts."""
         return tuple(map(_facts, [*[t for t in source if t is not None], *self._tensors])), source.kind()
 
-    def run(self, first: Operator, source: Source, execute: Execute) -> list[tuple]:
-        """What each layer makes, one after the other; `first` is the operator of the first."""
-        operator, made = first, []
+    def run(self, first: Operator, source: Source, passes: Reference) -> list[tuple]:
+        """What each layer makes by a backend, one after the other; `first` is the operator of the first.
+
+        Arguments that were right before are not looked at again.
+        """
+        facts = self.facts(source)
+        known, operator, made = facts in self._right, first, []
         for convs in self:
             if made:
                 ((y, mean, invstd, _, scale, bias), *_), _, _ = made[-1]
                 source = Source(y, mean, invstd, scale, bias)
                 operator = INNER if len(convs) == 1 else operator_for(source, convs, False)
-            made.append(execute(operator, source, convs))
-        return made
-
-    def checked_run(self, first: Operator, source: Source, passes: Reference) -> list[tuple]:
-        """`run` by a backend. Arguments that were right before are not looked at again."""
-        facts = self.facts(source)
-        if facts in self._right:
-            return self.run(first, source, lambda operator, source, convs: operator.run(source, convs, passes))
-        made = self.run(first, source, lambda operator, source, convs: operator.check_and_run(source, convs, passes))
+            if not known:
+                for conv in convs:
+                    check_conv(source.x, conv)
+            made.append(operator.run(source, convs, passes))
         self._right.add(facts)
         return made
 
@@ -131,7 +128,7 @@ def convolve(source: Source, blocks: Sequence[Sequence[Layer]], backend: str, ac
     check_source(source)  # every other is made by an operator
     passes = BACKENDS[backend]
     blocks = [layers if type(layers) is Layers else Layers(layers) for layers in blocks]
-    run = Run(source, blocks, backend, act_is_read, lambda layers, first, source: layers.checked_run(first, source, passes))
+    run = Run(source, blocks, backend, act_is_read, lambda layers, first, source: layers.run(first, source, passes))
     if torch.is_grad_enabled():
         return run.as_node(_apply)
     return [_handed_out(first, made) for made, first in zip(run.run(), run.firsts, strict=True)]
