@@ -99,7 +99,7 @@ class Block(nn.Module):
         known = prepared(self)
         if known is None or not (isinstance(a.x, Pending) or takes(known.pairs[0].conv, a.x)):
             return folded.block_forward(self, self.branch(), a)
-        if known.is_whole(self):
+        if known.is_whole:
             return advance_together([known], a, self.shortcut, self.recompute)
         x, given = _read(a)
         made = run_of(given, known.layers(x), self.shortcut, self.recompute)

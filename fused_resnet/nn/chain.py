@@ -74,7 +74,7 @@ def joined(queue: list[nn.Module], position: int, a: Activation) -> list[Prepare
         if not isinstance(block, Block) or block.recompute or block.shortcut is not first.shortcut or observed(block):
             break
         known = prepared(block)
-        if known is None or not known.is_whole(block) or (found and known.projection is not None):
+        if known is None or not known.is_whole or (found and known.projection is not None):
             break
         found.append(known)
     return found if found and (isinstance(a.x, Pending) or takes(found[0].pairs[0].conv, a.x)) else []

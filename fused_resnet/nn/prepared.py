@@ -5,6 +5,7 @@ modules' attributes, and the next forward compares the two: one comparison of di
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,28 +23,8 @@ from .activation import BatchStatistics
 from .modules import Requirement, batch_statistics, geometry, met, norm_of, weight_for
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_attributes, _members = attrgetter("__dict__"), attrgetter("_modules")
 _GLOBAL_HOOKS = _global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks
-
-
-class Snapshot:
-    """How modules looked: their classes, attributes, members, and that nobody watches them."""
-
-    def __init__(self, modules: Sequence[nn.Module]):
-        self._modules, self._parents = modules, [module for module in modules if module._modules]
-        self._classes = [type(module) for module in modules]
-        self._attributes = [dict(vars(module)) for module in modules]
-        self._members = [dict(module._modules) for module in self._parents]
-        self._hooks = [*_GLOBAL_HOOKS, *(vars(module)[name] for module in modules for name in _HOOKS)]
-
-    def holds(self) -> bool:
-        """Whether they look the same now. A dictionary of hooks that was exchanged is an attribute that is not."""
-        modules = self._modules
-        return (
-            not any(self._hooks)
-            and [module.__class__ for module in modules] == self._classes
-            and _equal([module.__dict__ for module in modules], self._attributes)
-            and _equal([module._modules for module in self._parents], self._members)
-        )
 
 
 class _Pair(NamedTuple):
@@ -86,6 +67,8 @@ class Prepared:
         self.pool, self.projection = (None, None) if projection is None else (projection[0], _Pair.of(*projection[1:]))
         #: Whether the projection reads what the branch's first convolution reads.
         self.beside = projection is not None and self.pool is None
+        #: Whether the operators make the residual, too, where there is one.
+        self.is_whole = self.beside or not block.shortcut or block.downsample is None
         pairs = [*self.pairs, *([self.projection] if self.beside else [])]
         self._usual, self._modules = all(pair.usual for pair in pairs), [module for pair in pairs for module in pair[:2]]
         self._kept: tuple[list, Sequence[Layer]] = [], ()
@@ -107,10 +90,6 @@ class Prepared:
                 self._kept = now, layers  # which holds the parameters, so that no other gets the name of one
         return layers
 
-    def is_whole(self, block: nn.Module) -> bool:
-        """Whether the operators make the residual, too, where there is one."""
-        return self.beside or not block.shortcut or block.downsample is None
-
     def statistics(self, made: Sequence[Convolved]) -> list[BatchStatistics]:
         """What the layers of the block tell the running statistics of its norms, in the order of PyTorch's modules."""
         told = [(pair, pendings[0]) for pair, (pendings, _, _) in zip(self.pairs, made, strict=True)]
@@ -126,19 +105,31 @@ class Prepared:
 
 
 class _Remembered:
-    """What is known of a block, and how the block looked when it was found. It does not hold the block."""
+    """What is known of a block, and how the block and its modules looked when it was found. It does not hold the block."""
 
     def __init__(self, block: nn.Module, requirements: Sequence[Requirement]):
         self.known = known = Prepared(block)
         members = dict.fromkeys(module for _, module in requirements if module is not None and module is not block)
-        self._members = Snapshot([*members, *([] if known.pool is None else [known.pool])])
-        self._own = [dict(attributes) for attributes in (vars(block), block._modules)]
+        self._modules = [*members, *([] if known.pool is None else [known.pool])]
+        self._parents = [module for module in self._modules if module._modules]
+        self._hooks = [*_GLOBAL_HOOKS, *(vars(module)[name] for module in self._modules for name in _HOOKS)]
         self._always = [fits for fits, module in requirements if module is block]
         self._convs = [pair.conv for pair in (*known.pairs, known.projection) if pair is not None]
+        self._looks = [dict(part) if isinstance(part, dict) else part for part in self._look(block)]
+
+    def _look(self, block: nn.Module) -> list:
+        """Attributes, members and classes."""
+        modules, parents = self._modules, self._parents
+        return [block.__dict__, block._modules, *map(_attributes, modules), *map(_members, parents), *map(type, modules)]
 
     def holds(self, block: nn.Module) -> bool:
-        """Whether the block looks the same now."""
-        if not (self._members.holds() and _equal([block.__dict__, block._modules], self._own)):
+        """Whether all look the same now, and nobody watches. Where a dictionary of hooks was exchanged, an attribute is not the same."""
+        if any(self._hooks):
+            return False
+        try:
+            if self._look(block) != self._looks:
+                return False
+        except (RuntimeError, ValueError):  # an attribute is an array, which compares by element
             return False
         for conv in self._convs:
             if conv._parameters.get("bias") is not None:
@@ -147,14 +138,6 @@ class _Remembered:
             if not fits(block):
                 return False
         return True
-
-
-def _equal(now: list, before: list) -> bool:
-    """Whether these hold the same objects, or equal ones."""
-    try:
-        return now == before
-    except (RuntimeError, ValueError):  # there is an array, which compares by element
-        return False
 
 
 #: By block. A copy of a block, or one that was loaded, is another block, and finds its own.
