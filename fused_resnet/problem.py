@@ -1,4 +1,4 @@
-"""Frozen descriptions of a convolution and of a norm: shapes, FLOPs, bytes. Plain numbers; nothing here needs PyTorch.
+"""Frozen descriptions of a convolution, of a norm and of a launch: shapes, FLOPs, bytes. Plain numbers; nothing here needs PyTorch.
 
 A FLOP is one addition or one multiplication, so a multiply-add counts two. Bytes are those of a tensor moved once.
 """
@@ -146,3 +146,17 @@ class NormProblem:
     def mask_bytes(self) -> int:
         """The packed ReLU mask: a bit a value, each pixel's channels padded to whole bytes."""
         return self.count * ceil_div(self.c, 8)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A launch: `layer`.`work`, with what it computes and moves for the whole batch."""
+
+    layer: str
+    work: str
+    flops: int
+    bytes: int
+
+    def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
+        """The time that it can't beat at those rates."""
+        return max(self.flops / flops_per_s, self.bytes / bytes_per_s)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from .policy import pays_to_apply_norm
-from .problem import ConvProblem, NormProblem
+from .problem import ConvProblem, Kernel, NormProblem
 
 MASTER_BYTES = 4  # parameters, their gradients and their momentum are float32
 
@@ -163,20 +163,6 @@ DESIGNS = {
     "triton": Design(**_RED, apply=POINTWISE, stem=PASS, tail=PASS, boundary=POINTWISE),
 }
 DESIGNS |= {f"{name}, recompute": replace(DESIGNS[name], recompute=True) for name in ("passes", "triton")}
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A launch: `layer`.`work`, with what it computes and moves for the whole batch."""
-
-    layer: str
-    work: str
-    flops: int
-    bytes: int
-
-    def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
-        """The time that it can't beat at those rates."""
-        return max(self.flops / flops_per_s, self.bytes / bytes_per_s)
 
 
 @dataclass(frozen=True)

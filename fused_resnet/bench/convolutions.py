@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..cudnn.work import as_cudnn_reads
-from ..problem import ConvProblem, NormProblem
+from ..problem import ConvProblem, Kernel, NormProblem
 from ..reference import Reference, affine, channel_sums, passes_gradient, standardise, unpack_mask
-from ..roofline import Kernel, Network, total_bytes
+from ..roofline import Network, total_bytes
 from ..values import Conv, ConvGeometry, ConvOutput, Norm, Source, accumulate_dtype, nhwc
 from . import accuracy, passes
 from .accuracy import Terms

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS, PASSES, TUNED
-from ..problem import ConvProblem, NormProblem
+from ..problem import ConvProblem, Kernel, NormProblem
 from ..reference import Reference
-from ..roofline import Kernel, Network, floor_seconds, total_flops
+from ..roofline import Network, floor_seconds, total_flops
 from . import accuracy, convolutions, passes
 from .machine import Ceilings
 from .passes import Case, Inputs

@@ -15,9 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..problem import NormProblem
+from ..problem import Kernel, NormProblem
 from ..reference import Reference, pack_mask
-from ..roofline import Kernel, Network
+from ..roofline import Network
 from ..values import Source, accumulate_dtype, nhwc
 from . import accuracy
 from .accuracy import Terms

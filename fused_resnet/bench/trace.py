@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ..backends import backend
-from ..problem import ConvProblem
-from ..roofline import MASTER_BYTES, Kernel, optimizer_step
+from ..problem import ConvProblem, Kernel
+from ..roofline import MASTER_BYTES, optimizer_step
 from .units import OUTSIDE, Units
 
 ATEN = torch.ops.aten

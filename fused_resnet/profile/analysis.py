@@ -15,7 +15,8 @@ from ..bench.machine import Ceilings
 from ..bench.schema import Meta, SchemaError
 from ..bench.trace import Op, trace
 from ..files import replace_file
-from ..roofline import Kernel, floor_seconds
+from ..problem import Kernel
+from ..roofline import floor_seconds
 from .record import COMPILED, PHASES, Recording, Work
 
 VERSION = 2  #: since which several steps are recorded
