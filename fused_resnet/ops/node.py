@@ -245,7 +245,7 @@ class Node(torch.autograd.Function):
         for layers in reversed(blocks):
             while layers:
                 operator, source, act, mask, parts, need_dx = layers.pop()
-                outputs, dact = [], None if layers else of_act
+                outputs, dact = [], of_act if operator.pending and not layers else None
                 for of_output, (y, mean, invstd, _, _), (weight, gamma), (training, geometry, group), (need_dw, _, _) in parts:
                     dz, s1, s2 = of_output or (of_beside if outputs else of_next)
                     outputs.append(ConvOutput(dz, s1, s2, y, mean, invstd, weight, gamma, training, geometry, need_dw, group))
@@ -257,6 +257,8 @@ class Node(torch.autograd.Function):
                 for output, dw, (*_, (_, need_dgamma, need_dbeta)) in zip(outputs, dws, parts, strict=True):
                     of_layer += dw, output.s2 if need_dgamma else None, output.s1 if need_dbeta else None
                 gradients = of_layer + gradients
+            if not operator.pending and of_act is not None and need_dx:  # as autograd adds where a run is a block: the bits are the same
+                dx = of_act if dx is None else dx + of_act
             # A residual shares dz, and where it is raw, s1.
             of_act, of_beside = dx if act_is_read and source.residual_mean is None else None, (dx, s1, residual_s2)
         of_residual = dx if has_residual else None, None if residual_s2 is None else s1, residual_s2
