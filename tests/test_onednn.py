@@ -22,6 +22,7 @@ import fused_resnet
 from fused_resnet import derived as module
 from fused_resnet.backends import onednn
 from fused_resnet.derived import LIMIT, derived
+from fused_resnet.nn import Block, Stage
 from fused_resnet.values import ConvGeometry
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="for CPUs")
@@ -183,6 +184,27 @@ def test_what_others_see_is_not_written_over(at):
             block(given)
             assert torch.equal(given, was)
     assert len(seen) == 1
+
+
+class OneConvolution(Block):
+    """A block whose last convolution reads the block's input."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv, self.bn, self.relu, self.downsample = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(), None
+
+    def branch(self):
+        return [(self.conv, self.bn)]
+
+
+@needs_the_backend
+def test_a_convolution_does_not_write_over_what_it_reads():
+    folded = fused_resnet.fold(Stage(*(OneConvolution(16) for _ in range(4))).eval())
+    x = torch.randn(2, 16, 20, 20)
+    with torch.no_grad():
+        out = folded(x)
+        with fused_resnet.backend("off"):
+            torch.testing.assert_close(out, folded(x))
 
 
 @needs_the_backend

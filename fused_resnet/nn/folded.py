@@ -54,7 +54,8 @@ def block_forward(block: nn.Module, branch: list[tuple[nn.Module, nn.Module]], a
     if not block.shortcut:
         return Activation(conv_act(out, last), owned=True)
     residual, owned = _shortcut(block, x)
-    return Activation(conv_act(out, last, residual, owned=owned or (residual is given and a.owned)), owned=True)
+    owned = owned or (residual is given and a.owned and out is not x)  # a single convolution reads what it would write over
+    return Activation(conv_act(out, last, residual, owned=owned), owned=True)
 
 
 def conv_act_length(queue: Sequence[nn.Module], position: int) -> int:
