@@ -7,6 +7,8 @@ import fused_resnet
 from fused_resnet import native, ops
 from fused_resnet.backends import BACKENDS, PASSES, choices, resolve
 from fused_resnet.functional import conv_bn_act
+from fused_resnet.tuning import Configuration
+from fused_resnet.values import ConvGeometry, Source
 
 CPU = torch.device("cpu")
 
@@ -76,6 +78,20 @@ def test_a_backend_is_asked_once_for_each_device_and_dtype(answers):
     answers("passes_triton", lambda device, dtype: "it rains")
     with fused_resnet.backend("passes_triton"), pytest.raises(RuntimeError, match="it rains"):
         resolve(CPU, torch.float32)
+
+
+def test_a_launch_makes_no_constant(device, monkeypatch):
+    """A compiler's memory pool, or a CUDA graph, may be what a first launch is in: what kernels read beside tensors was there before."""
+    fprop = pytest.importorskip("fused_resnet.kernels.fprop")
+    fprop.one.cache_clear()
+    BACKENDS["triton"].declines(device, torch.float32)
+    x = torch.randn(1, 16, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(16, 16, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
+    vectors = torch.rand(4, 16, device=device).unbind()
+    tiles = Configuration(16, 16, 16, warps=4, stages=2)
+    for maker in ("ones", "zeros", "full", "tensor", "arange"):
+        monkeypatch.setattr(torch, maker, lambda *_, **__: pytest.fail("a constant was made by a launch"))
+    fprop.fprop(Source(x, *vectors), weight, ConvGeometry([1, 1], [1, 1], [1, 1], 1), False, False, tiles, True)
 
 
 def test_passes_is_the_first_language_that_runs(answers):

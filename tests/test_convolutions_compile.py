@@ -111,6 +111,31 @@ def test_what_is_made_again_compiles(tmp_path):
     check(compiled([t for t in tasks(network, "bfloat16") if t.kind == "fprop" and t.conv in inner], "tf32", tmp_path, AGAIN))
 
 
+#: Of a kernel's PTX: sums of two lanes' values in one operation with the product that one of them is.
+UNEQUAL = """
+import re
+from fused_resnet.kernels import inspect, networks
+from fused_resnet.problem import ConvProblem
+from fused_resnet.tuning import Task, heuristics
+task = Task("dgrad", ConvProblem(8, 16, 16, 16, 16, 3, 3, (1, 1), (1, 1)), "bfloat16", "norm")
+for architecture in inspect.ARCHITECTURES:
+    launch = networks.record(task, heuristics.configuration(task, divmod(architecture, 10)))
+    ptx = inspect.compile_launch(launch, "", architecture, disassemble=False).ptx
+    shuffled = set(re.findall(r"shfl[.]sync[.]bfly[.]b32\\s+(%r[0-9]+)", ptx))
+    sums = re.findall(r"fma[.]rn[.]f32\\s+[^;]*, (%r[0-9]+);", ptx)
+    print(len(shuffled), sum(value in shuffled for value in sums))
+"""
+
+
+def test_lanes_that_exchange_a_sum_agree_on_it(tmp_path):
+    """With 16 channels a thread has one row of each: contracted, a·b + c·d would be fma(a, b, c·d) in one lane and fma(c, d, a·b) in another."""
+    script = tmp_path / "unequal.py"
+    script.write_text(UNEQUAL)
+    for line in run(str(script)).splitlines():
+        shuffles, contracted = map(int, line.split())
+        assert shuffles > 0 and contracted == 0
+
+
 def all_tasks(dtype: str):
     """Every kind of work on every convolution of ResNets, wide ResNets and CIFAR nets."""
     for conv in dict.fromkeys(network_problems((1, 32, 256))):

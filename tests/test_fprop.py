@@ -186,12 +186,12 @@ def test_nan_comes_out_where_the_reference_has_it():
 
 #: What is wrong, in the kernel's own words, and what is written instead; and a case that must see it. No fault reads outside a tensor.
 FAULTS = {
-    "padding passes through the prologue": ("act = tl.where(kept != 0.0, act, 0.0)", "pass", "3x3", "norm"),
-    "rows past the last count": ("y.to(tl.float32), valid_row", "y.to(tl.float32), lane[:, None] >= 0", "1x1", "norm"),
-    "statistics before rounding": ("y.to(tl.float32), valid_row", "acc, valid_row", "1x1", "norm"),
-    "a residual's own affine is forgotten": ("if residual_scale_ptr is not None:", "if False:", "1x1", "raw residual"),
+    "padding passes through the prologue": (" bias = bias * kept", " pass", "3x3", "norm"),
+    "rows past the last count": ("None if WHOLE_TILES else valid_row", "None", "1x1", "norm"),
+    "statistics before rounding": ("tile_moments(y.to(tl.float32)", "tile_moments(acc", "1x1", "norm"),
+    "a residual's own affine is forgotten": ("residual_scale = vector(residual_scale_ptr, c, inside)", "pass", "1x1", "raw residual"),
     "taps are transposed": ("r * weight_r + s * weight_s", "s * weight_r + r * weight_s", "3x3", "materialised"),
-    "the lead shifts the channels": ("c = (element - LEAD) % FLAT_C", "c = element % FLAT_C", "stem of pairs", "materialised"),
+    "the lead shifts the channels": ("rows[:, :, lead : lead + s * c]", "rows[:, :, : s * c]", "stem of pairs", "materialised"),
     "the mask begins above zero": ("passes_gradient(z) & valid", "(z > 0.1) & valid", "1x1", "residual"),
 }
 

@@ -238,6 +238,26 @@ def test_offsets_past_two_to_the_31(passes):
     torch.testing.assert_close(mean, x[-1].float().mean((1, 2)) / n, rtol=1e-4, atol=1e-9)
 
 
+def test_many_partial_results_are_merged_in_two_stages():
+    """More than one program's eight steps: 2,500 tiles of a convolution, whose sums and moments are those of all."""
+    pytest.importorskip("triton")
+    from fused_resnet.kernels.batch_stats import merge_moments
+    from fused_resnet.kernels.norm_backward import PartialSums
+
+    sums = PartialSums(2500, 10, DEVICE, raw_residual=True)
+    assert tiling.finalisation(2500, 10).row_programs == 2
+    sums.partial.normal_(mean=1.0)
+    for made, exact in zip(sums.finalise(), sums.partial.double().sum(1), strict=True):
+        torch.testing.assert_close(made.double(), exact, rtol=1e-6, atol=0)
+    counts = torch.randint(1, 9, (2500,), device=DEVICE)
+    means, m2s = torch.randn(2500, 10, device=DEVICE) + 100, torch.rand(2500, 10, device=DEVICE)
+    mean, _, var, *_ = merge_moments(counts, means, m2s, None, None, 1e-5)
+    n, weights = counts.sum(), counts[:, None].double()
+    exact = (weights * means.double()).sum(0) / n
+    torch.testing.assert_close(mean.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), (m2s.double() + weights * (means.double() - exact) ** 2).sum(0) / n, rtol=1e-5, atol=0)
+
+
 class TestTiling:
     """The tilings cover the matrix, whatever its shape."""
 
@@ -256,6 +276,18 @@ class TestTiling:
             assert tile.block_rows & (tile.block_rows - 1) == 0 and tile.block_channels & (tile.block_channels - 1) == 0
             assert tile.block_channels % 8 == 0  # whole bytes of a mask
             assert tile.programs < 2**31
+
+    @pytest.mark.parametrize("channels", [3, 64, 2048])
+    def test_no_merge_waits_for_memory_often(self, channels):
+        """Eight loads after one another at most, for the 25,088 tiles of a stem and for the splits of a gradient of a weight, however many."""
+        for partials in (1, 7, 256, 257, 2048, 2049, 12544, 25088, 10**6):
+            merges = [tiling.finalisation(partials, channels)]
+            while merges[-1].row_programs > 1:
+                merges.append(tiling.finalisation(merges[-1].row_programs, channels))
+            assert all(merge.steps <= 8 for merge in merges) and len(merges) <= (1 if partials <= 2048 else 2), partials
+        for splits in (2, 3, 14, 64, 65, 528, 1056, 4096):
+            merge = tiling.finalisation_of_splits(splits, 64 * channels)
+            assert merge.steps <= 9 and merge.row_programs == 1 and merge.block_rows * merge.block_channels <= 8192, splits
 
     def test_a_reduction_fills_the_gpu_and_leaves_few_partial_results(self):
         for channels, rows in ((64, 112 * 112 * 256), (256, 56 * 56 * 256), (2048, 7 * 7 * 256)):

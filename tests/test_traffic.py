@@ -33,10 +33,10 @@ def test_executed_bytes_are_those_of_the_design(step):
 
 
 def test_partial_results_are_few_and_apart(step):
-    """Some 6 MB an image, by the design."""
+    """Some 10 MB an image, a third of it splits of gradients of weights, without which multiprocessors would be idle."""
     name, moved = step
     workspace = sum(m.workspace for m in moved) / BATCH / 1e6
-    assert 0 < workspace < {"passes_triton": 0.5, "triton": 9}[name]
+    assert 0 < workspace < {"passes_triton": 0.5, "triton": 11}[name]
     _, vectors, partial = traffic.by_name(moved)["merge_moments_kernel"]
     assert 0 < vectors < partial
 
@@ -45,7 +45,7 @@ def test_launches_are_fewer_than_eagers(step):
     """Eager's 508 are of whole tensors, without its vectors, as ours are; of ours also what merges partial results."""
     name, moved = step
     eager = len(roofline.training_step(roofline.resnet("resnet50", BATCH), roofline.DESIGNS["eager"]))
-    finalise = sum(m.bytes < m.workspace for m in moved if "conv" not in m.name)
+    finalise = sum("finalise" in m.name or "merge" in m.name for m in moved)
     most = len(roofline.training_step(roofline.resnet("resnet50", BATCH), roofline.DESIGNS[DESIGN[name]]))
     assert len(moved) - finalise <= most + 4 < eager  # passes: dy of each projection is a pass of its own
     assert len(moved) < eager

@@ -30,8 +30,9 @@ from fused_resnet.kernels import wgrad as module
 from fused_resnet.kernels.wgrad import wgrad
 from fused_resnet.problem import ConvProblem
 from fused_resnet.reference import convolution_backward
-from fused_resnet.tuning import Configuration
-from fused_resnet.tuning.heuristic_wgrad import configuration, m_tiles
+from fused_resnet.tuning import Configuration, Task, heuristics
+from fused_resnet.tuning.gpu import MULTIPROCESSORS
+from fused_resnet.tuning.heuristic_wgrad import LEAST_STEPS, configuration, m_tiles
 from fused_resnet.values import ConvOutput, Source
 
 pytestmark = pytest.mark.usefixtures(poisoned.__name__)
@@ -103,10 +104,10 @@ def test_the_same_bits_each_time():
 
 #: What is wrong, in the kernel's own words, and what is written instead; and a case that must see it. No fault reads outside a tensor.
 FAULTS = {
-    "padding passes through the prologue": ("tl.where(valid, act, 0.0).to(a.dtype)", "act.to(a.dtype)", "3x3", "norm", SMALL),
-    "no ReLU": ("act = relu(tl.fma(a.to(tl.float32), scale, bias))", "act = tl.fma(a.to(tl.float32), scale, bias)", "1x1", "norm", SMALL),
+    "padding passes through the prologue": ("valid_row = valid_row & on_image", "pass", "3x3", "norm", SMALL),
+    "no ReLU": ("relu(tl.fma(a.to(tl.float32), scale, bias))", "tl.fma(a.to(tl.float32), scale, bias)", "1x1", "norm", SMALL),
     "taps are transposed": ("r * out_r + s * out_s", "s * out_r + r * out_s", "3x3", "materialised", SMALL),
-    "the last split is lost": ("for split in range(splits):", "for split in range(splits - 1):", "1x1", "norm", SPLIT),
+    "the last split is lost": ("(split < splits)[:, None]", "(split < splits - 1)[:, None]", "1x1", "norm", SPLIT),
     "the last of few channels is lost": ("inside = element < R * S * FLAT_C", "inside = element < R * S * FLAT_C - 1", "stem", "materialised",
                                          SMALL),
 }  # fmt: skip
@@ -157,13 +158,19 @@ def test_offsets_past_two_to_the_31(window):
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0)], ids=str)
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_the_heuristic_splits_as_far_as_it_pays(itemsize, capability):
+    """Less than a third of the multiprocessors is idle while there are steps to share; the rest is what one more split may not be worth."""
+    multiprocessors = MULTIPROCESSORS[min(capability[0], 9)]
     for problem in dict.fromkeys(network_problems((32, 256, 1024))):
         for prologue in (False, True):
             tiles = configuration(problem, itemsize, capability, prologue)
-            rows = problem.n * problem.p * problem.q
-            assert tiles.splits <= max(1, rows // tiles.block_k)
-            workspace = 8 * problem.weight_elements * tiles.splits
-            read = itemsize * (problem.n * problem.h * problem.w * problem.c + rows * problem.k)
-            assert tiles.splits == 1 or workspace <= read / 8, (problem, tiles)
-            # One wave: as many programs as run side by side, where there is work for them.
-            assert m_tiles(problem, tiles.block_m) * -(-problem.k // tiles.block_n) * tiles.splits <= 132 * 4 or tiles.splits == 1
+            steps = -(-problem.n * problem.p * problem.q // tiles.block_k)
+            programs = m_tiles(problem, tiles.block_m) * -(-problem.k // tiles.block_n)
+            assert tiles.splits == 1 or tiles.splits <= steps // LEAST_STEPS
+            assert programs * (tiles.splits - 1) <= 4 * multiprocessors
+            few = tiles.splits + 1 > steps // LEAST_STEPS
+            assert few or programs * (tiles.splits + 1) > multiprocessors or programs * tiles.splits > 2 / 3 * multiprocessors, (problem, tiles)
+
+
+def test_the_tuner_always_tries_splits():
+    task = Task("wgrad", ConvProblem(256, 512, 7, 7, 512, 3, 3, (1, 1), (1, 1)), "bfloat16", "norm")
+    assert {2, 4, 8} <= {tiles.splits for tiles in heuristics.candidates(task, (9, 0))[:4]}

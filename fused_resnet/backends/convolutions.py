@@ -30,6 +30,14 @@ class FusedConvolutions(Reference, ABC):
     def __init__(self) -> None:
         self._chosen: dict[tuple, Choice | None] = {}
 
+    def declines(self, device, dtype):
+        reason = super().declines(device, dtype)
+        if reason is None:  # what kernels read beside tensors is made now, and not by the first of them
+            from ..kernels.fprop import one
+
+            one(device)
+        return reason
+
     @abstractmethod
     def choose(self, task: Task, device: torch.device) -> Choice | None:
         """What does `task`; None where the framework and the passes do the work. Asked once for each task."""

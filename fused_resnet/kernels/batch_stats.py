@@ -48,7 +48,8 @@ def batch_stats_partial_kernel(
     # How many rows each position saw.
     count = tl.minimum(tl.maximum((rows - first - lane + BLOCK_M - 1) // BLOCK_M, 0), STEPS).to(tl.float32)[:, None]
     total = tl.sum(count)
-    merged = (tl.sum(count * mean, axis=0) / total)[None, :]
+    # A product that is chosen is one that stands: see `dgrad`.
+    merged = (tl.sum(tl.where(count > 0, count * mean, 0.0), axis=0) / total)[None, :]
     away = mean - merged
     merged_m2 = tl.sum(m2 + count * away * away, axis=0)
     tl.store(mean_ptr + part * C + channels[None, :], shift + merged, mask=inside[None, :])
@@ -72,9 +73,10 @@ def merge_moments_kernel(
     counts_ptr,  # [partials] int64, or None: of rows_per_partial each
     gamma_ptr,  # [C] or None
     beta_ptr,  # [C] or None
-    mean_ptr,  # [C] float32, as all that follow
+    count_ptr,  # [groups] int64, or None: rows that each group stands for
+    mean_ptr,  # [groups, C] float32, as all that follow
     m2_ptr,  # None, or the only result beside the mean
-    invstd_ptr,  # this and all that follow: None with m2
+    invstd_ptr,  # this and all that follow: None with m2, and of one group
     var_ptr,
     scale_ptr,
     bias_ptr,
@@ -87,16 +89,19 @@ def merge_moments_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Merges the partial (count, mean, M2) in a fixed order, and folds gamma and beta into scale and bias.
+    """Merges the partial (count, mean, M2) of each group of STEPS·BLOCK_M in a fixed order; folds gamma and beta into scale and bias.
 
     Chan, Golub & LeVeque 1979: M2 = Σ M2ᵢ + Σ nᵢ (meanᵢ − mean)². Two passes over the partial results, which the cache holds.
     Reads 8 bytes per partial result and channel, writes 20 bytes a channel.
     """
-    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_programs = tl.cdiv(C, BLOCK_C)
+    group = tl.program_id(0) // channel_programs
+    channels = tl.program_id(0) % channel_programs * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channels < C
-    lane = tl.arange(0, BLOCK_M)
+    first = group * STEPS * BLOCK_M
+    lane = first + tl.arange(0, BLOCK_M)
     # About the first partial mean: the sum is then of differences, and as precise as they are small.
-    shift = tl.load(partial_mean_ptr + channels, mask=inside, other=0.0)
+    shift = tl.load(partial_mean_ptr + first * C + channels, mask=inside, other=0.0)
     offset = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     counted = tl.zeros([BLOCK_M, 1], tl.float32)
     for step in range(STEPS):
@@ -117,9 +122,12 @@ def merge_moments_kernel(
         own = tl.load(partial_m2_ptr + part[:, None] * C + channels[None, :], mask=valid, other=0.0)
         m2 += tl.where(valid, own + count * (mean - merged[None, :]) * (mean - merged[None, :]), 0.0)
     total_m2 = tl.sum(m2, axis=0)
-    tl.store(mean_ptr + channels, merged, mask=inside)
+    at = group * C + channels
+    tl.store(mean_ptr + at, merged, mask=inside)
+    if count_ptr is not None:
+        tl.store(count_ptr + group, n.to(tl.int64))
     if m2_ptr is not None:
-        tl.store(m2_ptr + channels, total_m2, mask=inside)
+        tl.store(m2_ptr + at, total_m2, mask=inside)
     else:
         var = total_m2 / n
         invstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
@@ -147,17 +155,21 @@ def _merge(
 ) -> tuple[Tensor, ...]:
     """(mean, M2), or with `eps` (mean, invstd, var, scale, bias), of partial results [partials, C]."""
     partials, channels = means.shape
-    names = ("mean", "m2") if eps is None else ("mean", "invstd", "var", "scale", "bias")
-    results = {name: torch.empty(channels, dtype=torch.float32, device=means.device) for name in names}
     merge = tiling.finalisation(partials, channels)
+    groups = merge.row_programs
+    last = groups == 1
+    names = ("mean", "m2") if eps is None or not last else ("mean", "invstd", "var", "scale", "bias")
+    shape = channels if last else (groups, channels)
+    results = {name: torch.empty(shape, dtype=torch.float32, device=means.device) for name in names}
+    count = None if last else torch.empty(groups, dtype=torch.int64, device=means.device)
     launch(
         merge_moments_kernel, merge.programs, means.device, merge.warps,
-        partial_mean_ptr=means, partial_m2_ptr=m2s, counts_ptr=counts, gamma_ptr=gamma, beta_ptr=beta,
-        **{f"{name}_ptr": results.get(name) for name in ("mean", "m2", "invstd", "var", "scale", "bias")},
+        partial_mean_ptr=means, partial_m2_ptr=m2s, counts_ptr=counts, gamma_ptr=gamma if last else None, beta_ptr=beta if last else None,
+        count_ptr=count, **{f"{name}_ptr": results.get(name) for name in ("mean", "m2", "invstd", "var", "scale", "bias")},
         partials=partials, rows=rows, rows_per_partial=rows_per_partial, C=channels, eps=eps or 0.0, STEPS=merge.steps,
         BLOCK_M=merge.block_rows, BLOCK_C=merge.block_channels,
     )  # fmt: skip
-    return tuple(results.values())
+    return tuple(results.values()) if last else _merge(results["mean"], results["m2"], count, gamma=gamma, beta=beta, eps=eps)
 
 
 def _reduce(y: Tensor, **coefficients: Tensor | float | None) -> tuple[Tensor, ...]:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..problem import ConvProblem
+from ..problem import ConvProblem, ceil_div
 from ..tuning.gpu import MULTIPROCESSORS
 from .launch import Launch
 from .sass import Issued
-from .tiling import ceil_div
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,6 @@ def trips(launch: Launch) -> float:
     a = launch.arguments
     if "STEPS" in a:
         return a["STEPS"]
-    if "splits" in a:
-        return a["splits"]
     if "rows_per_split" in a:
         return ceil_div(min(a["rows"], a["rows_per_split"]), a["BLOCK_K"])
     if "dz_ptr" in a and "R" in a:  # pixels of each parity meet the taps of theirs: on average as many as all taps are, over the parities
@@ -93,9 +90,9 @@ def convolution(launch: Launch) -> ConvProblem | None:
     a = launch.arguments
     if "R" not in a:
         return None
-    p, q = a["P"], a["Q"]
+    n, c, h, w = a.get("dx_ptr", a.get("x_ptr")).shape
     pairs = [tuple(a[f"{name}_{axis}"] for axis in "HW") for name in ("STRIDE", "PADDING", "DILATION")]
-    return ConvProblem(a["N"] if "N" in a else a["rows"] // (p * q), a["C"], a["H"], a["W"], a["K"], a["R"], a["S"], *pairs)
+    return ConvProblem(n, c, h, w, a["K"], a["R"], a["S"], *pairs)
 
 
 def moved(launch: Launch) -> tuple[int, int]:

@@ -51,17 +51,20 @@ def conv_dgrad_norm_backward_kernel(
     x_s1_ptr,  # [parts, C] float32, one part an M tile, as the two that follow
     x_s2_ptr,
     residual_s2_ptr,
-    N,
-    H,
-    W,
+    pixels,  # N·H·W
+    inverse_outputs,  # 1 / (N·P·Q), float32
     C,
-    P,
-    Q,
     K,
     weight_k,  # strides of the weight, in elements
     weight_c,
     weight_r,
     weight_s,
+    N,  # images; 1 where an input pixel is an output pixel
+    H: tl.constexpr,  # as W, P, Q and K_STEPS: 0 where nobody asks. Divisions by what is known are short.
+    W: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    K_STEPS: tl.constexpr,  # steps of a tap
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -73,6 +76,7 @@ def conv_dgrad_norm_backward_kernel(
     NEXT_R: tl.constexpr,  # from a tap of a parity to its next
     NEXT_S: tl.constexpr,
     COMPACT: tl.constexpr,
+    WHOLE_STEPS: tl.constexpr,  # no step along K passes the last filter
     PRECISION: tl.constexpr,  # of a float32 product: "tf32" or "ieee"
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -92,7 +96,7 @@ def conv_dgrad_norm_backward_kernel(
     # 64-bit offsets end at the tile's first pixel or image; from there on 32 bits do.
     if POINTWISE:  # an input pixel is an output pixel
         start = m * BLOCK_M
-        valid_row = (start + lane < N * H * W)[:, None]
+        valid_row = (start + lane < pixels)[:, None]
         taps_s = 1
         taps = 1
         out_origin = start.to(tl.int64)
@@ -120,14 +124,14 @@ def conv_dgrad_norm_backward_kernel(
         taps = tl.cdiv(R - first_r, NEXT_R) * taps_s
         top = (h + PADDING_H - parity_h) // STRIDE_H
         left = (w + PADDING_W - parity_w) // STRIDE_W
-        out_origin = first_image.to(tl.int64) * P * Q
-        in_origin = first_image.to(tl.int64) * H * W
+        out_origin = first_image.to(tl.int64) * (P * Q)
+        in_origin = first_image.to(tl.int64) * (H * W)
         in_at = ((image - first_image) * H + h) * W + w
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    blocks = tl.cdiv(K, BLOCK_K)
+    blocks = K_STEPS if K_STEPS else tl.cdiv(K, BLOCK_K)
     for step in range(taps * blocks):
         k = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-        inside = k < K
+        inside = tl.full([BLOCK_K], 1, tl.int1) if WHOLE_STEPS else k < K
         if POINTWISE:
             r = 0
             s = 0
@@ -151,7 +155,7 @@ def conv_dgrad_norm_backward_kernel(
                 s1 = vector(s1_ptr, k, inside)
                 s2 = vector(s2_ptr, k, inside)
                 mean = vector(y_mean_ptr, k, inside)
-                dy = batch_norm_backward(a.to(tl.float32), y, mean, invstd, gamma, s1, s2, tl.cast(N * P * Q, tl.float32))
+                dy = batch_norm_backward(a.to(tl.float32), y, mean, invstd, gamma, s1, s2, inverse_outputs)
             else:
                 dy = a.to(tl.float32) * (invstd if gamma is None else invstd * gamma)
             a = dy.to(a.dtype)
@@ -200,11 +204,14 @@ def conv_dgrad_norm_backward_kernel(
         xhat = (x - vector(mean_ptr, channels, channels < C)) * vector(invstd_ptr, channels, channels < C)
         part_at = m.to(tl.int64) * C + channels
         tl.store(x_s1_ptr + part_at, tl.sum(dz, axis=0), mask=channels < C)
-        tl.store(x_s2_ptr + part_at, tl.sum(dz * tl.where(valid, xhat, 0.0), axis=0), mask=channels < C)
+        # The product first, then the sum. Left to the compiler, a thread with one row makes one operation of its own product and its
+        # neighbour's, and the neighbour of the other two: they differ in the last bit, and which of them is stored would be chance.
+        # A product that is chosen is one that stands.
+        tl.store(x_s2_ptr + part_at, tl.sum(tl.where(valid, dz * xhat, 0.0), axis=0), mask=channels < C)
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + in_origin * C + at, mask=valid, other=0.0).to(tl.float32)
             xhat = (residual - vector(residual_mean_ptr, channels, channels < C)) * vector(residual_invstd_ptr, channels, channels < C)
-            tl.store(residual_s2_ptr + part_at, tl.sum(dz * tl.where(valid, xhat, 0.0), axis=0), mask=channels < C)
+            tl.store(residual_s2_ptr + part_at, tl.sum(tl.where(valid, dz * xhat, 0.0), axis=0), mask=channels < C)
 
 
 def dgrad(
@@ -263,6 +270,10 @@ def dgrad(
     pointers = sums.pointers() if sums else {"s1_ptr": None, "s2_ptr": None, "residual_s2_ptr": None}
     weight_k, weight_c, weight_r, weight_s = output.weight.stride()
     normed = apply_norm and output.training
+    # What divides pixels; of a projection's grid the image's extents alone.
+    known = {"H": h, "W": w} if not pointwise or compact_stride > 1 else {}
+    known |= {} if pointwise else {"P": p, "Q": q, "K_STEPS": ceil_div(k, configuration.block_k)}
+    extents = dict.fromkeys(("H", "W", "P", "Q", "K_STEPS"), 0) | known
     launch(
         conv_dgrad_norm_backward_kernel, parts * ceil_div(c, configuration.block_n), dx.device, configuration.warps,
         configuration.stages,
@@ -274,7 +285,8 @@ def dgrad(
         bias_ptr=source.bias if mask is None else None, mask_ptr=mask, residual_ptr=source.residual if raw else None,
         residual_mean_ptr=source.residual_mean, residual_invstd_ptr=source.residual_invstd, dx_ptr=dx,
         x_s1_ptr=pointers["s1_ptr"], x_s2_ptr=pointers["s2_ptr"], residual_s2_ptr=pointers["residual_s2_ptr"],
-        N=n, H=h, W=w, C=c, P=p, Q=q, K=k, weight_k=weight_k, weight_c=weight_c, weight_r=weight_r, weight_s=weight_s,
+        pixels=n * h * w, inverse_outputs=1 / (n * p * q), C=c, K=k, weight_k=weight_k, weight_c=weight_c, weight_r=weight_r,
+        weight_s=weight_s, N=1 if pointwise else n, **extents, WHOLE_STEPS=k % configuration.block_k == 0,
         R=r, S=s, STRIDE_H=stride_h, STRIDE_W=stride_w, PADDING_H=padding[0], PADDING_W=padding[1],
         DILATION_H=dilation[0], DILATION_W=dilation[1], NEXT_R=stride_h // gcd(stride_h, dilation[0]),
         NEXT_S=stride_w // gcd(stride_w, dilation[1]), COMPACT=compact_stride or 1,

@@ -49,9 +49,10 @@ def preactivation(x, scale, bias, residual, residual_scale, residual_bias):
 
 
 @triton.jit
-def batch_norm_backward(dz, y, mean, invstd, gamma, s1, s2, n):
+def batch_norm_backward(dz, y, mean, invstd, gamma, s1, s2, inverse_n):
     """dy = gamma·invstd·(dz − s1/n − x̂·s2/n), x̂ = (y − mean)·invstd; gamma may be None. Ioffe & Szegedy 2015, section 3."""
     scale = invstd
     if gamma is not None:
         scale = invstd * gamma
-    return scale * (dz - s1 / n - (y - mean) * invstd * (s2 / n))
+    # What belongs to a channel first: three operations an element are left, and no division.
+    return scale * (dz - s1 * inverse_n - (y - mean) * (invstd * (s2 * inverse_n)))

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..problem import ConvProblem, ceil_div
 from ..tuning import Configuration
@@ -27,7 +28,7 @@ def conv_fprop_norm_act_stats_kernel(
     residual_ptr,  # [N, H, W, C] or None
     residual_scale_ptr,  # [C] float32, or None where the residual is materialised
     residual_bias_ptr,
-    weight_ptr,  # [K, C, R, S], of any strides
+    weight_ptr,  # [K, C, R, S], of any strides; with FLAT_C [R, ROW, K]
     y_ptr,  # [rows, K], rows = N·P·Q
     act_ptr,  # [N, H, W, C] or None
     mask_ptr,  # [N, H, W, ⌈C/8⌉] uint8, or None
@@ -39,16 +40,17 @@ def conv_fprop_norm_act_stats_kernel(
     m2_ptr,
     one_ptr,  # [1] float32: 1.0
     rows,
-    H,
-    W,
     C,
-    P,
-    Q,
     K,
     weight_k,  # strides of the weight, in elements
     weight_c,
     weight_r,
     weight_s,
+    H: tl.constexpr,  # as W, P, Q and C_STEPS: 0 where an output pixel is an input pixel. Divisions by what is known are short.
+    W: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    C_STEPS: tl.constexpr,  # steps of a tap
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -61,6 +63,7 @@ def conv_fprop_norm_act_stats_kernel(
     LEAD: tl.constexpr,  # with FLAT_C: elements of weight 0 before each filter row, so that windows begin at a multiple of ALIGNED
     ALIGNED: tl.constexpr,  # with FLAT_C: elements
     WHOLE_STEPS: tl.constexpr,  # no step along K passes the last channel
+    WHOLE_TILES: tl.constexpr,  # no M tile passes the last row
     OUT_RELU: tl.constexpr,
     PRECISION: tl.constexpr,  # of a float32 product: "tf32" or "ieee"
     BLOCK_M: tl.constexpr,
@@ -87,7 +90,7 @@ def conv_fprop_norm_act_stats_kernel(
     start = m * BLOCK_M
     lane = tl.arange(0, BLOCK_M)
     filters = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid_row = (start + lane < rows)[:, None]
+    valid_row = tl.full([BLOCK_M, 1], 1, tl.int1) if WHOLE_TILES else (start + lane < rows)[:, None]
     valid_filter = (filters < K)[None, :]
     # 64-bit offsets end at the tile's first pixel or image; from there on 32 bits do, and live in half the registers.
     PADDED: tl.constexpr = PADDING_H + PADDING_W > 0
@@ -99,7 +102,7 @@ def conv_fprop_norm_act_stats_kernel(
         top = p * STRIDE_H - PADDING_H
         left = q * STRIDE_W - PADDING_W
         first_image = start // (P * Q)
-        origin = first_image.to(tl.int64) * H * W
+        origin = first_image.to(tl.int64) * (H * W)
         corner = ((image - first_image) * H + top) * W + left
     if FLAT_C:
         ROW: tl.constexpr = (LEAD + S * FLAT_C + ALIGNED - 1) // ALIGNED * ALIGNED
@@ -107,7 +110,7 @@ def conv_fprop_norm_act_stats_kernel(
         x_at = tl.multiple_of(corner * FLAT_C - LEAD, ALIGNED)[:, None]
         edge = tl.multiple_of(left * FLAT_C - LEAD, ALIGNED)[:, None]
     else:
-        steps = R * S * tl.cdiv(C, BLOCK_K)
+        steps = R * S * C_STEPS if C_STEPS else tl.cdiv(C, BLOCK_K)
         x_at = (corner * C)[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(steps):
@@ -124,7 +127,7 @@ def conv_fprop_norm_act_stats_kernel(
             valid = valid_row & on_image
             at = x_at + (r * DILATION_H * W * FLAT_C + element)
         else:
-            r, s, c = tap(step, C, R, S, BLOCK_K)
+            r, s, c = tap(step, C_STEPS, R, S, BLOCK_K)
             inside = tl.full([BLOCK_K], 1, tl.int1) if WHOLE_STEPS else c < C
             valid = valid_row & inside[None, :]
             if PADDED:
@@ -145,13 +148,15 @@ def conv_fprop_norm_act_stats_kernel(
                     residual_bias = vector(residual_bias_ptr, c, inside)
             scale = vector(scale_ptr, c, inside)
             bias = vector(bias_ptr, c, inside)
-            z = preactivation(a.to(tl.float32), scale, bias, residual, residual_scale, residual_bias)
-            act = relu(z)
             if PADDED:
-                # Again: a tap on padding is 0, and act of what was loaded there is not. As a load, the mask reaches the registers of
+                # A tap on padding is 0: what was loaded there is, and so must its bias be. As a load, the mask reaches the registers of
                 # a matrix instruction's operand as x does; computed, it would send the tile through shared memory once more.
                 kept = tl.load(one_ptr + tl.zeros(on_image.shape, tl.int32), mask=on_image, other=0.0)
-                act = tl.where(kept != 0.0, act, 0.0)
+                bias = bias * kept
+                if residual_scale_ptr is not None:
+                    residual_bias = residual_bias * kept
+            z = preactivation(a.to(tl.float32), scale, bias, residual, residual_scale, residual_bias)
+            act = relu(z)
             a = act.to(a.dtype)
             if act_ptr is not None:
                 writes = n == 0  # the other N tiles read the same
@@ -163,7 +168,11 @@ def conv_fprop_norm_act_stats_kernel(
                         bits = pack_bits(passes_gradient(z) & valid, BLOCK_M, BLOCK_K)
                         mask_at = lane[:, None] * width + octets[None, :]
                         tl.store(mask_ptr + origin * width + mask_at, bits, mask=valid_row & (octets < width)[None, :])
-        weight_at = (r * weight_r + s * weight_s + c * weight_c)[:, None] + (filters * weight_k)[None, :]
+        if FLAT_C:
+            weight_at = (k * K)[:, None] + filters[None, :]
+            inside = r < R
+        else:
+            weight_at = (r * weight_r + s * weight_s + c * weight_c)[:, None] + (filters * weight_k)[None, :]
         b = tl.load(weight_ptr + weight_at, mask=inside[:, None] & valid_filter, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_N]
     if out_bias_ptr is not None:
@@ -181,7 +190,7 @@ def conv_fprop_norm_act_stats_kernel(
     tl.store(y_ptr + start.to(tl.int64) * K + lane[:, None] * K + filters[None, :], y, mask=valid_row & valid_filter)
     if count_ptr is not None:
         count = tl.minimum(rows - start, BLOCK_M)
-        mean, m2 = tile_moments(y.to(tl.float32), valid_row, count.to(tl.float32))
+        mean, m2 = tile_moments(y.to(tl.float32), None if WHOLE_TILES else valid_row, count.to(tl.float32))
         part_at = m.to(tl.int64) * K + filters[None, :]
         tl.store(mean_ptr + part_at, mean, mask=valid_filter)
         tl.store(m2_ptr + part_at, m2, mask=valid_filter)
@@ -190,9 +199,13 @@ def conv_fprop_norm_act_stats_kernel(
 
 
 @lru_cache
-def _one(device: torch.device) -> Tensor:
-    """[1] float32: 1.0."""
-    return torch.ones(1, device=device)
+def one(device: torch.device) -> Tensor:
+    """[1] float32: 1.0. Asked for when a backend is chosen for a device: a launch may be within a compiler's memory pool or a CUDA graph.
+
+    It outlives both, and holds a number whatever mode of PyTorch is active.
+    """
+    with _disable_current_modes():
+        return torch.ones(1, device=device)
 
 
 def fprop(
@@ -277,6 +290,17 @@ def _problem(x: Tensor, weight: Tensor, geometry: ConvGeometry, configuration: C
     return problem
 
 
+def filter_rows(weight: Tensor, lead: int, aligned: int) -> Tensor:
+    """[1, R, ROW, K] of a weight [K, C, R, S]: behind `lead` zeros the S·C elements of a filter row, then zeros to a multiple of `aligned`.
+
+    In a stem's own layout neighbouring filters are 147 elements apart, and each is loaded by itself; so they are copied with one access.
+    """
+    k, c, r, s = weight.shape
+    rows = weight.new_zeros(1, r, ceil_div(lead + s * c, aligned) * aligned, k)
+    rows[:, :, lead : lead + s * c] = weight.permute(2, 3, 1, 0).reshape(1, r, s * c, k)
+    return rows
+
+
 #: What a launch has only where it is asked for.
 OPTIONAL = dict.fromkeys(("act_ptr", "mask_ptr", "out_scale_ptr", "out_bias_ptr", "out_residual_ptr", "count_ptr", "mean_ptr", "m2_ptr"))
 
@@ -293,18 +317,26 @@ def _launch(
     flat = c if c < FEW_CHANNELS and problem.r * problem.s > 1 and dilation[1] == 1 else 0
     # 4 bytes at a time, which a copy that does not wait needs, where a window's step keeps to them and Triton can know it.
     pairs = flat > 0 and y.element_size() == 2 and w % 16 == 0 and stride[1] * c % 2 == 0
+    lead, aligned = padding[1] * c % 2 if pairs else 0, 2 if pairs else 1
+    if flat:
+        weight = filter_rows(weight, lead, aligned)
     weight_k, weight_c, weight_r, weight_s = weight.stride()
+    steps = 0 if problem.pointwise else ceil_div(c, configuration.block_k)
+    geometry = dict.fromkeys("HWPQ", 0) if problem.pointwise else {"H": problem.h, "W": w, "P": p, "Q": q}
     launch(
         conv_fprop_norm_act_stats_kernel, ceil_div(rows, configuration.block_m) * ceil_div(k, configuration.block_n), y.device,
         configuration.warps, configuration.stages,
         x_ptr=source.x, scale_ptr=source.scale, bias_ptr=source.bias, residual_ptr=source.residual,
         residual_scale_ptr=source.residual_scale, residual_bias_ptr=source.residual_bias, weight_ptr=weight,
-        y_ptr=y, one_ptr=_one(y.device), **OPTIONAL | asked,
-        rows=rows, H=problem.h, W=w, C=c, P=p, Q=q, K=k,
+        y_ptr=y, one_ptr=one(y.device), **OPTIONAL | asked,
+        rows=rows, C=c, K=k, **geometry,
         weight_k=weight_k, weight_c=weight_c, weight_r=weight_r, weight_s=weight_s, R=problem.r, S=problem.s, STRIDE_H=stride[0],
         STRIDE_W=stride[1], PADDING_H=padding[0], PADDING_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
-        FLAT_C=flat, LEAD=padding[1] * c % 2 if pairs else 0, ALIGNED=2 if pairs else 1, WHOLE_STEPS=c % configuration.block_k == 0,
-        OUT_RELU=OUT_RELU, PRECISION="ieee" if y.dtype == torch.float32 and not allow_tf32 else "tf32",
+        C_STEPS=steps, FLAT_C=flat, LEAD=lead, ALIGNED=aligned,
+        WHOLE_STEPS=c % configuration.block_k == 0, OUT_RELU=OUT_RELU,
+        # In float32 ptxas keeps more alive without masks: on sm_80 a raw residual's kernel spills.
+        WHOLE_TILES=rows % configuration.block_m == 0 and y.element_size() == 2,
+        PRECISION="ieee" if y.dtype == torch.float32 and not allow_tf32 else "tf32",
         BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
     )  # fmt: skip
     return y

@@ -97,34 +97,38 @@ def norm_backward_reduce_kernel(
 @triton.jit
 def sums_finalise_kernel(
     partial_ptr,  # [sums, partials, C] float32
-    s1_ptr,  # [C] float32, as all that follow
+    s1_ptr,  # [groups, C] float32, as all that follow
     s2_ptr,
     residual_s2_ptr,  # None where there are two sums
     partials,
+    groups,  # of STEPS·BLOCK_M partial results
     C,
     STEPS,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Adds partial sums in a fixed order. Reads 4 bytes per partial sum and channel, writes 4 bytes a channel and sum."""
+    """Adds each group's partial sums in a fixed order. Reads 4 bytes per partial sum and channel, writes 4 a channel, group and sum."""
     channel_programs = tl.cdiv(C, BLOCK_C)
-    which = tl.program_id(0) // channel_programs
+    row = tl.program_id(0) // channel_programs
+    which = row // groups
+    group = row % groups
     channels = (tl.program_id(0) % channel_programs) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channels < C
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for step in range(STEPS):
-        part = step * BLOCK_M + tl.arange(0, BLOCK_M)
+        part = (group * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = (part < partials)[:, None] & inside[None, :]
         total += tl.load(partial_ptr + (which * partials + part)[:, None] * C + channels[None, :], mask=valid, other=0.0)
     result = tl.sum(total, axis=0)
+    at = group * C + channels
     # Branches, since the interpreter of Triton 3.9 takes no mask that a scalar is a part of.
     if which == 0:
-        tl.store(s1_ptr + channels, result, mask=inside)
+        tl.store(s1_ptr + at, result, mask=inside)
     if which == 1:
-        tl.store(s2_ptr + channels, result, mask=inside)
+        tl.store(s2_ptr + at, result, mask=inside)
     if residual_s2_ptr is not None:  # noqa: SIM102  (decided while compiling; joined by `and`, both would be computed)
         if which == 2:
-            tl.store(residual_s2_ptr + channels, result, mask=inside)
+            tl.store(residual_s2_ptr + at, result, mask=inside)
 
 
 @triton.jit
@@ -161,7 +165,7 @@ def norm_backward_apply_kernel(
     invstd = vector(invstd_ptr, channels, inside)
     s1 = vector(s1_ptr, channels, inside)
     s2 = vector(s2_ptr, channels, inside)
-    dy = batch_norm_backward(dz, y, mean, invstd, gamma, s1, s2, tl.cast(rows, tl.float32))
+    dy = batch_norm_backward(dz, y, mean, invstd, gamma, s1, s2, 1.0 / tl.cast(rows, tl.float32))
     tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=valid)
 
 
@@ -178,15 +182,24 @@ class PartialSums:
 
     def finalise(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(s1, s2, residual_s2), each [C] float32."""
-        kinds, partials, channels = self.partial.shape
-        sums = [torch.empty(channels, dtype=torch.float32, device=self.device) for _ in range(kinds)]
-        merge = tiling.finalisation(partials, channels)
-        launch(
-            sums_finalise_kernel, kinds * merge.channel_programs, self.device, merge.warps,
-            partial_ptr=self.partial, s1_ptr=sums[0], s2_ptr=sums[1], residual_s2_ptr=self._third(sums),
-            partials=partials, C=channels, STEPS=merge.steps, BLOCK_M=merge.block_rows, BLOCK_C=merge.block_channels,
-        )  # fmt: skip
-        return sums[0], sums[1], self._third(sums)
+        partial = self.partial
+        kinds, partials, channels = partial.shape
+        while True:  # twice, where the partial results are many
+            merge = tiling.finalisation(partials, channels)
+            groups = merge.row_programs
+            last = groups == 1
+            shape = (channels,) if last else (kinds, groups, channels)
+            # The results are tensors of their own, since what an operator hands out may not share memory.
+            found = [torch.empty(shape, dtype=torch.float32, device=self.device) for _ in range(kinds if last else 1)]
+            sums = found if last else found[0]
+            launch(
+                sums_finalise_kernel, kinds * merge.programs, self.device, merge.warps,
+                partial_ptr=partial, s1_ptr=sums[0], s2_ptr=sums[1], residual_s2_ptr=self._third(sums),
+                partials=partials, groups=groups, C=channels, STEPS=merge.steps, BLOCK_M=merge.block_rows, BLOCK_C=merge.block_channels,
+            )  # fmt: skip
+            if last:
+                return sums[0], sums[1], self._third(sums)
+            partial, partials = sums, groups
 
     @staticmethod
     def _third(sums):

@@ -87,8 +87,21 @@ def per_image(pixels: int, channels: int, itemsize: int) -> Tiling:
     return Tiling(pixels, channels, block_rows, block_channels, steps=ceil_div(pixels, block_rows), warps=4)
 
 
-def finalisation(partials: int, channels: int) -> Tiling:
-    """The merge of `partials` rows of partial results: 8 channels a program, 32 bytes a row, as many programs as can be."""
-    block_rows = min(256, power_of_two(partials))
-    return Tiling(partials, channels, block_rows, block_channels=8, steps=ceil_div(partials, block_rows), warps=4)
+#: Steps of a program that merges partial results: each waits for memory, and there is little else to do meanwhile.
+MOST_STEPS = 8
 
+
+def finalisation(partials: int, channels: int) -> Tiling:
+    """The merge of `partials` rows of partial results: 8 channels a program, 32 bytes a row, as many programs as can be.
+
+    Where it has more than one row of programs, their results are to be merged in turn.
+    """
+    block_rows = min(256, power_of_two(partials))
+    steps = min(ceil_div(partials, block_rows), MOST_STEPS)
+    return Tiling(partials, channels, block_rows, block_channels=8, steps=steps, warps=4)
+
+
+def finalisation_of_splits(splits: int, elements: int) -> Tiling:
+    """The sum of `splits` rows of partial results, in one kernel: rows side by side, so that few loads wait for each other."""
+    block_rows = min(max(power_of_two(ceil_div(splits, MOST_STEPS)), min(64, power_of_two(splits))), 1024)
+    return Tiling(splits, elements, block_rows, max(8, min(1024, 4096 // block_rows)), ceil_div(splits, block_rows), warps=4)

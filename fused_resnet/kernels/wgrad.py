@@ -14,6 +14,7 @@ from ..values import ConvGeometry, Source, problem_of
 from .elements import relu, vector
 from .implicit_gemm import pixel, tile
 from .launch import launch
+from .tiling import finalisation_of_splits
 
 
 @triton.jit
@@ -25,17 +26,17 @@ def conv_wgrad_norm_act_kernel(
     out_ptr,  # [splits, elements of the weight]: dw, or partial results in float32
     rows,
     rows_per_split,  # a multiple of BLOCK_K
-    H,
-    W,
     C,
-    P,
-    Q,
     K,
     out_split,  # strides of out, in elements
     out_k,
     out_c,
     out_r,
     out_s,
+    H: tl.constexpr,  # as W, P and Q: 0 where an output pixel is an input pixel. Divisions by what is known are short.
+    W: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -50,7 +51,7 @@ def conv_wgrad_norm_act_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out = Σ act·dy over the pixels of a split, act = round(relu(fma(x, scale, bias))) or x, and 0 on padding.
+    """out = Σ act·dy over the pixels of a split, act = round(relu(fma(x, scale, bias))) or x; a tap on padding adds nothing.
 
     The GEMM's axes: M over (r, s, c), N over K, K over output pixels. It computes dwᵀ, so that the operand that is made on load is A.
     """
@@ -96,15 +97,21 @@ def conv_wgrad_norm_act_kernel(
         else:
             image, p, q = pixel(start + step_lane, P, Q)
             first_image = start // (P * Q)
-            origin = first_image.to(tl.int64) * H * W
+            origin = first_image.to(tl.int64) * (H * W)
             h = (p * STRIDE_H - PADDING_H)[:, None] + r * DILATION_H
             w = (q * STRIDE_W - PADDING_W)[:, None] + s * DILATION_W
-            valid = valid_row & inside[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            on_image = (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            valid = valid_row & inside[None, :] & on_image
             at = (((image - first_image)[:, None] * H + h) * W + w) * C + c[None, :]
+            if not FLAT_C:
+                # A tap on padding adds nothing: its pixel's dy is not loaded. To mask act instead, which is not 0 there, would take the
+                # coordinates of each of the operand's registers once more.
+                valid_row = valid_row & on_image
         a = tl.load(x_ptr + origin * C + at, mask=valid, other=0.0)
         if scale_ptr is not None:
-            act = relu(tl.fma(a.to(tl.float32), scale, bias))
-            a = tl.where(valid, act, 0.0).to(a.dtype)  # again: act of a padded zero is not 0
+            a = relu(tl.fma(a.to(tl.float32), scale, bias)).to(a.dtype)
+            if FLAT_C:
+                a = tl.where(valid, a, 0.0)
         dy_at = (step_lane * K)[:, None] + filters[None, :]
         b = tl.load(dy_ptr + start.to(tl.int64) * K + dy_at, mask=valid_row & valid_filter, other=0.0)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_N]
@@ -119,14 +126,18 @@ def wgrad_finalise_kernel(
     dw_ptr,  # [elements]
     splits,
     elements,
+    STEPS,
+    BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dw = round(Σ partial) in the order of the splits. Reads 4 bytes an element and split, writes dw."""
+    """dw = round(Σ partial) in a fixed order, BLOCK_S splits at a time. Reads 4 bytes an element and split, writes dw."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        total += tl.load(partial_ptr + tl.cast(split, tl.int64) * elements + at, mask=at < elements, other=0.0)
-    tl.store(dw_ptr + at, total.to(dw_ptr.dtype.element_ty), mask=at < elements)
+    total = tl.zeros([BLOCK_S, BLOCK], tl.float32)
+    for step in range(STEPS):
+        split = step * BLOCK_S + tl.arange(0, BLOCK_S)
+        there = (split < splits)[:, None] & (at < elements)[None, :]
+        total += tl.load(partial_ptr + split.to(tl.int64)[:, None] * elements + at[None, :], mask=there, other=0.0)
+    tl.store(dw_ptr + at, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=at < elements)
 
 
 def wgrad(
@@ -158,20 +169,21 @@ def wgrad(
     out = dw if splits == 1 else torch.empty((splits, dw.numel()), dtype=torch.float32, device=dw.device)
     flat = c if c < FEW_CHANNELS and r * s > 1 else 0
     out_k, out_c, out_r, out_s = dw.stride()
+    extents = dict.fromkeys("HWPQ", 0) if problem.pointwise else {"H": h, "W": w, "P": p, "Q": q}
     programs = splits * m_tiles(problem, configuration.block_m) * ceil_div(k, configuration.block_n)
     launch(
         conv_wgrad_norm_act_kernel, programs, dy.device, configuration.warps, configuration.stages,
         x_ptr=source.x, scale_ptr=source.scale, bias_ptr=source.bias, dy_ptr=dy, out_ptr=out, rows=rows,
-        rows_per_split=rows_per_split, H=h, W=w, C=c, P=p, Q=q, K=k, out_split=dw.numel(), out_k=out_k, out_c=out_c,
-        out_r=out_r, out_s=out_s, R=r, S=s, STRIDE_H=geometry.stride[0], STRIDE_W=geometry.stride[1],
+        rows_per_split=rows_per_split, C=c, K=k, out_split=dw.numel(), out_k=out_k, out_c=out_c,
+        out_r=out_r, out_s=out_s, **extents, R=r, S=s, STRIDE_H=geometry.stride[0], STRIDE_W=geometry.stride[1],
         PADDING_H=geometry.padding[0], PADDING_W=geometry.padding[1], DILATION_H=geometry.dilation[0],
         DILATION_W=geometry.dilation[1], FLAT_C=flat, PRECISION="tf32" if allow_tf32 else "ieee",
         BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
     )  # fmt: skip
     if splits > 1:
-        block = 512
+        finalise = finalisation_of_splits(splits, dw.numel())
         launch(
-            wgrad_finalise_kernel, ceil_div(dw.numel(), block), dw.device, warps=4,
-            partial_ptr=out, dw_ptr=dw, splits=splits, elements=dw.numel(), BLOCK=block,
+            wgrad_finalise_kernel, finalise.channel_programs, dw.device, finalise.warps, partial_ptr=out, dw_ptr=dw, splits=splits,
+            elements=dw.numel(), STEPS=finalise.steps, BLOCK_S=finalise.block_rows, BLOCK=finalise.block_channels,
         )  # fmt: skip
     return like_weight(dw, weight)

@@ -25,6 +25,8 @@ def candidates(task: Task, capability: tuple[int, int]) -> list[Configuration]:
     """
     rule = configuration(task, capability)
     found = {rule: None}
+    if task.kind == "wgrad":  # how far to split is what a rule of thumb knows least of
+        found |= {replace(rule, splits=splits): None for splits in (2, 4, 8)}
     for start in (rule, *_near(rule)):
         found |= dict.fromkeys(_near(start))
     return list(found)
