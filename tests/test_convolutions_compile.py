@@ -1,6 +1,7 @@
 """What the rules of thumb choose for convolutions, forward and backward, is compiled ahead of time for sm_80 and sm_90. No GPU is needed."""
 
 import json
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -65,7 +66,10 @@ def check(found: list[dict], precision: str = "tf32"):
         narrow = (kind == "fprop" and " 3x" in c["variant"].partition(",")[0].replace(" 3x3 ", " ")) or (
             kind == "wgrad" and "float32" in c["variant"] and c["architecture"] == 90
         )
-        assert ("cp.async.ca" if narrow else "cp.async.cg.shared.global") in c["ptx"], where
+        # Where the compiler knows that a loop has one step, there is no next one whose loads could be under way.
+        found_step = re.match(r"fprop (\d+)x\d+x\d+ 1x1 .* stride .*; \d+x\d+x(\d+),", c["variant"])
+        if not (found_step and int(found_step[1]) <= int(found_step[2])):
+            assert ("cp.async.ca" if narrow else "cp.async.cg.shared.global") in c["ptx"], where
         if precision == "tf32":
             assert ("wgmma.mma_async" if c["architecture"] == 90 else "mma.sync") in c["ptx"], where
 
