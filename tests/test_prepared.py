@@ -40,6 +40,23 @@ def agree(model: nn.Module) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+def test_weights_that_autocast_casts_are_those_of_each_forward():
+    """A cast weight is a tensor of its own: kept, it would have another step's values, and its parameter no gradient."""
+    model = models.resnet20(num_classes=3)
+    x = torch.randn(4, 3, 16, 16)
+    for _ in range(3):
+        found = {}
+        for backend in ("eager", "off"):
+            with fused_resnet.backend(backend), torch.autocast("cpu", dtype=torch.bfloat16):
+                out = model(x)
+            found[backend] = torch.autograd.grad(out.float().square().sum(), list(model.parameters()))
+        for name, ours, theirs in zip(dict(model.named_parameters()), *found.values(), strict=True):
+            assert (ours - theirs).norm() <= 0.2 * theirs.norm() + 1e-3, name
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.2) if p.dim() == 4 else p.add_(0.1)
+
+
 def nodes(model: nn.Module) -> int:
     """Nodes of autograd that hold convolutions."""
     with fused_resnet.backend("eager"):

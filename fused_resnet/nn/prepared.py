@@ -85,7 +85,9 @@ class Prepared:
         if now != before:
             layers = self._layers(x)
             parameters = [p for module in self._modules for p in module._parameters.values() if p is not None]
-            if all(type(p) is nn.Parameter for p in parameters) and all(c.weight.dtype is x.dtype for convs in layers for c in convs):
+            # A weight of another dtype was cast: a tensor of this forward's, which has its graph and not the next one's values.
+            own = all(conv._parameters["weight"].dtype is x.dtype for conv in self._modules[::2])
+            if own and all(type(p) is nn.Parameter for p in parameters):
                 layers = Layers(layers)
                 self._kept = now, layers  # which holds the parameters, so that no other gets the name of one
         return layers
