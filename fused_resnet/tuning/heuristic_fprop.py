@@ -68,6 +68,7 @@ def configuration(problem: ConvProblem, itemsize: int, capability: tuple[int, in
     eight = on == 8 and (itemsize == 4 or ((block_m, block_n) == (LEAST, LEAST) and block_k >= 32 and not few))
     eight = eight or (few and itemsize == 4)
     warps = 8 if eight else 4 if cut else tile.warps
-    return replace(
-        tile, block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=min(tile.stages, steps + 1)
-    )
+    # With four stages Triton 3.6's ptxas keeps the smallest tile to 80 registers, and spills where a norm's 3x3 has a stride.
+    short = (on, itemsize, prologue, block_m, block_n) == (8, 2, True, LEAST, LEAST) and taps > 1
+    stages = min(3 if short else tile.stages, steps + 1)
+    return replace(tile, block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=stages)
