@@ -97,7 +97,7 @@ def test_a_slow_down_of_one_kernel_is_shown_in_its_layer(fused, monkeypatch):
     right = Reference.norm_act_max_pool
 
     def slowed(self, *args):
-        for _ in range(14):
+        for _ in range(100):  # which stands out beside whatever else the machine does
             right(self, *args)
         return right(self, *args)
 
