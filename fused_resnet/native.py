@@ -16,6 +16,7 @@ from . import environment
 
 #: What the library for CPUs is compiled for, from the plainest to the best; numbered as in csrc/cpu/dispatch.cpp.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
+#: What `use_instruction_set` chose last; "" before it was asked.
 _in_use = ""
 
 

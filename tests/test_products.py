@@ -5,7 +5,7 @@ import torch
 
 from fused_resnet.backends import BACKENDS, products
 from fused_resnet.problem import ConvProblem
-from fused_resnet.values import Conv, ConvGeometry, ConvOutput, Norm
+from fused_resnet.values import Conv, ConvGeometry, ConvOutput, Norm, problem_of
 
 CASES = {
     "1x1": ((2, 24, 9, 7), 40, 1, 1, 0),
@@ -35,7 +35,7 @@ def gradients(x, weight, geometry, dy):
 @pytest.mark.parametrize("case", CASES)
 def test_errors_are_at_most_twice_the_frameworks(case):
     x, weight, geometry, dy = operands(case)
-    problem, wide = products.problem_of(x, weight, geometry), [t.double() for t in (x, weight)]
+    problem, wide = problem_of(x, weight, geometry), [t.double() for t in (x, weight)]
     exact = [torch.conv2d(*wide, None, *geometry), *gradients(*wide, geometry, dy.double())]
     theirs = [torch.conv2d(x, weight, None, *geometry), *gradients(x, weight, geometry, dy)]
     ours = {"wgrad": (products.wgrad(x, dy, problem), 2)}

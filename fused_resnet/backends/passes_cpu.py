@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import native
 from ..reference import convolution, convolution_backward, like_weight
-from ..values import Conv, ConvGeometry, ConvOutput, Pending, Source
+from ..values import Conv, ConvGeometry, ConvOutput, Pending, Source, problem_of
 from . import onednn, products
 from .passes_native import PassesNative, float32_vector
 
@@ -36,13 +36,13 @@ class PassesCpu(PassesNative):
 
     def convolve(self, source, convs, write_act):
         first, *others = convs
-        if not is_pointwise(source.x, first.weight, first.geometry):
+        if not runs_with_passes(source.x, first.weight, first.geometry):
             return super().convolve(source, convs, write_act)
         pending, act, mask = self._pointwise(source, first)
         return [pending, *(self._convolution(act, conv) for conv in others)], act, mask
 
     def _convolution(self, act, conv):
-        if is_pointwise(act, conv.weight, conv.geometry):
+        if runs_with_passes(act, conv.weight, conv.geometry):
             return self._pointwise(Source(act), conv)[0]
         return self.with_norm(_convolution(act, conv), conv.norm)
 
@@ -66,14 +66,14 @@ class PassesCpu(PassesNative):
         return pending, source.x if act is None else act, mask
 
     def convolution_again(self, source, conv, written):
-        if is_pointwise(source.x, conv.weight, conv.geometry):
+        if runs_with_passes(source.x, conv.weight, conv.geometry):
             none = (None,) * 5
             return lambda read: self.operators.pointwise_forward(read.x, *none, conv.weight, False, None, None, 0.0)[0]
         return lambda read: _convolution(read.x, conv)
 
     def convolve_backward(self, source, act, mask, outputs, dact, need_dx):
         first, *others = outputs
-        if first.dz is None or not first.training or not is_pointwise(source.x, first.weight, first.geometry):
+        if first.dz is None or not first.training or not runs_with_passes(source.x, first.weight, first.geometry):
             return super().convolve_backward(source, act, mask, outputs, dact, need_dx)
         pairs = [self._convolution_backward(act, output, need_dx) for output in others]
         added = [gradient for gradient in (dact, *(dx for dx, _ in pairs)) if gradient is not None] if need_dx else []
@@ -91,17 +91,17 @@ class PassesCpu(PassesNative):
             source.residual if raw else None, source.residual_mean, source.residual_invstd, mask, need_dx, output.need_dw,
         )  # fmt: skip
         if dy is not None:
-            dw = products.wgrad(act, dy, products.problem_of(act, output.weight, output.geometry))
+            dw = products.wgrad(act, dy, problem_of(act, output.weight, output.geometry))
         return tuple(gradients), None if dw is None else like_weight(dw, output.weight)
 
     def _convolution_backward(self, act, output, need_dx):
         if output.dz is None:
             return None, None
-        if output.training and is_pointwise(act, output.weight, output.geometry):
+        if output.training and runs_with_passes(act, output.weight, output.geometry):
             (dx, *_), dw = self._pointwise_backward(Source(act), act, None, output, None, need_dx)
             return dx, dw
         dy, weight = self._dy(output), output.weight
-        problem, dx, dw = products.problem_of(act, weight, output.geometry), None, None
+        problem, dx, dw = problem_of(act, weight, output.geometry), None, None
         if need_dx and products.as_product("dgrad", problem, act.dtype):
             dx = products.dgrad(dy, weight, problem)
         if output.need_dw and products.as_product("wgrad", problem, act.dtype):
@@ -112,7 +112,7 @@ class PassesCpu(PassesNative):
         return dx, dw
 
 
-def is_pointwise(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
+def runs_with_passes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
     """Whether the convolution of x by `weight` runs together with the passes around it."""
     k, c, *window = weight.shape
     return (
@@ -129,7 +129,7 @@ def is_pointwise(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
 
 def _convolution(act: Tensor, conv: Conv) -> Tensor:
     """y in channels_last."""
-    problem = products.problem_of(act, conv.weight, conv.geometry)
+    problem = problem_of(act, conv.weight, conv.geometry)
     if products.as_product("fprop", problem, act.dtype):
         return products.fprop(act, conv.weight, problem)
     return convolution(act, conv)

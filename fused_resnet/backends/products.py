@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..problem import ConvProblem
-from ..values import ConvGeometry
 
 #: The most bytes that the windows of a 3x3 convolution may take, and the fewest channels on both sides.
 WINDOW_BYTES, WINDOW_CHANNELS = 2**24, 512
@@ -66,10 +65,3 @@ def wgrad(x: Tensor, dy: Tensor, conv: ConvProblem) -> Tensor:
     """dw [K, C, R, S] in channels_last."""
     rows = _pixels(x, conv.stride[0]) if conv.r == conv.s == 1 else _windows(x, conv)
     return torch.mm(_pixels(dy).T, rows).view(conv.k, conv.r, conv.s, conv.c).permute(0, 3, 1, 2)
-
-
-def problem_of(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> ConvProblem:
-    """The convolution in numbers."""
-    (n, c, h, w), (k, _, r, s) = x.shape, weight.shape
-    stride, padding, dilation, groups = geometry
-    return ConvProblem(n, c, h, w, k, r, s, tuple(stride), tuple(padding), tuple(dilation), groups)
