@@ -71,6 +71,7 @@ bench: $(TEST_READY)
 
 lint: $(TEST_READY)
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 findings:
 	PYTHON=$(PYTHON) PIP_FLAGS="$(PIP_FLAGS)" bash findings/all.bash

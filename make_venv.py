@@ -28,9 +28,7 @@ for library in (CUDA, CPU):
     print(f"native library {library.path.name}: {library.load() or 'built'}")
 """
 #: Lines of pip's that ask nothing of anybody here.
-NOISE = re.compile(
-    r"WARNING: (Location '.*' is ignored|Running pip as the 'root' user|Cache entry deserialization failed)|\[notice\]"
-)
+NOISE = re.compile(r"WARNING: (Location '.*' is ignored|Running pip as the 'root' user|Cache entry deserialization failed)|\[notice\]")
 #: Lines of pip's that show how far it is.
 PROGRESS = re.compile(r"\s*(Downloading \S+ \(.*\)|Installing collected packages|Successfully installed|Building \w+ for)")
 

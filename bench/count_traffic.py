@@ -1,6 +1,6 @@
 """Print what each kernel of a training step moves, counted from what the operators launch. Needs no GPU: see fused_resnet.bench.traffic.
 
-    python bench/count_traffic.py --model resnet50 --batch 256
+python bench/count_traffic.py --model resnet50 --batch 256
 """
 
 import argparse
@@ -29,8 +29,10 @@ def main() -> None:
         rows = by_name(step.moved)
         total = tuple(sum(row[i] for row in rows.values()) for i in range(3))
         words = f"{backend}, recompute" if again else backend
-        print(f"\n{words}, {args.model}, batch {args.batch} of {args.size}x{args.size}, bfloat16; MB an image; "
-              f"{step.saved / args.batch / 1e6:.2f} held for backward\n")
+        print(
+            f"\n{words}, {args.model}, batch {args.batch} of {args.size}x{args.size}, bfloat16; MB an image; "
+            f"{step.saved / args.batch / 1e6:.2f} held for backward\n"
+        )
         print(f"{'kernel':<42} {'launches':>8} {'moved':>8} {'workspace':>10}")
         for name, (launches, moved, workspace) in {**rows, "all": total}.items():
             print(f"{name:<42} {launches:>8} {moved / args.batch / 1e6:>8.2f} {workspace / args.batch / 1e6:>10.2f}")

@@ -1,9 +1,9 @@
 """What cuDNN's fused graphs can do: which it accepts, and how fast they are on a network's shapes. See docs/backends.md.
 
-    python bench/cudnn_graphs.py probe OUT                     on a GPU: each graph, each dtype, tried and checked
-    python bench/cudnn_graphs.py probe OUT --properties FILE   on none: what cuDNN proposes for the GPU that FILE describes
-    python bench/cudnn_graphs.py table                         docs/backends.md's tables, of the files in bench/cudnn_graphs/
-    python bench/cudnn_graphs.py shapes OUT --batch 64 256 400 on a GPU: eager, passes, triton and cudnn on ResNet-50's shapes
+python bench/cudnn_graphs.py probe OUT                     on a GPU: each graph, each dtype, tried and checked
+python bench/cudnn_graphs.py probe OUT --properties FILE   on none: what cuDNN proposes for the GPU that FILE describes
+python bench/cudnn_graphs.py table                         docs/backends.md's tables, of the files in bench/cudnn_graphs/
+python bench/cudnn_graphs.py shapes OUT --batch 64 256 400 on a GPU: eager, passes, triton and cudnn on ResNet-50's shapes
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """What the compiler made of the native library's kernels, and what they move and compute. Needs no GPU; the library has to be built.
 
-    fused-resnet kernels --language cuda                             # all kernels
-    fused-resnet kernels --language cuda --name max_pool             # those whose name holds "max_pool"
-    fused-resnet kernels --language cuda --page docs/kernels/cuda.md # the table of that page
+fused-resnet kernels --language cuda                             # all kernels
+fused-resnet kernels --language cuda --name max_pool             # those whose name holds "max_pool"
+fused-resnet kernels --language cuda --page docs/kernels/cuda.md # the table of that page
 """
 
 import re

@@ -360,9 +360,7 @@ def convolution(act: Tensor, conv: Conv) -> Tensor:
     return nhwc(torch.conv2d(act, conv.weight, None, *conv.geometry))
 
 
-def convolution_backward(
-    act: Tensor, dy: Tensor, output: ConvOutput, need_dx: bool, need_dw: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def convolution_backward(act: Tensor, dy: Tensor, output: ConvOutput, need_dx: bool, need_dw: bool) -> tuple[Tensor | None, Tensor | None]:
     """(dx in channels_last, dw in the weight's strides), by the framework; None for what is not needed."""
     stride, padding, dilation, groups = output.geometry
     dx, dw, _ = torch.ops.aten.convolution_backward(

@@ -20,7 +20,9 @@ EPS = 1e-5
 #: Where the operators are tested: the GPU where there is one.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: The backends that run the passes here: on a CPU those for CPUs, and the CUDA kernels by the SIMT shim.
-LANGUAGES = [name for name in ("passes_cuda", "passes_cpu", "emulated", "passes_triton") if not BACKENDS[name].declines(DEVICE, torch.float32)]
+LANGUAGES = [
+    name for name in ("passes_cuda", "passes_cpu", "emulated", "passes_triton") if not BACKENDS[name].declines(DEVICE, torch.float32)
+]
 #: What is tested as a backend. `tuned` is made of others: tests/test_tune.py holds which of them it takes.
 TESTED = [name for name in BACKENDS if name not in TUNED]
 #: Those that run here.

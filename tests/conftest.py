@@ -69,7 +69,9 @@ def name(item: pytest.Item) -> str:
 def seed(request) -> int:
     """A seed for each test, printed with a failure: of its name, a new one with --fresh-seeds, or FUSED_RESNET_TEST_SEED."""
     fresh = request.config.getoption("--fresh-seeds")
-    value = int(os.environ.get("FUSED_RESNET_TEST_SEED") or (random.SystemRandom().randrange(2**31) if fresh else tiers.number(name(request.node))))
+    value = int(
+        os.environ.get("FUSED_RESNET_TEST_SEED") or (random.SystemRandom().randrange(2**31) if fresh else tiers.number(name(request.node)))
+    )
     print(f"seed: FUSED_RESNET_TEST_SEED={value}")
     torch.manual_seed(value)
     random.seed(value)
@@ -123,6 +125,11 @@ def pytest_runtest_makereport(item, call):
     """Where everything must be at hand, a skip is a failure; what needs a GPU is the exception."""
     outcome = yield
     report = outcome.get_result()
-    if report.skipped and os.environ.get("FUSED_RESNET_NO_SKIPS") and not item.get_closest_marker("gpu") and not hasattr(report, "wasxfail"):
+    if (
+        report.skipped
+        and os.environ.get("FUSED_RESNET_NO_SKIPS")
+        and not item.get_closest_marker("gpu")
+        and not hasattr(report, "wasxfail")
+    ):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped where FUSED_RESNET_NO_SKIPS is set: {report.longrepr}"

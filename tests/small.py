@@ -37,9 +37,7 @@ class SmallNetwork(ResidualNetwork):
         self.fc = nn.Linear(32 * w, CLASSES)
 
 
-def network(
-    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d, dtype: torch.dtype = torch.float64, width: int = 1
-) -> SmallNetwork:
+def network(norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d, dtype: torch.dtype = torch.float64, width: int = 1) -> SmallNetwork:
     """With norms that are not the identity: running statistics, scale and shift are random, where there are any."""
     model = SmallNetwork(norm_layer, width).to(dtype)
     for module in model.modules():

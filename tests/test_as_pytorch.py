@@ -70,7 +70,11 @@ class SharedByShortcut(BasicBlock):
 
 def row_that_shares(momentum):
     norm = nn.BatchNorm2d(8, momentum=momentum)
-    return Stage(ConvBNAct2d(8, 8, norm_layer=lambda c: norm), ConvBNAct2d(8, 8, norm_layer=lambda c: norm), ConvBNAct2d(8, 8, norm_layer=lambda c: norm))
+    return Stage(
+        ConvBNAct2d(8, 8, norm_layer=lambda c: norm),
+        ConvBNAct2d(8, 8, norm_layer=lambda c: norm),
+        ConvBNAct2d(8, 8, norm_layer=lambda c: norm),
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -194,7 +194,10 @@ FAULTS = {
     "no mean correction": ("norm_backward_apply", lambda f: lambda dz, y, m, i, g, s1, s2: f(dz, y, m, i, g, torch.zeros_like(s1), s2)),
     "sums swapped": ("norm_backward_reduce", lambda f: lambda *a, **k: (lambda r: (r[0], r[2], r[1], r[3]))(f(*a, **k))),
     "biased by an ulp": ("norm_add_act", lambda f: lambda *a, **k: (lambda r: (r[0] * (1 + 2e-6), r[1]))(f(*a, **k))),
-    "residual's sum forgotten": ("norm_backward_reduce", lambda f: lambda *a, **k: (lambda r: (*r[:3], None if r[3] is None else r[3] * 0))(f(*a, **k))),
+    "residual's sum forgotten": (
+        "norm_backward_reduce",
+        lambda f: lambda *a, **k: (lambda r: (*r[:3], None if r[3] is None else r[3] * 0))(f(*a, **k)),
+    ),
 }
 
 

@@ -22,12 +22,18 @@ from fused_resnet.reference import Reference
     [
         (["kernel"], "argument SUITE: expected one of kernels, blocks, train, inference; got 'kernel'"),
         (["train", "--impl", "magic"], "argument --impl: expected one of eager, eager_nhwc, compile"),
-        (["kernels", "--impl", "apex"], "argument --impl: expected some of eager_nhwc, compile, compile_max, cudnn, ours, ours:passes_cuda, "),
+        (
+            ["kernels", "--impl", "apex"],
+            "argument --impl: expected some of eager_nhwc, compile, compile_max, cudnn, ours, ours:passes_cuda, ",
+        ),
         (["train", "--case", "batch_stats"], "argument --case: expected the suite kernels; got train"),
         (["kernels", "--largest", "64"], "argument --largest: expected the suite blocks or train or inference; got kernels"),
         (["kernels", "--case", "conv"], "argument --case: expected one of passes, convolutions, "),
         (["kernels", "--model", "resnet20"], "argument --model: expected some of resnet18, resnet34, "),
-        (["blocks", "--model", "torch.nn:Identity"], "argument --model: expected networks with residual blocks that fused_resnet.fuse knows; "),
+        (
+            ["blocks", "--model", "torch.nn:Identity"],
+            "argument --model: expected networks with residual blocks that fused_resnet.fuse knows; ",
+        ),
         (["train", "--batch", "0"], "argument --batch: expected a whole number of at least 1; got '0'"),
         (["train", "--dtype", "int8"], "argument --dtype: expected one of fp32, fp16, bf16; got 'int8'"),
     ],
@@ -42,7 +48,22 @@ def test_a_wrong_argument_is_named(arguments, words, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-SMALL = ["bench", "kernels", "--device", "cpu", "--model", "resnet18", "--size", "16", "--case", "norm_act", "--impl", "eager_nhwc", "--repeats", "3"]
+SMALL = [
+    "bench",
+    "kernels",
+    "--device",
+    "cpu",
+    "--model",
+    "resnet18",
+    "--size",
+    "16",
+    "--case",
+    "norm_act",
+    "--impl",
+    "eager_nhwc",
+    "--repeats",
+    "3",
+]
 
 
 def test_what_was_done_is_written_where_a_run_is_terminated(monkeypatch, tmp_path, capsys):
@@ -125,7 +146,9 @@ def test_the_table_leaves_out_what_no_row_has():
     assert told["ms"] == ["12.35", ""] and told["status"] == ["", "oom: no room"]
 
 
-@pytest.mark.parametrize("value, text", [(None, ""), (0.0, "0"), (0.01234, "0.0123"), (1.16, "1.160"), (12.345, "12.35"), (1234.5, "1,234")])
+@pytest.mark.parametrize(
+    "value, text", [(None, ""), (0.0, "0"), (0.01234, "0.0123"), (1.16, "1.160"), (12.345, "12.35"), (1234.5, "1,234")]
+)
 def test_numbers_have_four_digits(value, text):
     assert number(value) == text
 

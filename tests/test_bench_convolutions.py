@@ -63,7 +63,10 @@ def test_floors_are_those_of_the_design_with_everything_fused(model):
     floors = {(k.layer, k.work): k for k in training_step(network, DESIGNS["+fold"])}
     names = [(network.stem.name,)]
     for block in network.blocks:
-        names += [tuple(layer.name for layer in (block.branch[0], block.projection) if layer), *((layer.name,) for layer in block.branch[1:])]
+        names += [
+            tuple(layer.name for layer in (block.branch[0], block.projection) if layer),
+            *((layer.name,) for layer in block.branch[1:]),
+        ]
     compared = 0
     for layers, at in zip(names, convolutions.places(network), strict=True):
         kernels = [*zip(layers, at.forward_kernels(2), strict=True)]

@@ -111,7 +111,9 @@ def test_what_does_not_follow_the_schema_is_refused_by_name(path, change, messag
         read_results(changed(path, change))
 
 
-@pytest.mark.parametrize("text", ["", "[", "\xff", '{"version": 1, "meta": {"device": "cpu"', "[" * 100_000, '{"version": ' + "9" * 10_000 + "}"])
+@pytest.mark.parametrize(
+    "text", ["", "[", "\xff", '{"version": 1, "meta": {"device": "cpu"', "[" * 100_000, '{"version": ' + "9" * 10_000 + "}"]
+)
 def test_what_is_not_json_is_refused(path, text):
     path.write_text(text, encoding="latin-1")
     with pytest.raises(SchemaError, match="^" + re.escape(f"{path}: expected JSON; ")):

@@ -42,7 +42,15 @@ def test_loops_that_follow_each_other_and_versions_of_one():
     code = [text % 0 if "%" in text else text for text in once] + [text % 2 if "%" in text else text for text in once] + ["EXIT"]
     assert sass.read(listing(*code)) == sass.Issued(1, 4, 0, 0, 0)
     # With matrix instructions they are versions of one loop: one with and one without borders, say.
-    code = ["@P0 BRA {4}", "HMMA.16816.F32.BF16 R4, R8, R12, R4", "FADD R1, R1, R1", "@P1 BRA {1}", "HMMA.16816.F32.BF16 R4, R8, R12, R4", "@P1 BRA {4}", "EXIT"]
+    code = [
+        "@P0 BRA {4}",
+        "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+        "FADD R1, R1, R1",
+        "@P1 BRA {1}",
+        "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+        "@P1 BRA {4}",
+        "EXIT",
+    ]
     assert sass.read(listing(*code)) == sass.Issued(outside=2, loop=2, aside=0, products=16 * 8 * 16, products_outside=0)
 
 

@@ -33,9 +33,7 @@ def one_thread():
 
 def command(*args, env=(), cwd=None) -> subprocess.CompletedProcess:
     """`python -m fused_resnet ARGS`, as a user's shell would run it."""
-    kept = {
-        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FUSED_RESNET_BACKEND")
-    }
+    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FUSED_RESNET_BACKEND")}
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     line = [sys.executable, "-m", "fused_resnet", *map(str, args)]
     # These runs are tiny: a second thread would only wait, and dearly where other tests run beside them.
@@ -231,7 +229,10 @@ def test_what_a_run_was_started_with_is_kept_and_a_file_can_be_resumed(capsys, t
     first, other = tmp_path / "first", tmp_path / "other"
     assert main(["train", *TINY, "--backend", "eager", "--recompute", "--stop-after", "1", "--out", str(first)]) == 0
     assert f"go on with: fused-resnet train --resume {first}" in capsys.readouterr().out
-    assert main(["train", "--resume", str(first / CHECKPOINT), "--out", str(other), "--device", "cpu", "--epochs", "3", "--stop-after", "2"]) == 0
+    assert (
+        main(["train", "--resume", str(first / CHECKPOINT), "--out", str(other), "--device", "cpu", "--epochs", "3", "--stop-after", "2"])
+        == 0
+    )
     assert "backend eager" in capsys.readouterr().out
     assert main(["train", "--resume", str(other), "--device", "cpu", "--backend", "off", "--no-recompute"]) == 0
     out = capsys.readouterr().out
@@ -250,7 +251,10 @@ def test_an_interrupted_run_says_how_it_goes_on(capsys, monkeypatch, tmp_path):
         return real(self, progress)
 
     monkeypatch.setattr(trainer.Trainer, "train_epoch", interrupted)
-    for last, expected in ((1, f"interrupted; go on with: fused-resnet train --resume '{tmp_path}/a b'"), (0, "interrupted; no epoch was done")):
+    for last, expected in (
+        (1, f"interrupted; go on with: fused-resnet train --resume '{tmp_path}/a b'"),
+        (0, "interrupted; no epoch was done"),
+    ):
         assert main(["train", *TINY, "--out", str(tmp_path / ("a b" if last else "c"))]) == 130
         assert capsys.readouterr().err == f"fused-resnet train: error: {expected}\n"
 
@@ -333,9 +337,7 @@ def test_train_uses_the_backend_that_it_is_told(capsys, monkeypatch, tmp_path, b
     asked = []
     network = models.CifarResNet
     forward = network.forward
-    monkeypatch.setattr(
-        network, "forward", lambda self, x: asked.append(backends.resolve(x.device, x.dtype)) or forward(self, x)
-    )
+    monkeypatch.setattr(network, "forward", lambda self, x: asked.append(backends.resolve(x.device, x.dtype)) or forward(self, x))
     size = ("--epochs", "1", "--batch-size", "2", "--limit-train", "2", "--limit-eval", "2")
     assert main(["train", *size, "--device", "cpu", "--backend", backend, "--out", str(tmp_path)]) == 0
     assert set(asked) == {backend}
@@ -396,7 +398,9 @@ def test_kernels_prints_the_table_and_compiles_it_once(capsys, monkeypatch, tmp_
     kernel = types.SimpleNamespace(__name__="norm_add_act_kernel")
     compiled, launches = [], [(types.SimpleNamespace(kernel=kernel, number=number), f"float32 C={number}") for number in (8, 10)]
     monkeypatch.setattr(inspect, "launch_key", lambda launch: (f"source {launch.number}", 4, 3))
-    monkeypatch.setattr(inspect, "variants", lambda name="", dtypes=(): [launch for launch in launches if name in launch[0].kernel.__name__])
+    monkeypatch.setattr(
+        inspect, "variants", lambda name="", dtypes=(): [launch for launch in launches if name in launch[0].kernel.__name__]
+    )
     monkeypatch.setattr(inspect, "convolutions", lambda *args, **options: ())
 
     def compile_launch(launch, variant, architecture):
@@ -433,7 +437,9 @@ def test_the_sum_of_a_step_and_roofline_with_its_instructions(capsys, monkeypatc
 
     monkeypatch.setattr(inspect, "INTERPRETED", False)
     monkeypatch.setattr(inspect, "launch_key", lambda launch: (launch.programs, launch.warps, launch.stages))
-    monkeypatch.setattr(inspect, "compile_launch", lambda *_: inspect.Compiled("k", "", 90, 40, 0, 0, 128, 0, 0, "", Issued(10_000, 0, 0, 0, 0)))
+    monkeypatch.setattr(
+        inspect, "compile_launch", lambda *_: inspect.Compiled("k", "", 90, 40, 0, 0, 128, 0, 0, "", Issued(10_000, 0, 0, 0, 0))
+    )
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path))
     assert main(["kernels", "--sum", "resnet18", "--batch", "8", "--csv"]) == 0
     lines = [line.split(",") for line in capsys.readouterr().out.splitlines()]
@@ -448,7 +454,9 @@ def test_the_sum_of_a_step_and_roofline_with_its_instructions(capsys, monkeypatc
     told = capsys.readouterr().out
     (row,) = (line.split(",") for line in told.splitlines() if line.startswith("triton,") and line.count(",") > 8)
     assert float(row[-1]) > float(row[7]), "instructions take longer than the floor of a small batch"
-    assert "argument --issue: expected --model to be one of" in refused(capsys, "roofline", "--model", "resnet20", "--size", "32", "--issue")
+    assert "argument --issue: expected --model to be one of" in refused(
+        capsys, "roofline", "--model", "resnet20", "--size", "32", "--issue"
+    )
     assert "argument --sum: expected --language triton" in refused(capsys, "kernels", "--language", "cuda", "--sum", "resnet18")
     assert "argument --arch: expected one with --sum" in refused(capsys, "kernels", "--arch", "80", "90", "--sum", "resnet18")
 

@@ -65,7 +65,11 @@ def test_a_batch_that_is_dynamic_from_the_start_takes_one_graph():
     assert counter.frame_count == graphs <= 2
 
 
-@pytest.mark.parametrize("norm", [lambda c: nn.BatchNorm2d(c, momentum=None), lambda c: nn.BatchNorm2d(c, affine=False, track_running_stats=False)], ids=["momentum None", "bare"])
+@pytest.mark.parametrize(
+    "norm",
+    [lambda c: nn.BatchNorm2d(c, momentum=None), lambda c: nn.BatchNorm2d(c, affine=False, track_running_stats=False)],
+    ids=["momentum None", "bare"],
+)
 def test_norms_of_other_kinds_break_no_graph(norm):
     ours = network(norm)
     plain, counter = copy.deepcopy(ours), CompileCounterWithBackend("eager")

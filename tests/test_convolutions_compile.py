@@ -41,8 +41,11 @@ for fields, epilogue in json.loads(Path(sys.argv[1]).read_text()):
 
 
 #: As they are where a block's inside is made again: no statistics, and of an activation that the forward's prologue has written.
-AGAIN = COMPILE.replace("networks.record(task, tiles, allow_tf32)", """networks.record(
-                dataclasses.replace(task, source=task.source.replace("norm_add_raw", "act").replace("norm_add", "act")), tiles, statistics=False)""")
+AGAIN = COMPILE.replace(
+    "networks.record(task, tiles, allow_tf32)",
+    """networks.record(
+                dataclasses.replace(task, source=task.source.replace("norm_add_raw", "act").replace("norm_add", "act")), tiles, statistics=False)""",
+)
 
 
 def compiled(wanted: list[Task | tuple[Task, Epilogue]], precision: str, tmp_path, program: str = COMPILE) -> list[dict]:

@@ -158,6 +158,7 @@ def test_each_task_has_its_graph_or_a_reason():
 @pytest.fixture
 def forgotten():
     """What the package's presence was found to be is asked again, and forgotten afterwards."""
+
     def forget():
         library.missing_package.cache_clear()
         library.declines.cache_clear()
@@ -282,7 +283,9 @@ def test_no_plan_is_built_while_a_cuda_graph_is_captured(on_no_gpu, monkeypatch)
 
 
 def test_cudnns_words_are_one_line_and_name_the_reason():
-    said = RuntimeError("No valid engine configs for __\nWarning: CUDNN_STATUS_NOT_SUPPORTED; Reason: a\tb Error: CUDNN_STATUS_X; Reason: c")
+    said = RuntimeError(
+        "No valid engine configs for __\nWarning: CUDNN_STATUS_NOT_SUPPORTED; Reason: a\tb Error: CUDNN_STATUS_X; Reason: c"
+    )
     assert plans.words(said) == "CUDNN_STATUS_NOT_SUPPORTED: a b"
     assert plans.words(RuntimeError("x" * 1000)) == "x" * 200
     assert plans.words(RuntimeError()) == "RuntimeError"
@@ -453,7 +456,17 @@ def test_a_backward_that_did_not_know_of_the_rounding_is_seen(arithmetic, monkey
     monkeypatch.setattr(OnlyForward, "_input_gradients", record)
     y, *_ = fprop(source, conv.weight, conv.geometry)
     output = ConvOutput(
-        torch.randn_like(y), torch.zeros(16), torch.zeros(16), y, torch.zeros(16), torch.ones(16), conv.weight, None, True, conv.geometry, False
+        torch.randn_like(y),
+        torch.zeros(16),
+        torch.zeros(16),
+        y,
+        torch.zeros(16),
+        torch.ones(16),
+        conv.weight,
+        None,
+        True,
+        conv.geometry,
+        False,
     )
     backend.convolve_backward(source, None, None, [output], None, True)
     assert torch.equal(seen["scale"], forward.scale)
@@ -596,7 +609,9 @@ def test_a_table_tells_what_ran_from_what_was_proposed(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(content | {"ran": True}))
     text = made.tables(tmp_path)
     assert "Not measured" not in text and text.index("was checked") < text.index("no such GPU")
-    assert "| `conv_genstats` | `act` | yes | yes | yes |" in text and "| wrong | wrong | wrong |" in text and "| refused | refused |" in text
+    assert (
+        "| `conv_genstats` | `act` | yes | yes | yes |" in text and "| wrong | wrong | wrong |" in text and "| refused | refused |" in text
+    )
 
 
 def test_the_floor_counts_every_operand_once():
@@ -613,7 +628,22 @@ def test_the_floor_counts_every_operand_once():
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="tiny, by the interpreter")
 def test_the_shapes_are_timed_with_every_peer(tmp_path):
     made = script()
-    arguments = ["shapes", str(tmp_path), "--device", "cpu", "--model", "resnet18", "--batch", "1", "--size", "8", "--most", "1", "--repeats", "1"]
+    arguments = [
+        "shapes",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--model",
+        "resnet18",
+        "--batch",
+        "1",
+        "--size",
+        "8",
+        "--most",
+        "1",
+        "--repeats",
+        "1",
+    ]
     args = made.parser().parse_args([*arguments, "--commit", "c0ffee"])
     assert args.run(args) == 0
     (path,) = tmp_path.rglob("*.json")
@@ -645,7 +675,11 @@ def test_a_plan_comes_back_from_the_cache(tmp_path):
     for plan in (first.get(asked), again):
         torch.manual_seed(0)
         x = nhwc(torch.randn(4, 64, 14, 12, device=DEVICE).half())
-        tensors = {"x": x, "weight": nhwc(torch.randn(32, 64, 3, 3, device=DEVICE).half()), "y": nhwc(torch.empty(4, 32, 14, 12, device=DEVICE).half())}
+        tensors = {
+            "x": x,
+            "weight": nhwc(torch.randn(32, 64, 3, 3, device=DEVICE).half()),
+            "y": nhwc(torch.empty(4, 32, 14, 12, device=DEVICE).half()),
+        }
         tensors |= {role: torch.zeros(32, device=DEVICE) for role in ("sum", "square_sum")}
         plan.run(tensors)
         results.append(tensors["y"])

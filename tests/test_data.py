@@ -247,7 +247,9 @@ def test_of_four_processes_one_downloads_and_unpacks(tmp_path, monkeypatch, cifa
     assert sorted(left) == sorted([published.archive, *(f"{published.binary}/{name}.bin" for name in cifar_files)])
 
 
-@pytest.mark.parametrize("kind", ["a directory", "a fifo", "a link to itself", "a link to another", "too short", "missing", "no archive", "cut"])
+@pytest.mark.parametrize(
+    "kind", ["a directory", "a fifo", "a link to itself", "a link to another", "too short", "missing", "no archive", "cut"]
+)
 def test_an_archive_that_holds_something_else_is_named(tmp_path, cifar_files, published, serve, kind):
     folder, address, _ = serve
     first = f"{published.binary}/{published.train[0]}.bin"
@@ -312,10 +314,7 @@ def cifar_files(monkeypatch, published):
     monkeypatch.setattr(cifar, "EVAL_IMAGES", PER_FILE)
     random, classes = np.random.default_rng(0), len(published.classes)
     names = (*published.train, published.eval)
-    return {
-        name: (random.integers(0, 256, (PER_FILE, 3072), np.uint8), random.integers(0, classes, PER_FILE))
-        for name in names
-    }
+    return {name: (random.integers(0, 256, (PER_FILE, 3072), np.uint8), random.integers(0, classes, PER_FILE)) for name in names}
 
 
 def binary(pixels, labels, label_bytes) -> bytes:
@@ -444,7 +443,12 @@ def test_arrays_of_anything_but_integers_are_refused(tmp_path):
     objects, records = np.array([None, {}], dtype=object), np.zeros(2, dtype="i4,i4")
     as_integers = pickle.dumps(np.arange(4), protocol=2)
     assert as_integers.count(b"i8") == 1
-    for content in (pickle.dumps(objects, protocol=2), as_integers.replace(b"i8", b"O8"), pickle.dumps(records, protocol=2), pickle.dumps(np.zeros(2), protocol=2)):
+    for content in (
+        pickle.dumps(objects, protocol=2),
+        as_integers.replace(b"i8", b"O8"),
+        pickle.dumps(records, protocol=2),
+        pickle.dumps(np.zeros(2), protocol=2),
+    ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="expected an array of integers"):
             integers(unpickle(path))
@@ -456,7 +460,12 @@ def test_arrays_of_anything_but_integers_are_refused(tmp_path):
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4])
 def test_arrays_and_lists_of_integers_are_read(tmp_path, protocol):
     path = tmp_path / "batch"
-    for array in (np.arange(6, dtype=np.uint8).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)), np.arange(3, dtype=">i2"), [3, 1, 2]):
+    for array in (
+        np.arange(6, dtype=np.uint8).reshape(2, 3),
+        np.asfortranarray(np.arange(6).reshape(2, 3)),
+        np.arange(3, dtype=">i2"),
+        [3, 1, 2],
+    ):
         path.write_bytes(pickle.dumps(array, protocol=protocol))
         assert np.array_equal(integers(unpickle(path)), array)
     assert integers(unpickle(path)).dtype == np.int64
@@ -514,9 +523,7 @@ def test_split_names_what_it_expects():
 def small(count=10, size=6, channels=3, flip=True) -> DataSet:
     images = torch.randint(1, 256, (count, size, size, channels), dtype=torch.uint8)
     split = Split(images, torch.arange(count))
-    return DataSet(
-        "small", tuple("abc"), split, split, torch.full((channels,), 0.5), torch.full((channels,), 0.25), flip, 4
-    )
+    return DataSet("small", tuple("abc"), split, split, torch.full((channels,), 0.5), torch.full((channels,), 0.25), flip, 4)
 
 
 def test_evaluation_is_whole_in_order_and_normalised():

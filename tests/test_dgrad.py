@@ -69,9 +69,7 @@ class Case:
         gamma = gamma if affine else None
         rows = problem.n * problem.p * problem.q
         sums = (s1 * rows, s2 * rows) if training else (None, None)
-        self.output = ConvOutput(
-            dz, *sums, y, mean, invstd, weight_of(problem, dtype), gamma, training, geometry_of(problem), True
-        )
+        self.output = ConvOutput(dz, *sums, y, mean, invstd, weight_of(problem, dtype), gamma, training, geometry_of(problem), True)
         has_dact, self.stride = ADDED[added]
         self.dact = nhwc(*shape, dtype=dtype, offset=0.1) if has_dact else None
         self.compact = None
@@ -185,9 +183,7 @@ def test_any_strides_of_the_weight(name):
 
 def test_the_same_bits_each_time():
     case = Case(ALL["1x1"], "raw residual", torch.float16, "dact")
-    runs = [
-        dgrad(case.output, case.source, case.mask, case.dact, None, 0, True, True, SMALL, False) for _ in range(2)
-    ]
+    runs = [dgrad(case.output, case.source, case.mask, case.dact, None, 0, True, True, SMALL, False) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

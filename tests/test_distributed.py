@@ -91,7 +91,9 @@ def test_parts_of_batches_make_the_batches():
     parts = [list(data.Loader(images, images.train, 8, torch.device("cpu"), True, 5, (i, 2)).batches(1)) for i in range(2)]
     for (x, y), *halves in zip(whole, *parts, strict=True):
         assert torch.equal(x, torch.cat([h[0] for h in halves])) and torch.equal(y, torch.cat([h[1] for h in halves]))
-    counts = [sum(len(y) for _, y in data.Loader(images, images.eval, 8, torch.device("cpu"), False, part=(i, 2)).batches(0)) for i in range(2)]
+    counts = [
+        sum(len(y) for _, y in data.Loader(images, images.eval, 8, torch.device("cpu"), False, part=(i, 2)).batches(0)) for i in range(2)
+    ]
     assert counts == [5, 4]
     with pytest.raises(ValueError, match="batch_size: expected at least 1, a multiple of the 3 processes; got 8"):
         data.Loader(images, images.train, 8, torch.device("cpu"), True, part=(0, 3))

@@ -39,7 +39,11 @@ FAULTS = {
 
 def process(flavour: str, *arguments) -> subprocess.CompletedProcess:
     """A Python process that can load a library of that flavour."""
-    environment = simt.environment(flavour) | {"SIMT_FLAVOUR": flavour, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    environment = simt.environment(flavour) | {
+        "SIMT_FLAVOUR": flavour,
+        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.run([sys.executable, *map(str, arguments)], env=environment, cwd=TESTS.parent, capture_output=True, text=True)
 
 

@@ -67,7 +67,18 @@ def test_a_fused_model_is_copied_fused(how, resnet, images):
     assert_same_step(resnet, twin, images)
 
 
-WATCHED = ["layer1.0", "layer1.0.conv1", "layer1.1.bn2", "layer2.0.relu", "layer2.0.downsample", "layer2.0.downsample.0", "layer3", "conv1", "maxpool", "avgpool"]
+WATCHED = [
+    "layer1.0",
+    "layer1.0.conv1",
+    "layer1.1.bn2",
+    "layer2.0.relu",
+    "layer2.0.downsample",
+    "layer2.0.downsample.0",
+    "layer3",
+    "conv1",
+    "maxpool",
+    "avgpool",
+]
 
 
 @pytest.mark.parametrize("path", WATCHED)
@@ -252,7 +263,13 @@ def test_images_of_any_layout(resnet, images):
     fused = fused_copy(resnet.eval())
     wide = torch.zeros(4, 6, 40, 72, dtype=torch.float64)
     wide[:, ::2, :, ::2] = images
-    for x in (images, images.contiguous(memory_format=torch.channels_last), wide[:, ::2, :, ::2], images[1:2], images[:1].expand(3, -1, -1, -1)):
+    for x in (
+        images,
+        images.contiguous(memory_format=torch.channels_last),
+        wide[:, ::2, :, ::2],
+        images[1:2],
+        images[:1].expand(3, -1, -1, -1),
+    ):
         assert_same_step(resnet, fused, x)
         resnet.zero_grad(), fused.zero_grad()
     for wrong in (images.long(), images[0, 0, 0]):

@@ -14,11 +14,11 @@ from fused_resnet.backends import BACKENDS
 timm = pytest.importorskip("timm")
 
 #: Names of networks with a step between norm and addition (or another norm, or another activation) in some or all blocks.
-OTHER_STEPS = re.compile(r"^(.*se_?res.*|.*eca.*|.*gc.*|sk.*|senet.*|.*aa.*|.*blur.*|.*_gn|.*rs\d+.*|.*_evos|.*_frn|.*bit.*|resnext.*_frelu|.*cbam.*)$")
+OTHER_STEPS = re.compile(
+    r"^(.*se_?res.*|.*eca.*|.*gc.*|sk.*|senet.*|.*aa.*|.*blur.*|.*_gn|.*rs\d+.*|.*_evos|.*_frn|.*bit.*|resnext.*_frelu|.*cbam.*)$"
+)
 #: The pruned ones and BiT are networks of fixed sizes; all blocks of either hold a step or norm that falls back.
-NAMES = [
-    name for module in ("resnet", "resnetv2") for name in timm.list_models(module=module) if not name.endswith(("_pruned", "_bit"))
-]
+NAMES = [name for module in ("resnet", "resnetv2") for name in timm.list_models(module=module) if not name.endswith(("_pruned", "_bit"))]
 
 
 def make(name: str, **kwargs):
@@ -80,7 +80,9 @@ def test_the_classifier_is_exchanged(name, images):
 
 def test_gluon_and_torchvision_variants_are_these_classes():
     """timm keeps them as tags of weights: the architecture is the same function's."""
-    tags = {tag for name in ("resnet50", "resnet50c", "resnet50d", "resnet50s", "resnext50_32x4d") for tag in timm.list_pretrained(f"{name}.*")}
+    tags = {
+        tag for name in ("resnet50", "resnet50c", "resnet50d", "resnet50s", "resnext50_32x4d") for tag in timm.list_pretrained(f"{name}.*")
+    }
     assert any(".gluon_" in tag for tag in tags) and any(".tv_" in tag for tag in tags)
 
 
@@ -152,7 +154,9 @@ def test_frozen_norms(name, first, images):
     plain = make(name).double()
     frozen = timm.layers.freeze_batch_norm_2d(copy.deepcopy(plain))
     fused = fused_copy(frozen) if first == "freeze" else timm.layers.freeze_batch_norm_2d(fused_copy(plain))
-    assert {type(m).__name__ for m in fused.modules() if hasattr(m, "running_mean")} == {"FrozenBatchNormAct2d" if "v2" in name else "FrozenBatchNorm2d"}
+    assert {type(m).__name__ for m in fused.modules() if hasattr(m, "running_mean")} == {
+        "FrozenBatchNormAct2d" if "v2" in name else "FrozenBatchNorm2d"
+    }
     assert why_not(fused) == {} and len(fused_rows(fused)) == len(fused_rows(fused_copy(plain)))
     assert_same_step(frozen, fused, images)
 
@@ -166,7 +170,9 @@ def test_norms_that_are_shared(images):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("name", "kwargs"), [("resnet26d", {}), ("resnet18", {"block_args": {"attn_layer": "se"}}), ("resnetblur50", {}), ("resnetv2_50d", {})])
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [("resnet26d", {}), ("resnet18", {"block_args": {"attn_layer": "se"}}), ("resnetblur50", {}), ("resnetv2_50d", {})]
+)
 def test_autocast_with_blocks_that_fall_back(name, kwargs, dtype, images):
     """Dtypes are those of PyTorch's modules; the gradients' error against float64 is at most twice theirs."""
     plain = make(name, **kwargs).double()

@@ -41,7 +41,9 @@ def test_every_builder(name, cropped, images):
     assert fused_resnet.fuse(fused) is fused
     assert all(a is b for a, b in zip(before, [*fused.parameters(), *fused.buffers(), *fused.modules()], strict=True))
     assert list(fused.state_dict()) == list(plain.state_dict())
-    assert why_not(fused) == {} and len(fused_rows(fused)) == 1 + sum(type(m).__name__.startswith("Fused") and hasattr(m, "bn2") for m in fused.modules())
+    assert why_not(fused) == {} and len(fused_rows(fused)) == 1 + sum(
+        type(m).__name__.startswith("Fused") and hasattr(m, "bn2") for m in fused.modules()
+    )
     assert_same_step(plain, fused, images)
     fused.load_state_dict(plain.state_dict(), strict=True)
     plain.load_state_dict(fused.state_dict(), strict=True)

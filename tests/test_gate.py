@@ -108,7 +108,11 @@ def test_what_is_missing_or_no_number_is_refused():
     right = dict(truth.answer)
     name = next(name for name in right if name.startswith(GRADIENT))
     assert truth.verdict(right, BATCH) == (0.0, None)
-    for wrong in ({**right, name: right[name] * float("nan")}, {k: v for k, v in right.items() if k != name}, {**right, name: right[name][:1]}):
+    for wrong in (
+        {**right, name: right[name] * float("nan")},
+        {k: v for k, v in right.items() if k != name},
+        {**right, name: right[name][:1]},
+    ):
         error, words = truth.verdict(wrong, BATCH)
         assert error == float("inf") and words.startswith(f"wrong: {name} is inf")
 

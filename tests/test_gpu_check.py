@@ -51,7 +51,10 @@ def test_bash_accepts_it():
     "arguments, message",
     [
         ([], "PART: expected one of test sanitize kernels convolutions blocks tune train inference profile cudnn; got ''"),
-        (["tests", "out"], "PART: expected one of test sanitize kernels convolutions blocks tune train inference profile cudnn; got 'tests'"),
+        (
+            ["tests", "out"],
+            "PART: expected one of test sanitize kernels convolutions blocks tune train inference profile cudnn; got 'tests'",
+        ),
         (["test sanitize", "out"], "PART: expected one of"),
         (["kernels"], "OUT: expected a folder"),
         (["kernels", "/dev/null/out", "c0ffee"], "OUT: /dev/null/out can't be made"),
@@ -75,7 +78,9 @@ def test_a_part_runs_its_steps_once(tmp_path, python):
     assert len(calls(python)) == len(steps)
     for call, step in zip(calls(python), steps, strict=True):
         dtype, batch, _ = step.split("-")
-        assert call.startswith(f"-m fused_resnet bench kernels --limit 300 --model resnet18 resnet50 --dtype {dtype} --batch {batch} --case ")
+        assert call.startswith(
+            f"-m fused_resnet bench kernels --limit 300 --model resnet18 resnet50 --dtype {dtype} --batch {batch} --case "
+        )
         assert call.endswith(f"--commit c0ffee --out {tmp_path / 'out' / 'results'} --plot")
     assert gpu_check("kernels", tmp_path / "out", "c0ffee", python=python).returncode == 0
     assert len(calls(python)) == len(steps)
@@ -130,7 +135,10 @@ def test_the_training_part_times_three_networks_at_three_batches_with_all_peers(
         if "bf16" in words and "--largest" not in words:
             chosen = words[words.index("--impl") + 1 : words.index("--device")]
             timed |= {(words[words.index("--model") + 1], words[words.index("--batch") + 1], impl) for impl in chosen}
-    peers = set(implementations("train")) - {"ours:passes_cpu", "ours:cudnn"}  # which the part of its name times: its package may be missing
+    peers = set(implementations("train")) - {
+        "ours:passes_cpu",
+        "ours:cudnn",
+    }  # which the part of its name times: its package may be missing
     assert timed == {(m, b, i) for m in ("resnet18", "resnet50", "resnet152") for b in ("64", "128", "256") for i in peers}
     largest = [call.split() for call in calls(python) if "--largest" in call]
     assert {words[words.index("--impl") + 1] for words in largest} == peers
@@ -141,7 +149,10 @@ def test_the_inference_part_times_a_folded_network_and_all_peers(tmp_path, pytho
     made = Parser()
     bench.add_parser(made.add_subparsers())
     steps = [made.parse_args(call.split()[2:]) for call in calls(python)]
-    assert {(step.suite, *step.model, step.dtype, *step.batch) for step in steps} == {("inference", "resnet50", "bf16", 256), ("inference", "resnet50", "bf16", 1)}
+    assert {(step.suite, *step.model, step.dtype, *step.batch) for step in steps} == {
+        ("inference", "resnet50", "bf16", 256),
+        ("inference", "resnet50", "bf16", 1),
+    }
     for batch in (1, 256):
         timed = {impl for step in steps if step.batch == [batch] for impl in step.impl}
         assert timed == set(implementations("inference")) - {"ours:passes_cpu", "ours:cudnn"}
@@ -220,7 +231,13 @@ def test_a_missing_sanitizer_is_a_failure(tmp_path, python):
         for step in (
             *(f"convolutions-{tool}" for tool in ("memcheck", "racecheck", "synccheck")),
             *(f"inference-{tool}" for tool in ("memcheck", "racecheck", "synccheck")),
-            "initcheck", "memcheck", "operators-memcheck", "operators-racecheck", "operators-synccheck", "racecheck", "synccheck",
+            "initcheck",
+            "memcheck",
+            "operators-memcheck",
+            "operators-racecheck",
+            "operators-synccheck",
+            "racecheck",
+            "synccheck",
         )
     ]
     assert "compute-sanitizer" in (tmp_path / "out" / "sanitize-memcheck.log").read_text()

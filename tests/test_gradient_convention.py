@@ -150,9 +150,7 @@ class Node(torch.autograd.Function):
                 z = z + (residual.y if residual.scale is None else residual.affine())
             act, mask = z.relu(), z > 0
         outputs = []
-        for (stride, padding), weight, gamma, beta in zip(
-            geometry, parameters[::3], parameters[1::3], parameters[2::3], strict=True
-        ):
+        for (stride, padding), weight, gamma, beta in zip(geometry, parameters[::3], parameters[1::3], parameters[2::3], strict=True):
             y = F.conv2d(act, weight, None, stride, padding)
             var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
             invstd = (var + EPS).rsqrt()
@@ -321,9 +319,7 @@ OPERATOR_FAULTS = {
     "without gamma": argument_changed("norm_backward_apply", gamma=lambda _: None),
     "unmasked": argument_changed("norm_backward_reduce", relu=lambda _: False),
     "swapped sums": result_changed("norm_backward_reduce", lambda dz, s1, s2, s2r: (dz, s2, s1, s2r)),
-    "the residual's sum is x's": result_changed(
-        "norm_backward_reduce", lambda dz, s1, s2, s2r: (dz, s1, s2, None if s2r is None else s2)
-    ),
+    "the residual's sum is x's": result_changed("norm_backward_reduce", lambda dz, s1, s2, s2r: (dz, s1, s2, None if s2r is None else s2)),
     "dact is lost": argument_changed("norm_backward_reduce", dact=lambda _: None),
     "the pool's sums are swapped": result_changed("norm_act_max_pool_backward", lambda dz, s1, s2: (dz, s2, s1)),
 }

@@ -271,7 +271,12 @@ def test_tracers_look_into_folded_blocks(torchvision_models):
 
 @pytest.mark.parametrize(
     "norm",
-    [lambda c: nn.BatchNorm2d(c, affine=False), lambda c: nn.BatchNorm2d(c, eps=0.2), nn.SyncBatchNorm, lambda c: nn.BatchNorm2d(c, track_running_stats=False)],
+    [
+        lambda c: nn.BatchNorm2d(c, affine=False),
+        lambda c: nn.BatchNorm2d(c, eps=0.2),
+        nn.SyncBatchNorm,
+        lambda c: nn.BatchNorm2d(c, track_running_stats=False),
+    ],
     ids=["not affine", "eps", "synchronised", "no running statistics"],
 )
 def test_other_norms_are_folded_or_left(norm):

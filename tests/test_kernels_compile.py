@@ -23,7 +23,7 @@ import dataclasses, json, sys, torch
 from fused_resnet.kernels import inspect
 print(json.dumps([dataclasses.asdict(c) for c in inspect.compile_all("", (getattr(torch, sys.argv[1]),))]))
 """
-PLANTED_FAULT = '''
+PLANTED_FAULT = """
 import sys, torch, triton, triton.language as tl
 from fused_resnet.kernels import inspect
 from fused_resnet.kernels.launch import Launch
@@ -36,7 +36,7 @@ def relu_by_maximum_kernel(x_ptr, n, BLOCK: tl.constexpr):
 
 launch = Launch(relu_by_maximum_kernel, 1, {"x_ptr": torch.empty(512, device="meta"), "n": 512, "BLOCK": 512}, 4, 3)
 print(inspect.compile_launch(launch, "", 90).ptx)
-'''
+"""
 #: PTX's maximum that turns NaN into the other operand.
 LOSES_NAN = re.compile(r"\bmax(\.ftz)?\.(f16|bf16|f16x2|bf16x2|f32)\b")
 
@@ -51,7 +51,9 @@ def run(*arguments: str) -> str:
 
 
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.full), "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float32", marks=pytest.mark.full), "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def test_kernels_compile_without_a_spill_and_keep_nan(dtype):
     compiled = json.loads(run("-c", COMPILE, dtype))
     assert {c["architecture"] for c in compiled} == {80, 90}

@@ -86,7 +86,9 @@ def test_what_cuda_brings_is_said_before(made, pip, monkeypatch, capsys):
     assert made.CUDA_SIZE in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("version, pin, taken", [("2.14.1+cu130", None, True), ("2.10.0", None, False), ("2.13.0", "2.13.0", True), ("2.14.1", "2.13.0", False)])
+@pytest.mark.parametrize(
+    "version, pin, taken", [("2.14.1+cu130", None, True), ("2.10.0", None, False), ("2.13.0", "2.13.0", True), ("2.14.1", "2.13.0", False)]
+)
 def test_a_pytorch_that_is_there_is_used(made, pip, monkeypatch, tmp_path, version, pin, taken):
     monkeypatch.setattr(made.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, version + "\n", ""))
     constraints = tmp_path / "constraints.txt"

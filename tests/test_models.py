@@ -167,7 +167,8 @@ def parameters(model: nn.Module) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("resnet20", 0.27), ("resnet32", 0.46), ("resnet44", 0.66), ("resnet56", 0.85), ("resnet110", 1.7), ("resnet1202", 19.4)]
+    ("name", "millions"),
+    [("resnet20", 0.27), ("resnet32", 0.46), ("resnet44", 0.66), ("resnet56", 0.85), ("resnet110", 1.7), ("resnet1202", 19.4)],
 )
 def test_cifar_networks_have_the_papers_size(name, millions):
     """He et al. 2015, table 6."""

@@ -128,7 +128,10 @@ def test_the_page_of_the_kernels_is_what_one_command_makes(library, monkeypatch,
     heads = [[line.split(" | ")[:5] for line in t.splitlines() if line.startswith("| `") and line.count("|") == 10] for t in (made, text)]
     assert heads[0] == heads[1] and len(heads[0]) > 30
     assert "and without 16-byte loads: 0 bytes spilled" in made
-    for arguments, words in (([str(ROOT / "README.md")], "argument --page: "), ([str(copy), "--language", "triton"], "argument --page: expected --language cuda")):
+    for arguments, words in (
+        ([str(ROOT / "README.md")], "argument --page: "),
+        ([str(copy), "--language", "triton"], "argument --page: expected --language cuda"),
+    ):
         assert main(["kernels", "--language", "cuda", "--page", *arguments]) == 2
         assert words in capsys.readouterr().err
 

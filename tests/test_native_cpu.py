@@ -109,7 +109,9 @@ def test_every_instruction_set_gives_the_same_bits(shape, dtype, seed, instructi
 def test_rounding_is_pytorchs_on_every_instruction_set(instruction_sets):
     """Ties, subnormal numbers, overflow, infinities and NaN: an affine map of one and zero only rounds."""
     words = torch.arange(0, 2**32, 65521).to(torch.uint32).view(torch.float32)  # a prime apart: every exponent, all low bits
-    edges = torch.tensor([0.0, -0.0, 65519.0, 65520.0, 2.0**-24, 2.0**-25, 1.5 * 2.0**-24, 2.0**-133, 3.3961775e38, torch.inf, -torch.inf, torch.nan])
+    edges = torch.tensor(
+        [0.0, -0.0, 65519.0, 65520.0, 2.0**-24, 2.0**-25, 1.5 * 2.0**-24, 2.0**-133, 3.3961775e38, torch.inf, -torch.inf, torch.nan]
+    )
     x = torch.cat([words, edges])
     x = x[: len(x) // 24 * 24].view(1, -1, 1, 24).permute(0, 3, 1, 2)
     ones, zeros = torch.ones(24), torch.zeros(24)

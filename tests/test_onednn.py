@@ -27,9 +27,14 @@ from fused_resnet.values import ConvGeometry
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="for CPUs")
 
-DTYPES = [pytest.param(dtype, marks=pytest.mark.skipif(bool(why := onednn.declines(dtype)), reason=str(why))) for dtype in (torch.float32, torch.bfloat16)]
+DTYPES = [
+    pytest.param(dtype, marks=pytest.mark.skipif(bool(why := onednn.declines(dtype)), reason=str(why)))
+    for dtype in (torch.float32, torch.bfloat16)
+]
 #: Whole networks run it by the backend for CPUs, whose library has to be there.
-needs_the_backend = pytest.mark.skipif("passes_cpu" not in RUNNABLE or bool(onednn.declines(torch.float32)), reason="needs passes_cpu and oneDNN")
+needs_the_backend = pytest.mark.skipif(
+    "passes_cpu" not in RUNNABLE or bool(onednn.declines(torch.float32)), reason="needs passes_cpu and oneDNN"
+)
 
 
 def call(given: list, **options: bool) -> torch.Tensor | None:
@@ -192,7 +197,12 @@ class OneConvolution(Block):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv, self.bn, self.relu, self.downsample = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(), None
+        self.conv, self.bn, self.relu, self.downsample = (
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            None,
+        )
 
     def branch(self):
         return [(self.conv, self.bn)]
@@ -310,7 +320,11 @@ def test_where_it_can_not_be_had_the_passes_do_the_work(missing, monkeypatch):
 
     class Old:
         if missing != "an operator":
-            _convolution_pointwise = type("Overloads", (), {"binary": staticmethod(refuse)}) if missing == "an implementation" else torch.ops.mkldnn._convolution_pointwise
+            _convolution_pointwise = (
+                type("Overloads", (), {"binary": staticmethod(refuse)})
+                if missing == "an implementation"
+                else torch.ops.mkldnn._convolution_pointwise
+            )
         _reorder_convolution_weight = staticmethod(refuse) if missing == "a layout" else torch.ops.mkldnn._reorder_convolution_weight
 
     onednn.declines.cache_clear()

@@ -18,7 +18,9 @@ CPU_LIBRARY = "fused_resnet/libfused_resnet_cpu.so"
 #: The quickest to compile; what the library should hold is tested with the library.
 PTX = "90-virtual"
 #: The line that an install without a native library prints: for what, and why.
-NOT_BUILT = re.compile(r"fused_resnet: native library for (\w+) not built: (.+); (?:Triton|PyTorch's own modules) will serve$", re.MULTILINE)
+NOT_BUILT = re.compile(
+    r"fused_resnet: native library for (\w+) not built: (.+); (?:Triton|PyTorch's own modules) will serve$", re.MULTILINE
+)
 
 
 @pytest.fixture
@@ -47,9 +49,7 @@ def run(*command, cwd: Path, **environment: str | None) -> subprocess.CompletedP
     """Run a command; `environment` replaces variables, None removes one. stdout holds stderr too."""
     changed = {"FUSED_RESNET_NATIVE": None, "CUDA_HOME": None, "CUDACXX": None, "OMP_NUM_THREADS": "1", **environment}
     merged = {k: v for k, v in {**os.environ, **changed}.items() if v is not None}
-    return subprocess.run(
-        [str(c) for c in command], cwd=cwd, env=merged, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.run([str(c) for c in command], cwd=cwd, env=merged, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wheel(source: Path, **environment: str | None) -> tuple[Path, str]:
@@ -105,7 +105,9 @@ def test_wheel_without_compilers_says_what_is_missing(source):
 
 
 def test_the_library_for_cpus_needs_no_nvcc(source):
-    done = run(sys.executable, "setup.py", "build_native", "--build-lib", ".", cwd=source, CUDACXX="/nonexistent/nvcc", FUSED_RESNET_NATIVE="cpu")
+    done = run(
+        sys.executable, "setup.py", "build_native", "--build-lib", ".", cwd=source, CUDACXX="/nonexistent/nvcc", FUSED_RESNET_NATIVE="cpu"
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     assert NOT_BUILT.findall(done.stdout) == [("GPUs", "FUSED_RESNET_NATIVE=cpu")]
     assert (source / CPU_LIBRARY).read_bytes().startswith(b"\x7fELF")

@@ -75,7 +75,10 @@ def stand_ins(monkeypatch):
 
 def distance(found, expected):
     """‖found − expected‖ / ‖expected‖ over all tensors."""
-    return (torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)]).norm() / torch.cat([b.flatten() for b in expected]).norm()).item()
+    return (
+        torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)]).norm()
+        / torch.cat([b.flatten() for b in expected]).norm()
+    ).item()
 
 
 def gradients(module, norms, x, training):
@@ -136,7 +139,24 @@ def test_what_can_not_be_had_says_why(stand_ins, monkeypatch):
 
 def test_the_command_checks_a_peer_against_its_own_activation(stand_ins, tmp_path):
     """inplace_abn's network is another function, and nevertheless right."""
-    command = ["bench", "train", "--device", "cpu", "--model", "resnet20", "--batch", "16", "--size", "32", "--repeats", "3", "--commit", "c0ffee", "--out", str(tmp_path)]
+    command = [
+        "bench",
+        "train",
+        "--device",
+        "cpu",
+        "--model",
+        "resnet20",
+        "--batch",
+        "16",
+        "--size",
+        "32",
+        "--repeats",
+        "3",
+        "--commit",
+        "c0ffee",
+        "--out",
+        str(tmp_path),
+    ]
     assert main([*command, "--impl", "eager", "inplace_abn", "cudnn"]) == 0
     (path,) = tmp_path.rglob("*.json")
     rows = {row.impl: row for row in read_results(path).rows if row.case == "resnet20"}

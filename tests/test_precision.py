@@ -66,7 +66,9 @@ def test_activations_behind_frozen_norms_have_autocasts_dtype(dtype, torchvision
     for backend in ("off", "eager"):
         model = copy.deepcopy(template)
         for stage in model.stages():
-            stage.register_forward_hook(lambda m, args, out, backend=backend: seen.setdefault(backend, set()).add((args[0].dtype, out.dtype)))
+            stage.register_forward_hook(
+                lambda m, args, out, backend=backend: seen.setdefault(backend, set()).add((args[0].dtype, out.dtype))
+            )
         with torch.autocast("cpu", dtype), fused_resnet.backend(backend):
             out = model(x)
         out.float().square().sum().backward()

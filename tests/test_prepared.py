@@ -102,13 +102,17 @@ CHANGES = {
     "a hook": hooked,
     "a hook in another dictionary": with_other_hooks,
     "another module": lambda block: setattr(block, "relu", nn.Hardtanh(0.0, 0.5)),
-    "another member's class": lambda block: setattr(block.bn1, "__class__", type("Mine", (nn.BatchNorm2d,), {"forward": lambda self, x: nn.BatchNorm2d.forward(self, x) * 2})),
+    "another member's class": lambda block: setattr(
+        block.bn1, "__class__", type("Mine", (nn.BatchNorm2d,), {"forward": lambda self, x: nn.BatchNorm2d.forward(self, x) * 2})
+    ),
     "another epsilon": lambda block: setattr(block.bn1, "eps", 0.5),
     "another momentum": lambda block: setattr(block.bn1, "momentum", 0.9),
     "running statistics": lambda block: block.bn1.eval(),
     "a frozen weight": lambda block: block.conv2.weight.requires_grad_(False),
     "no affine map": lambda block: setattr(block.bn1, "bias", None),
-    "a forward of its own": lambda block: setattr(block.conv2, "forward", MethodType(lambda self, x: nn.Conv2d.forward(self, x) * 2, block.conv2)),
+    "a forward of its own": lambda block: setattr(
+        block.conv2, "forward", MethodType(lambda self, x: nn.Conv2d.forward(self, x) * 2, block.conv2)
+    ),
 }
 
 

@@ -27,9 +27,9 @@ def operands(case):
 
 def gradients(x, weight, geometry, dy):
     stride, padding, dilation, groups = geometry
-    return torch.ops.aten.convolution_backward(
-        dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, True, False]
-    )[:2]
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, True, False])[
+        :2
+    ]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -329,7 +329,10 @@ def test_the_page_shows_its_plots_and_asks_nobody(runs, chromium, name, dark):
     chromium.open(runs / name / "report.html", dark)
     assert chromium.requests() == []
     assert chromium.complaints() == []
-    boxes = {plot: chromium.evaluate(f"(({plot!r}, document.getElementById({plot!r}).getBoundingClientRect().width))") for plot in ("roofline", "layers", "memory")}
+    boxes = {
+        plot: chromium.evaluate(f"(({plot!r}, document.getElementById({plot!r}).getBoundingClientRect().width))")
+        for plot in ("roofline", "layers", "memory")
+    }
     assert all(800 < width < 1280 for width in boxes.values()), boxes
     runs_shown = 2 if name == "both" else 1
     assert chromium.evaluate("document.querySelectorAll('#roofline .mark').length") >= 30 * runs_shown
@@ -337,7 +340,13 @@ def test_the_page_shows_its_plots_and_asks_nobody(runs, chromium, name, dark):
     assert chromium.evaluate("document.querySelectorAll('#memory polyline[class^=memory]').length") == runs_shown
     text = chromium.evaluate("document.body.innerText")
     # Every axis says what it shows, and in which unit.
-    for words in ("arithmetic intensity (FLOP/byte)", "rate (TFLOP/s)", "time in one training step (ms)", "allocated (MB)", "times of a CPU"):
+    for words in (
+        "arithmetic intensity (FLOP/byte)",
+        "rate (TFLOP/s)",
+        "time in one training step (ms)",
+        "allocated (MB)",
+        "times of a CPU",
+    ):
         assert words in text
     ground = chromium.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")
@@ -352,7 +361,9 @@ def test_no_mark_lies_outside_its_axes(runs, chromium):
     assert chromium.evaluate(outside) == 0
 
 
-@pytest.mark.parametrize("fault", ["<img src='http://127.0.0.1:9/x.png'>", "<script>console.error('no')</script>", "<script>nothing()</script>"])
+@pytest.mark.parametrize(
+    "fault", ["<img src='http://127.0.0.1:9/x.png'>", "<script>console.error('no')</script>", "<script>nothing()</script>"]
+)
 def test_a_page_that_asks_or_complains_is_seen(runs, chromium, tmp_path, fault):
     text = (runs / "ours" / "report.html").read_text(encoding="utf-8")
     (tmp_path / "faulty.html").write_text(text.replace("</body>", fault + "</body>"), encoding="utf-8")
@@ -372,8 +383,16 @@ def test_on_a_phone_texts_stay_readable_and_columns_wide(runs, chromium):
     try:
         chromium.open(runs / "both" / "report.html")
         assert chromium.evaluate("document.documentElement.scrollWidth <= innerWidth"), "charts and tables scroll by themselves"
-        assert chromium.evaluate("Math.min(...[...document.querySelectorAll('.wide > svg text')].map(e => e.getBoundingClientRect().height || 99))") >= 9
-        assert chromium.evaluate("Math.min(...[...document.querySelectorAll('td:first-child')].map(e => e.getBoundingClientRect().width))") > 150
+        assert (
+            chromium.evaluate(
+                "Math.min(...[...document.querySelectorAll('.wide > svg text')].map(e => e.getBoundingClientRect().height || 99))"
+            )
+            >= 9
+        )
+        assert (
+            chromium.evaluate("Math.min(...[...document.querySelectorAll('td:first-child')].map(e => e.getBoundingClientRect().width))")
+            > 150
+        )
     finally:
         chromium.call("Emulation.clearDeviceMetricsOverride")
 
@@ -441,13 +460,45 @@ def test_a_users_network_from_the_folder_at_hand(tmp_path, monkeypatch):
         "from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))\n"
     )
     monkeypatch.chdir(tmp_path)
-    command = ["profile", "--model", "tiny_net:make", "--impl", "eager_nhwc", "--size", "16", "--batch", "2", "--device", "cpu", "--commit", "x", "--out", "out"]
+    command = [
+        "profile",
+        "--model",
+        "tiny_net:make",
+        "--impl",
+        "eager_nhwc",
+        "--size",
+        "16",
+        "--batch",
+        "2",
+        "--device",
+        "cpu",
+        "--commit",
+        "x",
+        "--out",
+        "out",
+    ]
     assert main(command) == 0
     assert {part.layer for part in read_profile(tmp_path / "out" / "profile.json").parts} == {"0", "3", "loss", "optimizer"}
 
 
 def test_torchvisions_network_by_its_name(torchvision_models, tmp_path):
-    command = ["profile", "--model", "torchvision:resnet18", "--impl", "eager_nhwc", "--size", "32", "--batch", "2", "--device", "cpu", "--commit", "x", "--out", str(tmp_path)]
+    command = [
+        "profile",
+        "--model",
+        "torchvision:resnet18",
+        "--impl",
+        "eager_nhwc",
+        "--size",
+        "32",
+        "--batch",
+        "2",
+        "--device",
+        "cpu",
+        "--commit",
+        "x",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(command) == 0
     found = read_profile(tmp_path / "profile.json")
     assert (found.impl, found.design) == ("eager_nhwc", "eager")

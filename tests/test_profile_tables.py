@@ -35,11 +35,19 @@ def test_tables_in_json(tmp_path, capsys):
         assert row["images/s"] == pytest.approx(p.images_per_s, rel=1e-5)
     parts = [(p.impl, part) for p in RUNS.values() for part in p.parts]
     for row, (impl, part) in zip(tables["layers"], parts, strict=True):
-        assert (row["impl"], row["layer"], row["phase"], row["ms"], row["launches"]) == (impl, part.layer, part.phase, part.ms, part.launches)
+        assert (row["impl"], row["layer"], row["phase"], row["ms"], row["launches"]) == (
+            impl,
+            part.layer,
+            part.phase,
+            part.ms,
+            part.launches,
+        )
         for head, value in (("TFLOP/s", part.tflops), ("GB/s", part.gbytes_per_s), ("of floor", part.fraction)):
             assert row[head] is None if value is None else row[head] == pytest.approx(value, rel=1e-5)
     assert tables["layers"][2]["TFLOP/s"] is None  # of an optimizer
-    assert [(row["kernel"], row["calls"], row["ms"]) for row in tables["kernels"]] == [tuple(kernel) for p in RUNS.values() for kernel in p.kernels]
+    assert [(row["kernel"], row["calls"], row["ms"]) for row in tables["kernels"]] == [
+        tuple(kernel) for p in RUNS.values() for kernel in p.kernels
+    ]
 
 
 def test_tables_in_csv_are_those_in_json(tmp_path, capsys):

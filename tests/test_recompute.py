@@ -521,7 +521,22 @@ def test_the_table_of_the_documents_is_what_is_counted():
     assert found == expected
 
 
-TRAIN = ("train", "--model", "resnet20", "--epochs", "1", "--batch-size", "8", "--limit-train", "16", "--limit-eval", "8", "--device", "cpu", "--no-progress")
+TRAIN = (
+    "train",
+    "--model",
+    "resnet20",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "8",
+    "--limit-train",
+    "16",
+    "--limit-eval",
+    "8",
+    "--device",
+    "cpu",
+    "--no-progress",
+)
 
 
 def test_train_recomputes(tmp_path, made):

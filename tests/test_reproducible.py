@@ -39,8 +39,7 @@ def differ(backend: str, model: nn.Module, shape: tuple[int, ...], repeats: int,
         with fused_resnet.backend(backend):
             first = step(model, images, labels, dtype)
             return sum(
-                any(not torch.equal(a, b) for a, b in zip(first, step(model, images, labels, dtype), strict=True))
-                for _ in range(repeats)
+                any(not torch.equal(a, b) for a, b in zip(first, step(model, images, labels, dtype), strict=True)) for _ in range(repeats)
             )
     finally:
         torch.use_deterministic_algorithms(before)

@@ -16,8 +16,21 @@ from fused_resnet.problem import NormProblem
 from fused_resnet.reference import Reference
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-META = Meta("NVIDIA H100", 132, "570.1", "13.0", "9.8.0", "2.13.0", "3.6.0", "0123456789abcdef", "2026-01-31T23:59:58Z", {"sm": 1980, "sm_max": 1980})
-FAST = Row("kernels", "norm_act", "ours:passes_triton", "bfloat16", 256, [64, 56, 56], 1.0, 0.9, 1.1, gbytes_per_s=2800.0, copy_fraction=0.91)
+META = Meta(
+    "NVIDIA H100",
+    132,
+    "570.1",
+    "13.0",
+    "9.8.0",
+    "2.13.0",
+    "3.6.0",
+    "0123456789abcdef",
+    "2026-01-31T23:59:58Z",
+    {"sm": 1980, "sm_max": 1980},
+)
+FAST = Row(
+    "kernels", "norm_act", "ours:passes_triton", "bfloat16", 256, [64, 56, 56], 1.0, 0.9, 1.1, gbytes_per_s=2800.0, copy_fraction=0.91
+)
 OTHER = dataclasses.replace(FAST, case="batch_stats")
 LOST = Row("kernels", "norm_act", "compile", "bfloat16", 256, [64, 56, 56], status="oom: 2 | 3 GiB")
 
@@ -54,7 +67,10 @@ def test_the_same_figures_pass(tmp_path, capsys):
     [
         ([times(FAST, 1.5), OTHER], "norm_act ours:passes_triton bfloat16 256 64x56x56: slower"),
         ([OTHER], "norm_act ours:passes_triton bfloat16 256 64x56x56: missing"),
-        ([dataclasses.replace(LOST, impl="ours:passes_triton"), OTHER], "norm_act ours:passes_triton bfloat16 256 64x56x56: oom: 2 | 3 GiB"),
+        (
+            [dataclasses.replace(LOST, impl="ours:passes_triton"), OTHER],
+            "norm_act ours:passes_triton bfloat16 256 64x56x56: oom: 2 | 3 GiB",
+        ),
     ],
 )
 def test_what_became_worse_fails_by_name(new, words, tmp_path, capsys):
@@ -63,7 +79,12 @@ def test_what_became_worse_fails_by_name(new, words, tmp_path, capsys):
 
 
 def test_faster_within_the_threshold_and_within_the_spread_pass(tmp_path):
-    assert compare.main(files(tmp_path, [FAST, OTHER, LOST], [times(FAST, 0.5), times(OTHER, 1.04), dataclasses.replace(FAST, impl="compile")])) == 0
+    assert (
+        compare.main(
+            files(tmp_path, [FAST, OTHER, LOST], [times(FAST, 0.5), times(OTHER, 1.04), dataclasses.replace(FAST, impl="compile")])
+        )
+        == 0
+    )
     assert compare.main(files(tmp_path, [FAST], [times(FAST, 1.2)])) == 0, "their spreads overlap"
     assert compare.main([*files(tmp_path, [FAST], [times(FAST, 1.3)]), "--threshold", "1.35"]) == 0
 
@@ -102,7 +123,10 @@ def test_a_slow_down_of_one_kernel_is_found(tmp_path, capsys, monkeypatch):
     for backend in (Reference(), Slowed()):
         monkeypatch.setitem(BACKENDS, "passes_triton", backend)
         norm = NormProblem(8, 64, 28, 28)
-        made = [lambda make=make, norm=norm: make(passes.Inputs(norm, torch.float32, suite.device)) for make in (passes.batch_stats, passes.norm_act)]
+        made = [
+            lambda make=make, norm=norm: make(passes.Inputs(norm, torch.float32, suite.device))
+            for make in (passes.batch_stats, passes.norm_act)
+        ]
         measured.append([row for build in made for row in suite.rows(build)])
     # Other work on the machine moves times by tens of percent; the slow-down is twentyfold.
     assert compare.main([*files(tmp_path, *measured), "--threshold", "4"]) == 1
@@ -127,7 +151,10 @@ def test_the_page_has_a_table_for_each_run(tmp_path):
     assert page.index("2026-02-01") < page.index("2026-01-31")
     assert "| norm_act | bfloat16 | 256 | 64×56×56 | ours:passes_triton | 1.000 | 0.9000 | 1.100 | 2,800 | 0.9100 |  |" in page
     assert "oom: 2 \\| 3 GiB |" in page
-    assert "commit 0123456789ab, 2026-01-31T23:59:58Z, PyTorch 2.13.0, Triton 3.6.0, CUDA 13.0, cuDNN 9.8.0, driver 570.1, sm clock 1980 MHz:" in page
+    assert (
+        "commit 0123456789ab, 2026-01-31T23:59:58Z, PyTorch 2.13.0, Triton 3.6.0, CUDA 13.0, cuDNN 9.8.0, driver 570.1, sm clock 1980 MHz:"
+        in page
+    )
 
 
 CONV = dataclasses.replace(FAST, case="norm_act_conv 3x3/2 128", copy_fraction=None, roofline_fraction=0.5)
@@ -136,22 +163,35 @@ CONV = dataclasses.replace(FAST, case="norm_act_conv 3x3/2 128", copy_fraction=N
 def shape_rows(**medians):
     """A row of each implementation; the floor is 0.5 ms. "_" stands for ":", which a keyword can't have."""
     return [
-        dataclasses.replace(times(CONV, ms), impl=impl.replace("ours_", "ours:"), roofline_fraction=0.5 / ms) for impl, ms in medians.items()
+        dataclasses.replace(times(CONV, ms), impl=impl.replace("ours_", "ours:"), roofline_fraction=0.5 / ms)
+        for impl, ms in medians.items()
     ]
 
 
 def test_convolutions_are_a_line_a_shape_with_what_is_slower_than_the_passes(tmp_path):
     rows = [
         *shape_rows(eager_nhwc=2.0, compile=1.6, ours=1.0, ours_passes_cuda=1.25, ours_passes_triton=1.3, ours_triton=1.0),
-        *(dataclasses.replace(row, case="conv_stats_backward 1x1 64") for row in shape_rows(ours_passes_cuda=1.0, ours_triton=1.5, ours=1.1)),
+        *(
+            dataclasses.replace(row, case="conv_stats_backward 1x1 64")
+            for row in shape_rows(ours_passes_cuda=1.0, ours_triton=1.5, ours=1.1)
+        ),
         dataclasses.replace(LOST, case="conv_stats_backward 1x1 64"),
     ]
     write_results(Results(META, [FAST, *rows]), tmp_path / "results" / "gpu" / "a.json")
     page = write.document(tmp_path / "results")
     lines = page.splitlines()
-    assert "| case | dtype | batch | C×H×W | floor, ms | eager_nhwc, ms | compile, ms | ours, ms | ours:passes_cuda, ms | ours:passes_triton, ms | ours:triton, ms |" in lines
-    assert "| norm_act_conv 3x3/2 128 | bfloat16 | 256 | 64×56×56 | 0.5000 | 2.000 (0.25) | 1.600 (0.31) | 1.000 (0.50) | 1.250 (0.40) | 1.300 (0.38) | 1.000 (0.50) |" in lines
-    assert "| conv_stats_backward 1x1 64 | bfloat16 | 256 | 64×56×56 | 0.5000 |  | oom | 1.100 (0.45) | 1.000 (0.50) |  | 1.500 (0.33) |" in lines
+    assert (
+        "| case | dtype | batch | C×H×W | floor, ms | eager_nhwc, ms | compile, ms | ours, ms | ours:passes_cuda, ms | ours:passes_triton, ms | ours:triton, ms |"
+        in lines
+    )
+    assert (
+        "| norm_act_conv 3x3/2 128 | bfloat16 | 256 | 64×56×56 | 0.5000 | 2.000 (0.25) | 1.600 (0.31) | 1.000 (0.50) | 1.250 (0.40) | 1.300 (0.38) | 1.000 (0.50) |"
+        in lines
+    )
+    assert (
+        "| conv_stats_backward 1x1 64 | bfloat16 | 256 | 64×56×56 | 0.5000 |  | oom | 1.100 (0.45) | 1.000 (0.50) |  | 1.500 (0.33) |"
+        in lines
+    )
     assert sum(line.startswith("| norm_act |") for line in lines) == 1, "a pass is a line a row"
     notes = [line for line in lines if line.startswith("- ")]
     assert notes == [

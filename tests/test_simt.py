@@ -459,12 +459,15 @@ def test_what_is_not_modelled_does_not_compile(tmp_path):
 
 def test_main_runs_by_one_command(tmp_path):
     source = tmp_path / "main.cu"
-    source.write_text((HERE / "simt/faults.cu").read_text() + """
+    source.write_text(
+        (HERE / "simt/faults.cu").read_text()
+        + """
 extern "C" int main() {
   float values[64];
   return run_fault("missing_syncwarp", 0, 1, 64, values) == cudaSuccess ? 0 : 7;
 }
-""")
+"""
+    )
     for flavour, status in (("plain", 0), ("asan", 0), ("race", 7)):
         result = subprocess.run([sys.executable, HERE / "simt/compile.py", flavour, source], capture_output=True, text=True)
         assert result.returncode == status, result.stderr

@@ -177,7 +177,9 @@ def test_changes_on_a_class_are_noticed(what, when, images, monkeypatch, torchvi
     plain = shake(ResNet(Louder, [1, 1, 1, 1], num_classes=3)).double()
     fused = fused_copy(plain) if when == "after fuse" else None
     if what == "a block's forward":
-        monkeypatch.setattr(BasicBlock, "forward", lambda self, x: self.relu(self.bn1(self.conv1(x)) if self.downsample is None else self.downsample(x)))
+        monkeypatch.setattr(
+            BasicBlock, "forward", lambda self, x: self.relu(self.bn1(self.conv1(x)) if self.downsample is None else self.downsample(x))
+        )
     elif what == "nn.ReLU's forward":
         monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: F.leaky_relu(x, 0.3))
     fused = fused or fused_copy(plain)

@@ -50,7 +50,11 @@ LAYERS = {
     "depthwise Conv2d": (lambda: nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False), (32, 8, 8), 64 * 32 * 9),
     "depthwise Conv3d": (lambda: nn.Conv3d(32, 32, 3, padding=1, groups=32, bias=False), (32, 4, 4, 4), 64 * 32 * 27),
     "depthwise ConvTranspose2d": (lambda: nn.ConvTranspose2d(32, 32, 2, stride=2, groups=32, bias=False), (32, 8, 8), 64 * 32 * 4),
-    "ConvTranspose2d, 4 groups": (lambda: nn.ConvTranspose2d(8, 16, 4, stride=2, padding=1, groups=4, bias=False), (8, 8, 8), 64 * 8 * 4 * 16),
+    "ConvTranspose2d, 4 groups": (
+        lambda: nn.ConvTranspose2d(8, 16, 4, stride=2, padding=1, groups=4, bias=False),
+        (8, 8, 8),
+        64 * 8 * 4 * 16,
+    ),
 }
 
 
@@ -100,12 +104,76 @@ def mine(tmp_path, monkeypatch):
 
 
 COMMANDS = {
-    "train": ["bench", "train", "--impl", "eager", "ours", "--repeats", "3", "--batch", "16", "--size", "8", "--out", "out", "--device", "cpu"],
-    "inference": ["bench", "inference", "--impl", "eager", "ours", "--repeats", "3", "--batch", "16", "--size", "8", "--out", "out", "--device", "cpu"],
-    "blocks": ["bench", "blocks", "--impl", "eager", "ours", "--repeats", "3", "--batch", "16", "--size", "8", "--out", "out", "--device", "cpu"],
+    "train": [
+        "bench",
+        "train",
+        "--impl",
+        "eager",
+        "ours",
+        "--repeats",
+        "3",
+        "--batch",
+        "16",
+        "--size",
+        "8",
+        "--out",
+        "out",
+        "--device",
+        "cpu",
+    ],
+    "inference": [
+        "bench",
+        "inference",
+        "--impl",
+        "eager",
+        "ours",
+        "--repeats",
+        "3",
+        "--batch",
+        "16",
+        "--size",
+        "8",
+        "--out",
+        "out",
+        "--device",
+        "cpu",
+    ],
+    "blocks": [
+        "bench",
+        "blocks",
+        "--impl",
+        "eager",
+        "ours",
+        "--repeats",
+        "3",
+        "--batch",
+        "16",
+        "--size",
+        "8",
+        "--out",
+        "out",
+        "--device",
+        "cpu",
+    ],
     "profile": ["profile", "--batch", "4", "--size", "8", "--out", "out", "--device", "cpu"],
     "roofline": ["roofline", "--batch", "4", "--size", "8", "--device", "h100"],
-    "tune": ["tune", "--batch", "2", "--size", "8", "--out", "out", "--device", "cpu", "--kind", "fprop", "--candidates", "1", "--repeats", "3"],
+    "tune": [
+        "tune",
+        "--batch",
+        "2",
+        "--size",
+        "8",
+        "--out",
+        "out",
+        "--device",
+        "cpu",
+        "--kind",
+        "fprop",
+        "--candidates",
+        "1",
+        "--repeats",
+        "3",
+    ],
 }
 
 
@@ -164,7 +232,22 @@ def test_a_wrong_model_or_shape_is_named(arguments, words, capsys, torchvision_m
 
 
 def test_kernels_of_own_shapes(tmp_path, capsys):
-    command = ["bench", "kernels", "--device", "cpu", "--dtype", "fp32", "--impl", "eager_nhwc", "--repeats", "3", "--batch", "4", "--out", str(tmp_path)]
+    command = [
+        "bench",
+        "kernels",
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--impl",
+        "eager_nhwc",
+        "--repeats",
+        "3",
+        "--batch",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
     assert main([*command, "--shape", "8x6x6", "8x6x6:16x3x3/2", "--case", "norm_act", "norm_act_conv"]) == 0
     (path,) = tmp_path.rglob("*.json")
     rows = {row.case: row for row in read_results(path).rows if row.impl == "eager_nhwc"}

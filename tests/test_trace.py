@@ -68,7 +68,12 @@ def test_layers_are_those_of_the_modules():
     # A norm, an activation and an addition belong to the convolution before them.
     assert {("layer1.0.conv1", "statistics"), ("layer1.0.conv1", "relu"), ("layer1.0.conv1", "backward apply")} <= found
     assert {("layer1.0.conv2", "add"), ("maxpool", "max_pool2d_with_indices_backward"), ("fc", "addmm")} <= found
-    assert {op.layer for op in step.ops} - {layer.name for layer in resnet("resnet18", 2, 64).layers} == {"maxpool", "avgpool", "fc", "loss"}
+    assert {op.layer for op in step.ops} - {layer.name for layer in resnet("resnet18", 2, 64).layers} == {
+        "maxpool",
+        "avgpool",
+        "fc",
+        "loss",
+    }
 
 
 class Transformer(nn.Module):
@@ -134,7 +139,9 @@ def test_tracing_leaves_nothing_behind():
 def test_builders(torchvision_models, tmp_path, monkeypatch):
     assert isinstance(load.builder("resnet20")(), nn.Module)
     assert isinstance(load.builder("torchvision:resnet18")(), torchvision_models.ResNet)
-    (tmp_path / "mine.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(2, 2)\nnumber = 3\ndef wrong():\n    return 3\n")
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Linear(2, 2)\nnumber = 3\ndef wrong():\n    return 3\n"
+    )
     monkeypatch.chdir(tmp_path)
     assert isinstance(load.builder("mine:make")(), nn.Linear)
     with pytest.raises(load.LoadError, match="returned int"):

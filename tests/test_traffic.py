@@ -65,7 +65,9 @@ def test_a_kernel_that_moves_more_is_seen(monkeypatch):
 def test_recomputation_saves_and_costs_what_the_design_says(name):
     """Held between forward and backward: to the byte. Moved and launched beyond the step without it: what the inside of the blocks takes."""
     network = roofline.resnet("resnet50", BATCH)
-    pooled = 2 * BATCH * network.features  # the average pool's output, which the classifier keeps; the roofline counts convolutions' tensors
+    pooled = (
+        2 * BATCH * network.features
+    )  # the average pool's output, which the classifier keeps; the roofline counts convolutions' tensors
     plain, again = resnet50(name), resnet50(name, recompute=True)
     designs = [roofline.DESIGNS[DESIGN[name] + suffix] for suffix in ("", ", recompute")]
     assert [t.saved - pooled for t in (plain, again)] == [roofline.saved_bytes(network, design) for design in designs]

@@ -149,7 +149,18 @@ def test_hooks_on_any_module(kind):
         if isinstance(module, nn.ReLU) and kind.startswith("backward"):
             module.inplace = False
     blocks = ("layer1", "layer1.0", "layer2.0")
-    for path in (*blocks, "conv1", "bn1", "relu", "maxpool", "avgpool", "layer1.1.conv2", "layer1.1.bn3", "layer2.0.downsample", "layer1.0.downsample.1"):
+    for path in (
+        *blocks,
+        "conv1",
+        "bn1",
+        "relu",
+        "maxpool",
+        "avgpool",
+        "layer1.1.conv2",
+        "layer1.1.bn3",
+        "layer2.0.downsample",
+        "layer1.0.downsample.1",
+    ):
         if kind.startswith("backward") and path in ("layer1.1.bn3", "layer1.0.downsample.1", "layer2.0.downsample"):
             continue  # nor by the addition behind it
         seen = {}

@@ -94,7 +94,10 @@ def test_a_kernel_agrees_with_the_passes_and_a_wrong_one_is_refused(name, device
     assert status.startswith("wrong") and outcome.entry.configuration is None
 
 
-FLOAT16 = [replace(TASKS[name], dtype="float16") for name in ("fprop of a norm", "dgrad across blocks", "dgrad with a projection", "wgrad of a norm")]
+FLOAT16 = [
+    replace(TASKS[name], dtype="float16")
+    for name in ("fprop of a norm", "dgrad across blocks", "dgrad with a projection", "wgrad of a norm")
+]
 
 
 @pytest.mark.parametrize("task", FLOAT16, ids=str)

@@ -11,7 +11,23 @@ from fused_resnet.cli import main
 from fused_resnet.tuning.table import read_table
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its network is a CPU's")
-COMMAND = ["tune", "--model", "resnet20", "--size", "8", "--kind", "fprop", "--candidates", "1", "--repeats", "3", "--device", "cpu", "--commit", "c0ffee"]
+COMMAND = [
+    "tune",
+    "--model",
+    "resnet20",
+    "--size",
+    "8",
+    "--kind",
+    "fprop",
+    "--candidates",
+    "1",
+    "--repeats",
+    "3",
+    "--device",
+    "cpu",
+    "--commit",
+    "c0ffee",
+]
 
 
 def test_it_measures_writes_and_goes_on(tmp_path, capsys, monkeypatch):

@@ -70,7 +70,9 @@ def test_other_work_is_another_entry():
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path):
-    table = Table([entry(256), entry(64, None), entry(32, CUDNN), entry(256, kind="dgrad", source="norm_add_raw", dact=True, compact=2, compact_k=64)])
+    table = Table(
+        [entry(256), entry(64, None), entry(32, CUDNN), entry(256, kind="dgrad", source="norm_add_raw", dact=True, compact=2, compact_k=64)]
+    )
     path = path_of("NVIDIA H100 80GB HBM3", tmp_path)
     assert path == tmp_path / "nvidia-h100-80gb-hbm3.json"
     write_table(path, META, table)

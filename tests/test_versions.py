@@ -65,6 +65,9 @@ def test_a_newer_triton_is_warned_of_once():
 
 
 def test_ci_compiles_with_the_oldest_triton_and_with_the_newest():
-    pinned = [re.findall(r"^triton==(\d+)\.(\d+)\.", (ROOT / ".ci" / name).read_text(), re.MULTILINE) for name in ("constraints.txt", "newest_triton.txt")]
+    pinned = [
+        re.findall(r"^triton==(\d+)\.(\d+)\.", (ROOT / ".ci" / name).read_text(), re.MULTILINE)
+        for name in ("constraints.txt", "newest_triton.txt")
+    ]
     assert pinned == [[tuple(map(str, version))] for version in (versions.OLDEST_TRITON, versions.NEWEST_TRITON)]
     assert ".ci/newest_triton.txt" in (ROOT / ".ci" / "run").read_text()

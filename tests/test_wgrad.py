@@ -168,7 +168,10 @@ def test_the_heuristic_splits_as_far_as_it_pays(itemsize, capability):
             assert tiles.splits == 1 or tiles.splits <= steps // LEAST_STEPS
             assert programs * (tiles.splits - 1) <= 4 * multiprocessors
             few = tiles.splits + 1 > steps // LEAST_STEPS
-            assert few or programs * (tiles.splits + 1) > multiprocessors or programs * tiles.splits > 2 / 3 * multiprocessors, (problem, tiles)
+            assert few or programs * (tiles.splits + 1) > multiprocessors or programs * tiles.splits > 2 / 3 * multiprocessors, (
+                problem,
+                tiles,
+            )
 
 
 def test_the_tuner_always_tries_splits():

@@ -126,18 +126,14 @@ class FusedConvolutions(Reference, ABC):
 
         return again
 
-    def _fprop(
-        self, source: Source, conv: Conv, configuration: Choice, write_act: bool
-    ) -> tuple[Pending, Tensor | None, Tensor | None]:
+    def _fprop(self, source: Source, conv: Conv, configuration: Choice, write_act: bool) -> tuple[Pending, Tensor | None, Tensor | None]:
         norm, save_mask = conv.norm, source.residual is not None
         if configuration == CUDNN:
             y, *sums = cudnn.fprop(source, conv.weight, conv.geometry)
             return Pending(y, *self._moments_of_sums(y, *sums, norm)), None, None
         from ..kernels.fprop import fprop
 
-        y, act, mask, moments = fprop(
-            source, conv.weight, conv.geometry, write_act, save_mask, configuration, allow_tf32()
-        )
+        y, act, mask, moments = fprop(source, conv.weight, conv.geometry, write_act, save_mask, configuration, allow_tf32())
         return self.with_norm(y, norm, moments), act, mask
 
     def _moments_of_sums(self, y: Tensor, total: Tensor, squares: Tensor, norm: Norm) -> tuple[Tensor, ...]:
@@ -243,9 +239,7 @@ class FusedConvolutions(Reference, ABC):
     def _weight_gradient(self, source: Source, act: Tensor | None, dy: Tensor | None, output: ConvOutput) -> Tensor:
         """dw, of an activation that exists or is made again."""
         dy = self._dy(output) if dy is None else dy
-        configuration = self._choose(
-            "wgrad", source.x, output.weight, output.geometry, "norm" if act is None else "act"
-        )
+        configuration = self._choose("wgrad", source.x, output.weight, output.geometry, "norm" if act is None else "act")
         if configuration == CUDNN and self._choose("fprop", source.x, output.weight, output.geometry, "norm") == CUDNN:
             return cudnn.wgrad(source, dy, output.weight, output.geometry)
         if configuration in (None, CUDNN):  # cuDNN would round coefficients that this node's forward did not

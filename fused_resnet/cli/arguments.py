@@ -119,9 +119,7 @@ def add_form(parser: argparse.ArgumentParser) -> None:
 def device(name: str) -> torch.device:
     """The device for `--device auto|cpu|cuda`. Raises `UsageError` where PyTorch sees no GPU and one was asked for."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "--device", f"cuda was asked for, but PyTorch {torch.__version__} sees no GPU here; expected cpu"
-        )
+        raise UsageError("--device", f"cuda was asked for, but PyTorch {torch.__version__} sees no GPU here; expected cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -133,9 +131,7 @@ def build_model(name: str, data: DataSet) -> torch.nn.Module:
     Raises `UsageError` where there is none of that name, and where it does not make scores of such images.
     """
     if ":" not in name and data.channels != COLOUR:
-        able = [
-            known for known in models.list_models() if "in_channels" in signature(getattr(models, known)).parameters
-        ]
+        able = [known for known in models.list_models() if "in_channels" in signature(getattr(models, known)).parameters]
         if name not in able:
             expected = f"expected a network for {data.channels}-channel images, such as those of {data.name}"
             raise UsageError("--model", f"{expected}: {', '.join(able)}; got {name!r}, which takes {COLOUR} channels")

@@ -61,9 +61,7 @@ Job = tuple[str, Callable[[], list[Row]]]
 
 def add_parser(commands) -> None:
     """Adds the subcommand."""
-    parser = commands.add_parser(
-        "bench", help="time kernels, blocks, training, inference", description=DESCRIPTION, epilog=EXAMPLES
-    )
+    parser = commands.add_parser("bench", help="time kernels, blocks, training, inference", description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("suite", type=one_of(*SUITES), metavar="SUITE", help=", ".join(SUITES))
     add_model(parser, ["resnet18", "resnet50"])
     parser.add_argument("--shape", nargs="+", type=shape, default=[], metavar="SHAPE",

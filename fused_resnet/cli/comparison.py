@@ -40,9 +40,7 @@ class Agreement:
         return self.difference <= self.allowed
 
 
-def compare_losses(
-    model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], name: str, dtype: torch.dtype
-) -> Agreement:
+def compare_losses(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], name: str, dtype: torch.dtype) -> Agreement:
     """A few steps of SGD from the state of `model`, with the backend `name` and with PyTorch's modules.
 
     batches: (images, labels), one a step, where the model is. The model is left as it was.

@@ -34,9 +34,7 @@ TIMED_MODEL, TIMED_BATCH, TIMED_SIZE = "resnet50", 64, 224
 
 def add_parser(commands) -> None:
     """Adds the subcommand."""
-    parser = commands.add_parser(
-        "demo", help="train a small network on real images and compare", description=DESCRIPTION, epilog=EXAMPLES
-    )
+    parser = commands.add_parser("demo", help="train a small network on real images and compare", description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run (default: a new one in runs/)")
     parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", metavar="D",
                         help="auto (default), cpu, cuda")  # fmt: skip

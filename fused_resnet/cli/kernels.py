@@ -39,12 +39,8 @@ LANGUAGES = ("triton", "cuda")
 
 def add_parser(commands) -> None:
     """Adds the subcommand."""
-    parser = commands.add_parser(
-        "kernels", help="print registers and spills of the kernels", description=DESCRIPTION, epilog=EXAMPLES
-    )
-    parser.add_argument(
-        "--language", type=one_of(*LANGUAGES), default="triton", metavar="L", help="one of triton, cuda (default: triton)"
-    )
+    parser = commands.add_parser("kernels", help="print registers and spills of the kernels", description=DESCRIPTION, epilog=EXAMPLES)
+    parser.add_argument("--language", type=one_of(*LANGUAGES), default="triton", metavar="L", help="one of triton, cuda (default: triton)")
     parser.add_argument("--name", default="", metavar="TEXT", help="only kernels whose name holds TEXT (default: all)")
     parser.add_argument("--arch", nargs="+", type=positive, metavar="SM", help="only these architectures: 80, 90 (default: all)")
     parser.add_argument("--sum", type=one_of(*DEPTHS), metavar="MODEL",

@@ -47,9 +47,7 @@ ON_GPU, ON_CPU = (256, 224), (8, 64)  # batch, pixels
 
 def add_parser(commands) -> None:
     """Adds the subcommand."""
-    parser = commands.add_parser(
-        "profile", help="profile a training step by layer", description=DESCRIPTION, epilog=EXAMPLES
-    )
+    parser = commands.add_parser("profile", help="profile a training step by layer", description=DESCRIPTION, epilog=EXAMPLES)
     add_model(parser, "resnet50")
     parser.add_argument("--impl", type=one_of(*implementations("train")), default="ours", metavar="IMPL",
                         help=f"{', '.join(implementations('train'))} (default: ours, fused where it is not)")  # fmt: skip

@@ -80,9 +80,7 @@ SHOWN = {"eager": "eager", "passes": "passes", "+fold": "fused", "fused": "fused
 
 def add_parser(commands) -> None:
     """Adds the subcommand."""
-    parser = commands.add_parser(
-        "roofline", help="FLOPs, bytes and floors of a training step", description=DESCRIPTION, epilog=EXAMPLES
-    )
+    parser = commands.add_parser("roofline", help="FLOPs, bytes and floors of a training step", description=DESCRIPTION, epilog=EXAMPLES)
     add_model(parser, "resnet50")
     parser.add_argument("--batch", type=positive, default=256, metavar="N", help="images in a batch (default: 256)")
     parser.add_argument("--size", type=positive, default=224, metavar="PIXELS", help="height and width of an image (default: 224)")

@@ -75,18 +75,14 @@ def add_parser(commands) -> None:
     option("warmup_epochs", number, "epochs of linear warm-up", "N")
     option("momentum", number, "momentum of SGD", "M")
     option("weight_decay", number, "weight decay", "W")
-    parser.add_argument(
-        "--no-norm-decay", dest="decay_norms", action="store_false", help="no weight decay on norms and biases"
-    )
+    parser.add_argument("--no-norm-decay", dest="decay_norms", action="store_false", help="no weight decay on norms and biases")
     option("label_smoothing", number, "label smoothing, 0 to 1", "S")
     option("precision", one_of(*PRECISIONS), "one of " + ", ".join(PRECISIONS), "P")
     option("seed", whole_number, "seed of the weights, the order and the augmentation", "N")
     option("limit_train", whole_number, "use only the first N training images", "N")
     option("limit_eval", whole_number, "use only the first N evaluation images", "N")
     option("image_size", whole_number, "pixels of a side, for synthetic images (default: 224)", "N")
-    parser.add_argument(
-        "--sync-bn", action="store_true", help="batch norms over the whole batch of all processes (torchrun)"
-    )
+    parser.add_argument("--sync-bn", action="store_true", help="batch norms over the whole batch of all processes (torchrun)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run (default: runs/MODEL-DATA, or the resumed one)")
     parser.add_argument("--resume", type=Path, metavar="PATH", help="go on with the run in this folder, or with this checkpoint")
     parser.add_argument("--stop-after", type=whole_number, metavar="N", help="stop after epoch N, to be resumed later")
@@ -96,7 +92,8 @@ def add_parser(commands) -> None:
         help=f"one of {', '.join(backends.choices())} (default: FUSED_RESNET_BACKEND, else auto)",
     )  # fmt: skip
     parser.add_argument(
-        "--recompute", action=argparse.BooleanOptionalAction,
+        "--recompute",
+        action=argparse.BooleanOptionalAction,
         help="make again in backward what blocks would keep between their convolutions: memory for time",
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
@@ -122,9 +119,7 @@ def _train(args: argparse.Namespace, where: torch.device) -> int:
     if config.recompute and chosen == "off":
         raise UsageError("--recompute", "PyTorch's own modules keep what they need; expected another --backend beside it, or a GPU")
     with blaming("--data", data.DataError):
-        images = data.load(
-            config.data, limit_train=config.limit_train, limit_eval=config.limit_eval, image_size=config.image_size
-        )
+        images = data.load(config.data, limit_train=config.limit_train, limit_eval=config.limit_eval, image_size=config.image_size)
     torch.backends.cudnn.benchmark = True  # shapes do not change
     torch.manual_seed(config.seed)
     trainer = Trainer(build_model(config.model, images), images, config, where)
@@ -176,9 +171,7 @@ def _fresh(options: dict[str, Any], settings: dict[str, Any]) -> tuple[Path, Tra
         if folder.exists() and not folder.is_dir():
             raise UsageError("--out", f"expected a folder; {folder} is a file")
         if (folder / CHECKPOINT).exists():
-            raise UsageError(
-                "--out", f"expected a folder without a run; {folder} has a {CHECKPOINT}: go on with --resume {folder}"
-            )
+            raise UsageError("--out", f"expected a folder without a run; {folder} has a {CHECKPOINT}: go on with --resume {folder}")
     return folder, config, None
 
 

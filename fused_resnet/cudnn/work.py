@@ -187,7 +187,12 @@ def norm_backward_apply(
 
 
 def conv_affine_act(
-    x: Tensor, weight: Tensor, geometry: ConvGeometry, scale: Tensor | None, bias: Tensor, residual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    scale: Tensor | None,
+    bias: Tensor,
+    residual: Tensor | None,
     tried: bool = False,
 ) -> Tensor | None:
     """As `Reference.conv_affine_act` with a ReLU, in one kernel; None where cuDNN refuses. `tried` as above."""  # fmt: skip

@@ -1,8 +1,8 @@
 """Data sets in memory, and batches of them on a device:
 
-    data = load("fashion-mnist-mini")
-    loader = Loader(data, data.train, 128, torch.device("cpu"), augment=True)
-    for images, labels in loader.batches(epoch=1): ...
+data = load("fashion-mnist-mini")
+loader = Loader(data, data.train, 128, torch.device("cpu"), augment=True)
+for images, labels in loader.batches(epoch=1): ...
 """
 
 from .cifar import CIFAR10, CIFAR100
@@ -24,9 +24,7 @@ NAMES = (*_FILES, "synthetic")
 SYNTHETIC_SIZE = 224
 
 
-def load(
-    name: str, *, limit_train: int | None = None, limit_eval: int | None = None, image_size: int | None = None
-) -> DataSet:
+def load(name: str, *, limit_train: int | None = None, limit_eval: int | None = None, image_size: int | None = None) -> DataSet:
     """The data set of that name, with at most `limit_train` and `limit_eval` images.
 
     `image_size` (pixels, 224 by default) belongs to "synthetic", which also makes as many images as the limits say.
@@ -37,7 +35,5 @@ def load(
     if name == "synthetic":
         return load_synthetic(SYNTHETIC_SIZE if image_size is None else image_size, limit_train, limit_eval)
     if image_size is not None:
-        raise DataError(
-            f"image size: expected none, since only synthetic images have a size to choose; got {image_size}"
-        )
+        raise DataError(f"image size: expected none, since only synthetic images have a size to choose; got {image_size}")
     return _FILES[name]().limited(limit_train, limit_eval)

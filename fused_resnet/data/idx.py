@@ -50,8 +50,6 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     found = len(content) - header_bytes
     if found != elements:
         what = "truncated" if found < elements else "too long"
-        raise DataError(
-            f"{path}: {what}: expected {elements} bytes for shape {tuple(shape)} after the header; got {found}"
-        )
+        raise DataError(f"{path}: {what}: expected {elements} bytes for shape {tuple(shape)} after the header; got {found}")
     # frombuffer shares the bytearray's memory, which the tensor keeps alive.
     return torch.frombuffer(content, dtype=torch.uint8, offset=header_bytes).reshape(shape)

@@ -44,9 +44,7 @@ class Loader:
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (images float32 [B, C, H, W] channels_last, normalised; labels int64 [B]) on the device."""
         if not self.augment:
-            for images, labels in zip(
-                self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True
-            ):
+            for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
                 yield self._normalised(images), labels
             return
         device, count = self.images.device, len(self.images)

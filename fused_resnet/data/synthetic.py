@@ -27,6 +27,4 @@ def load_synthetic(image_size: int, train: int | None, eval: int | None) -> Data
     training = split(TRAIN_IMAGES if train is None else train)
     evaluation = split(EVAL_IMAGES if eval is None else eval)
     mean, std = pixel_statistics(training.images)
-    return DataSet(
-        "synthetic", tuple(map(str, range(CLASSES))), training, evaluation, mean, std, flip=True, crop_padding=4
-    )
+    return DataSet("synthetic", tuple(map(str, range(CLASSES))), training, evaluation, mean, std, flip=True, crop_padding=4)

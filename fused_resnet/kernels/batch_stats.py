@@ -195,8 +195,6 @@ def batch_moments(y: Tensor) -> tuple[Tensor, Tensor]:
     return _reduce(y)
 
 
-def merge_moments(
-    counts: Tensor, means: Tensor, m2s: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
-) -> tuple[Tensor, ...]:
+def merge_moments(counts: Tensor, means: Tensor, m2s: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, ...]:
     """`Reference.merge_moments` in one kernel."""
     return _merge(means, m2s, counts, gamma=gamma, beta=beta, eps=eps)

@@ -257,9 +257,7 @@ def dgrad(
     images = min(n, configuration.block_m // max(1, h // stride_h * (w // stride_w)) + 2)
     spanned = 0 if pointwise else images * max(h * w * c, p * q * k)
     if max(spanned, n * h * w + configuration.block_m, n * p * q) >= 2**31:
-        raise ValueError(
-            f"source: expected fewer than 2**31 elements in the images of a tile, and pixels; got {spanned} and {n * h * w}"
-        )
+        raise ValueError(f"source: expected fewer than 2**31 elements in the images of a tile, and pixels; got {spanned} and {n * h * w}")
     groups_of_pixels = stride_h * stride_w
     rows = n * ceil_div(h, stride_h) * ceil_div(w, stride_w)  # of the largest group
     parts = groups_of_pixels * ceil_div(rows, configuration.block_m)

@@ -284,9 +284,7 @@ def _problem(x: Tensor, weight: Tensor, geometry: ConvGeometry, configuration: C
     rows = n * problem.p * problem.q
     spanned = 0 if problem.pointwise else min(n, configuration.block_m // (problem.p * problem.q) + 2) * h * w * c
     if max(spanned, rows + configuration.block_m) >= 2**31:
-        raise ValueError(
-            f"source: expected fewer than 2**31 elements in the images of a tile, and output pixels; got {spanned} and {rows}"
-        )
+        raise ValueError(f"source: expected fewer than 2**31 elements in the images of a tile, and output pixels; got {spanned} and {rows}")
     return problem
 
 
@@ -306,7 +304,12 @@ OPTIONAL = dict.fromkeys(("act_ptr", "mask_ptr", "out_scale_ptr", "out_bias_ptr"
 
 
 def _launch(
-    source: Source, weight: Tensor, problem: ConvProblem, configuration: Configuration, allow_tf32: bool, OUT_RELU: bool = False,
+    source: Source,
+    weight: Tensor,
+    problem: ConvProblem,
+    configuration: Configuration,
+    allow_tf32: bool,
+    OUT_RELU: bool = False,
     **asked: Tensor | None,
 ) -> Tensor:
     """y, of a launch with the outputs and the epilogue that are asked for."""  # fmt: skip

@@ -139,9 +139,7 @@ def norm_act_max_pool_backward_kernel(
     tl.store(s2_ptr + sums_at, tl.sum(s2, axis=0), mask=inside)
 
 
-def norm_act_max_pool(
-    x: Tensor, scale: Tensor, bias: Tensor, kernel_size: int, stride: int, padding: int
-) -> tuple[Tensor, Tensor]:
+def norm_act_max_pool(x: Tensor, scale: Tensor, bias: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     """`Reference.norm_act_max_pool` in one kernel."""
     n, channels, height, width = x.shape
     p, q = ((extent + 2 * padding - kernel_size) // stride + 1 for extent in (height, width))

@@ -46,9 +46,7 @@ def norm_add_act_kernel(
         if residual_scale_ptr is not None:
             residual_scale = vector(residual_scale_ptr, channels, inside)
             residual_bias = vector(residual_bias_ptr, channels, inside)
-    z = preactivation(
-        x, vector(scale_ptr, channels, inside), vector(bias_ptr, channels, inside), residual, residual_scale, residual_bias
-    )
+    z = preactivation(x, vector(scale_ptr, channels, inside), vector(bias_ptr, channels, inside), residual, residual_scale, residual_bias)
     act = z
     if RELU:
         act = relu(z)

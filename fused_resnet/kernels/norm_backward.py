@@ -237,9 +237,7 @@ def norm_backward_reduce(
     return dz, *sums.finalise()
 
 
-def norm_backward_apply(
-    dz: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, s1: Tensor, s2: Tensor
-) -> Tensor:
+def norm_backward_apply(dz: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, s1: Tensor, s2: Tensor) -> Tensor:
     """`Reference.norm_backward_apply` in one kernel."""
     rows, channels = matrix_shape(y)
     dy = torch.empty_like(y, memory_format=torch.channels_last)

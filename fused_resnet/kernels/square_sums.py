@@ -79,9 +79,7 @@ def moments_of_sums_kernel(
     tl.store(bias_ptr + channels, bias, mask=inside)
 
 
-def moments_of_sums(
-    y: Tensor, total: Tensor, squares: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
-) -> tuple[Tensor, ...]:
+def moments_of_sums(y: Tensor, total: Tensor, squares: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, ...]:
     """`Reference.batch_stats` of y [N, K, P, Q] from its sums: total = Σ y and squares = Σ y², [K] float32."""
     rows, channels = matrix_shape(y)
     names = ("mean", "invstd", "var", "scale", "bias")

@@ -140,9 +140,7 @@ def wgrad_finalise_kernel(
     tl.store(dw_ptr + at, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=at < elements)
 
 
-def wgrad(
-    source: Source, dy: Tensor, weight: Tensor, geometry: ConvGeometry, configuration: Configuration, allow_tf32: bool
-) -> Tensor:
+def wgrad(source: Source, dy: Tensor, weight: Tensor, geometry: ConvGeometry, configuration: Configuration, allow_tf32: bool) -> Tensor:
     """The gradient of `weight` [K, C, R, S], in its dtype and strides, from dy [N, K, P, Q] and the activation that `source` stands for.
 
     A pending source is activated again on load; one with a residual raises ValueError, since its activation was written. So do groups,
@@ -160,9 +158,7 @@ def wgrad(
     problem = problem_of(source.x, weight, geometry)
     spanned = 0 if problem.pointwise else min(n, configuration.block_k // (p * q) + 2) * h * w * c
     if max(spanned, rows + configuration.block_k) >= 2**31:
-        raise ValueError(
-            f"source: expected fewer than 2**31 elements in the images of a step, and output pixels; got {spanned} and {rows}"
-        )
+        raise ValueError(f"source: expected fewer than 2**31 elements in the images of a step, and output pixels; got {spanned} and {rows}")
     rows_per_split = ceil_div(ceil_div(rows, configuration.splits), configuration.block_k) * configuration.block_k
     splits = ceil_div(rows, rows_per_split)  # none of them is empty
     dw = torch.empty_like(weight)  # of the weight's strides if those leave no gaps

@@ -67,9 +67,7 @@ class ResNet(ResidualNetwork):
             stride = 1
         downsample = None
         if block.shortcut and (stride != 1 or self.inplanes != planes * block.expansion):
-            downsample = nn.Sequential(
-                conv1x1(self.inplanes, planes * block.expansion, stride), self._norm_layer(planes * block.expansion)
-            )
+            downsample = nn.Sequential(conv1x1(self.inplanes, planes * block.expansion, stride), self._norm_layer(planes * block.expansion))
         common = (self.groups, self.base_width)
         members = [block(self.inplanes, planes, stride, downsample, *common, first_dilation, self._norm_layer)]
         self.inplanes = planes * block.expansion

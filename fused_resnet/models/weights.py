@@ -29,9 +29,7 @@ def load_weights(model: str, weights: Any, progress: bool) -> dict[str, Tensor] 
         known = get_model_weights(model)
         return known.verify(weights).get_state_dict(progress=progress, check_hash=True)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"weights: expected a file, or torchvision's weights of {model}; got {weights!r} ({error})"
-        ) from error
+        raise ValueError(f"weights: expected a file, or torchvision's weights of {model}; got {weights!r} ({error})") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -62,12 +62,7 @@ def is_folded_conv(module: nn.Module | None) -> bool:
 
 
 def _is_plain_conv(module: nn.Module | None) -> bool:
-    return (
-        type(module) is nn.Conv2d
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-        and not observed(module)
-    )
+    return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str) and not observed(module)
 
 
 def is_norm(module: nn.Module | None) -> bool:

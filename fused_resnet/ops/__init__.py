@@ -111,9 +111,7 @@ def norm_add_act_conv(x: Pending, residual: Pending | Tensor | None, conv: Conv)
     return pending, act
 
 
-def norm_add_act_conv_pair(
-    x: Pending, residual: Pending | Tensor | None, conv: Conv, conv2: Conv
-) -> tuple[Pending, Pending, Tensor]:
+def norm_add_act_conv_pair(x: Pending, residual: Pending | Tensor | None, conv: Conv, conv2: Conv) -> tuple[Pending, Pending, Tensor]:
     """act = relu(norm(x) + residual), written once, and two convolutions of it -> (Pending, Pending, act)."""
     ((pendings, act, _),) = convolve(source(x, residual), [[conv, conv2]])
     return *pendings, act

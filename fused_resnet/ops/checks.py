@@ -27,9 +27,7 @@ def check_activation(name: str, t: Tensor, like: Tensor | None = None) -> None:
     if 0 in t.shape[1:]:
         raise ValueError(f"{name}: expected at least one value an image; got shape {list(t.shape)}")
     if not is_channels_last(t):
-        raise ValueError(
-            f"{name}: expected memory_format=torch.channels_last; got strides {list(t.stride())} for shape {list(t.shape)}"
-        )
+        raise ValueError(f"{name}: expected memory_format=torch.channels_last; got strides {list(t.stride())} for shape {list(t.shape)}")
     if like is not None:
         if t.shape != like.shape:
             raise ValueError(f"{name}: expected shape {list(like.shape)}; got {list(t.shape)}")
@@ -88,9 +86,7 @@ def check_source(source: Source) -> None:
     check_vectors(RESIDUAL_VECTORS, given, channels, x)
 
 
-def check_inference(
-    x: Tensor, weight: Tensor, geometry: ConvGeometry, scale: Tensor | None, bias: Tensor, residual: Tensor | None
-) -> None:
+def check_inference(x: Tensor, weight: Tensor, geometry: ConvGeometry, scale: Tensor | None, bias: Tensor, residual: Tensor | None) -> None:
     """The arguments of `conv_affine_act`."""
     check_activation("x", x)
     shape = check_weight(x, weight, geometry)

@@ -101,14 +101,7 @@ def is_watched(x: Tensor) -> bool:
 
 def is_plain(x: Tensor) -> bool:
     """Whether x is numbers and nothing else: no compiler, tracer, mode, transform, subclass or fake looks for operators on it."""
-    return not (
-        torch.compiler.is_compiling()
-        or is_wrapped(x)
-        or x.is_meta
-        or _modes() > 0
-        or is_transformed()
-        or _traces() is not None
-    )
+    return not (torch.compiler.is_compiling() or is_wrapped(x) or x.is_meta or _modes() > 0 or is_transformed() or _traces() is not None)
 
 
 def is_wrapped(x: Tensor) -> bool:
@@ -135,9 +128,7 @@ def wants_gradient(*args: Any) -> bool:
     Raises RuntimeError where one has a tangent: the operators have no formula for forward-mode AD, and none is ever left out.
     """
     if forward_ad._current_level >= 0 and any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in args):
-        raise RuntimeError(
-            'forward-mode AD is not supported by the fused operators; use fused_resnet.backend("off") around the forward'
-        )
+        raise RuntimeError('forward-mode AD is not supported by the fused operators; use fused_resnet.backend("off") around the forward')
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
 

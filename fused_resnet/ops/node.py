@@ -177,9 +177,7 @@ def source_of(x: Pending, residual: Pending | Tensor | None = None) -> Source:
     """The activation relu(norm(x) + residual), still to be made. `residual` is an activation, or pending itself."""
     y, mean, invstd, _, scale, bias = x
     if isinstance(residual, Pending):
-        return Source(
-            y, mean, invstd, scale, bias, residual.y, residual.mean, residual.invstd, residual.scale, residual.bias
-        )
+        return Source(y, mean, invstd, scale, bias, residual.y, residual.mean, residual.invstd, residual.scale, residual.bias)
     return Source(y, mean, invstd, scale, bias, residual)
 
 

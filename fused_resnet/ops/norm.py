@@ -11,9 +11,7 @@ from .checks import check_pool, check_source
 from .library import call, channels_last, define_with_formula, empty_nhwc, nothing, present
 
 SOURCE = "Tensor x, Tensor mean, Tensor invstd, Tensor scale, Tensor bias"
-RESIDUAL = (
-    "Tensor? residual, Tensor? residual_mean, Tensor? residual_invstd, Tensor? residual_scale, Tensor? residual_bias"
-)
+RESIDUAL = "Tensor? residual, Tensor? residual_mean, Tensor? residual_invstd, Tensor? residual_scale, Tensor? residual_bias"
 
 
 def _mask_like(x: Tensor, wanted: bool) -> Tensor:
@@ -185,8 +183,7 @@ def _norm_add_act_avg_pool_backward_fake(dout, *args):
 
 
 define_with_formula(
-    f"norm_add_act_backward(Tensor dact, {SOURCE}, {RESIDUAL}, Tensor mask, bool relu, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"norm_add_act_backward(Tensor dact, {SOURCE}, {RESIDUAL}, Tensor mask, bool relu, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _norm_add_act_backward,
     _norm_add_act_backward_fake,
 )
@@ -211,8 +208,7 @@ define_with_formula(
     _norm_act_max_pool_formula,
 )
 define_with_formula(
-    f"norm_add_act_avg_pool_backward(Tensor dout, {SOURCE}, {RESIDUAL}, Tensor mask, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"norm_add_act_avg_pool_backward(Tensor dout, {SOURCE}, {RESIDUAL}, Tensor mask, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _norm_add_act_avg_pool_backward,
     _norm_add_act_avg_pool_backward_fake,
 )

@@ -38,9 +38,7 @@ class Drawing:
 
     def __init__(self, width: int, height: int, name: str, words: str):
         self.width, self.height = width, height
-        self.parts = [
-            f'<svg id="{name}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(words)}">'
-        ]
+        self.parts = [f'<svg id="{name}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(words)}">']
 
     def line(self, points: Sequence[tuple[float, float]], kind: str) -> None:
         """A polyline of a class of the page's style."""

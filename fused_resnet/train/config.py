@@ -55,9 +55,7 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise SettingError(name, f"expected a whole number of at least 1; got {value}")
         if self.image_size is not None and self.data != "synthetic":
-            raise SettingError(
-                "image_size", f"expected none, since only synthetic images have one to choose, not {self.data}"
-            )
+            raise SettingError("image_size", f"expected none, since only synthetic images have one to choose, not {self.data}")
         if not 0 < self.lr < float("inf"):
             raise SettingError("lr", f"expected a number above 0; got {self.lr}")
         if not 0 <= self.warmup_epochs <= self.epochs:

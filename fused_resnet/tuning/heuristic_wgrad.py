@@ -74,6 +74,4 @@ def configuration(problem: ConvProblem, itemsize: int, capability: tuple[int, in
 
     # Beyond what costs little, as many as gain more than their partial results cost: idle multiprocessors are dearer than bytes.
     splits = min(range(filling, max(filling, min(most, 4 * MULTIPROCESSORS[on] // tiles + 1)) + 1), key=seconds)
-    return replace(
-        tile, block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=min(tile.stages, steps + 1), splits=splits
-    )
+    return replace(tile, block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=min(tile.stages, steps + 1), splits=splits)

@@ -76,5 +76,8 @@ def worst(ours: nn.Module, theirs: nn.Module, kind: str) -> float:
     if kind == "buffers":
         pairs = zip(ours.buffers(), theirs.buffers(), strict=True)
     else:
-        pairs = ((p.grad, q.grad) if kind == "gradients" else (p.detach(), q.detach()) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+        pairs = (
+            (p.grad, q.grad) if kind == "gradients" else (p.detach(), q.detach())
+            for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)
+        )
     return max(((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item() for a, b in pairs)

@@ -55,7 +55,10 @@ def trains_as_pytorchs(name: str, by_block: bool, original: bool) -> None:
     make, change, blocks, size, runs = NETWORKS[name]
     one = make()
     ours = FullyShardedDataParallel(
-        change(copy.deepcopy(one)), device_id=torch.device("cpu"), use_orig_params=original, auto_wrap_policy=ModuleWrapPolicy(blocks) if by_block else None
+        change(copy.deepcopy(one)),
+        device_id=torch.device("cpu"),
+        use_orig_params=original,
+        auto_wrap_policy=ModuleWrapPolicy(blocks) if by_block else None,
     )
     calls, eager = [], BACKENDS["eager"]
     eager.convolve = lambda *args, original=eager.convolve: calls.append(1) or original(*args)
