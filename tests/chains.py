@@ -19,9 +19,12 @@ from fused_resnet.ops import Conv, ConvGeometry, Norm, Pending
 EPS = 1e-5
 #: Where the operators are tested: the GPU where there is one.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-#: The backends that run the passes here: on a CPU those for CPUs, and the CUDA kernels by the SIMT shim.
+#: The backends that run the passes here: on a CPU those for CPUs, and the CUDA kernels by the SIMT shim; Triton's in its interpreter, or
+#: compiled (tests/executed.py).
 LANGUAGES = [
-    name for name in ("passes_cuda", "passes_cpu", "emulated", "passes_triton") if not BACKENDS[name].declines(DEVICE, torch.float32)
+    name
+    for name in ("passes_cuda", "passes_cpu", "emulated", "passes_triton", "executed")
+    if name in BACKENDS and not BACKENDS[name].declines(DEVICE, torch.float32)
 ]
 #: What is tested as a backend. `tuned` is made of others: tests/test_tune.py holds which of them it takes.
 TESTED = [name for name in BACKENDS if name not in TUNED]

@@ -15,11 +15,14 @@ if not CUDA:  # before the kernels are imported: Triton's interpreter then runs 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.pop("FUSED_RESNET_BACKEND", None)
 
+import executed  # noqa: E402
 from emulated import Emulated  # noqa: E402
 
 from fused_resnet import backends  # noqa: E402
 
 backends.BACKENDS[Emulated.name] = Emulated()
+if executed.ARCHITECTURE:
+    executed.install()
 
 
 def _import_torchvision() -> bool:

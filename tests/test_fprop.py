@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import executed
 import pytest
 import torch
 from chains import DEVICE
@@ -34,7 +35,7 @@ REFERENCE = Reference()
 SOURCES = ("materialised", "norm", "residual", "raw residual")
 SMALL = Configuration(16, 16, 16, warps=1, stages=1)
 #: The interpreter of Triton 3.6 computes a product of bfloat16 wrongly.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" or executed.ARCHITECTURE else [])]
 #: The kinds of convolution of ResNets, cropped, and shapes that suit nothing.
 PROBLEMS = {
     "1x1": ConvProblem(2, 32, 5, 5, 48, 1, 1),

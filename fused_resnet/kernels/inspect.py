@@ -99,8 +99,8 @@ def record(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> list[Launch]
     return launches
 
 
-def _source(launch: Launch) -> ASTSource:
-    """What Triton compiles at such a launch: the same types, constants and divisibilities as its own specialisation finds."""
+def source(launch: Launch) -> ASTSource:
+    """What Triton compiles at a launch: the same types, constants and divisibilities as its own specialisation finds."""
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -117,7 +117,7 @@ def _source(launch: Launch) -> ASTSource:
 
 def launch_key(launch: Launch) -> tuple:
     """Equal for launches of the same machine code."""
-    return _source(launch).hash(), launch.warps, launch.stages
+    return source(launch).hash(), launch.warps, launch.stages
 
 
 def _options(launch: Launch, all_launches: list[Launch]) -> str:
@@ -136,7 +136,7 @@ def _options(launch: Launch, all_launches: list[Launch]) -> str:
 def compile_launch(launch: Launch, variant: str, architecture: int, disassemble: bool = True) -> Compiled:
     """Compile a recorded launch for sm_`architecture`, and read what came out; its accesses only where it is to be disassembled."""
     options = {"num_warps": launch.warps, "num_stages": launch.stages, **OPTIONS}
-    compiled = triton.compile(_source(launch), target=GPUTarget("cuda", architecture, 32), options=options)
+    compiled = triton.compile(source(launch), target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -166,7 +166,7 @@ def variants(name: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterat
             for launch in launches:
                 if name not in launch.kernel.__name__:
                     continue
-                key = _source(launch).hash()
+                key = source(launch).hash()
                 if key not in seen:
                     seen.add(key)
                     words = f"{str(dtype).removeprefix('torch.')} C={shape[1]} {_options(launch, launches)}"
