@@ -38,12 +38,12 @@ def runs(folder: Path) -> dict[tuple[str, str], list[Results]]:
 
 
 def document(folder: Path) -> str:
-    """The page. A CPU's times say nothing about a GPU and stay out."""
-    found = {place: files for place, files in runs(folder).items() if place[0] != "cpu"}
-    if not found:
-        return HEAD + NOTHING
+    """The page: GPUs first. A CPU's times say nothing about a GPU."""
+    found = sorted(runs(folder).items(), key=lambda item: item[0][0] == "cpu")
     lines = [HEAD]
-    for (device, suite), files in found.items():
+    if all(device == "cpu" for (device, _), _ in found):
+        lines.append(NOTHING)
+    for (device, suite), files in found:
         lines.append(f"\n## {device}: {suite}\n\n{EXPLAINED[suite]}\n")
         for results in files:
             found, notes = tables(results.rows)
@@ -56,9 +56,10 @@ def document(folder: Path) -> str:
 
 def _words(meta: Meta) -> str:
     versions = [("commit", meta.commit[:12]), ("", meta.date), ("PyTorch", meta.torch), ("Triton", meta.triton), ("CUDA", meta.cuda),
-                ("cuDNN", meta.cudnn), ("driver", meta.driver)]  # fmt: skip
+                ("cuDNN", meta.cudnn), ("driver", meta.driver), ("", meta.cpu), ("", meta.isa), ("threads:", meta.threads),
+                ("oneDNN", meta.onednn), ("load average before:", meta.load)]  # fmt: skip
     clocks = [f"{name} clock {mhz} MHz" for name, mhz in (meta.clocks or {}).items() if not name.endswith("_max")]
-    return ", ".join([*(f"{name} {value}".strip() for name, value in versions if value), *clocks]) + ":"
+    return ", ".join([*(f"{name} {value}".strip() for name, value in versions if value is not None), *clocks]) + ":"
 
 
 def _table(found: list[Column]) -> Iterator[str]:

@@ -5,9 +5,12 @@ import json
 import re
 
 import pytest
+import torch
 
+from fused_resnet import native
 from fused_resnet.backends import BACKENDS
 from fused_resnet.bench import kernels, schema, steps
+from fused_resnet.bench.machine import collect_meta, load_average
 from fused_resnet.bench.schema import Meta, Results, Row, SchemaError, read_results, results_path, write_results
 
 META = Meta(
@@ -41,6 +44,7 @@ def test_files_hold_every_key_and_null_where_there_is_no_figure(path):
     content = json.loads(path.read_text())
     assert list(content["meta"]) == [
         "device", "sm_count", "driver", "cuda", "cudnn", "torch", "triton", "commit", "date", "clocks",
+        "cpu", "isa", "threads", "onednn", "load",
     ]  # fmt: skip
     assert list(content["rows"][0]) == [
         "suite", "case", "impl", "dtype", "batch", "shape", "median_ms", "p10_ms", "p90_ms", "images_per_s", "tflops",
@@ -48,6 +52,28 @@ def test_files_hold_every_key_and_null_where_there_is_no_figure(path):
     ]  # fmt: skip
     assert content["rows"][0]["tflops"] is None
     assert path.read_text().count("\n") == 6  # a row a line
+
+
+def test_a_file_of_version_1_says_nothing_of_the_cpu(path):
+    def as_it_was(content):
+        content["version"] = 1
+        for name in schema.SINCE_2:
+            del content["meta"][name]
+
+    assert read_results(changed(path, as_it_was)) == Results(META, [ROW, FAILED])
+    changed(path, lambda content: content.update(version=2))
+    with pytest.raises(SchemaError, match="meta: cpu: expected, and missing"):
+        read_results(path)
+
+
+def test_a_cpu_is_described():
+    meta = collect_meta(torch.device("cpu"), "x", load_average())
+    assert meta.device == "cpu" and meta.cpu and meta.isa and meta.threads == torch.get_num_threads() and meta.clocks is None
+    assert meta.load is None or meta.load >= 0
+    if torch.backends.mkldnn.is_available():
+        assert meta.onednn.count(".") >= 1
+    if native.CPU.load() is None:
+        assert meta.isa.endswith(native.cpu_instruction_set())
 
 
 def test_path_names_gpu_suite_date_and_commit(tmp_path):
@@ -75,9 +101,9 @@ def test_a_file_without_version_is_of_the_first(path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.update(version=2), "version: expected at most 1; got 2: a newer fused_resnet wrote this file"),
+        (lambda c: c.update(version=3), "version: expected at most 2; got 3: a newer fused_resnet wrote this file"),
         (lambda c: c.update(version="1"), "version: expected a whole number of at least 1; got '1'"),
-        (lambda c: c.update(extra=0), "extra: unknown to version 1 of the schema; a newer fused_resnet may have written it"),
+        (lambda c: c.update(extra=0), "extra: unknown to version 2 of the schema; a newer fused_resnet may have written it"),
         (lambda c: c.pop("meta"), "meta: expected, and missing"),
         (lambda c: c.update(rows={}), "rows: expected a list; got dict"),
         (lambda c: c.update(rows=[]), "rows: expected at least one"),
@@ -88,7 +114,7 @@ def test_a_file_without_version_is_of_the_first(path):
         (lambda c: c["meta"].update(clocks={"sm": None}), "meta: clocks: expected an object of whole numbers or null"),
         (lambda c: c["rows"].append(3), r"rows[2]: expected an object with suite, case"),
         (lambda c: c["rows"][1].pop("status"), "rows[1]: status: expected, and missing"),
-        (lambda c: c["rows"][1].update(temperature=3), "rows[1]: temperature: unknown to version 1"),
+        (lambda c: c["rows"][1].update(temperature=3), "rows[1]: temperature: unknown to version 2"),
         (lambda c: c["rows"][0].update(suite="kernel"), "rows[0]: suite: expected one of kernels, blocks, train, inference"),
         (lambda c: c["rows"][0].update(impl="magic"), "rows[0]: impl: expected one of eager, "),
         (lambda c: c["rows"][0].update(dtype="bf16"), "rows[0]: dtype: expected one of float64"),
@@ -147,7 +173,7 @@ def test_the_words_that_a_file_may_use():
     assert set(schema.IMPLEMENTATIONS) == {
         "eager", "eager_nhwc", "compile", "compile_max", "compile_graphs", "ours", "ours:passes", "ours:passes_cuda", "ours:passes_triton",
         "ours:passes_cpu", "ours:triton", "cudnn", "copy", "ours:cudnn", "apex", "inplace_abn", "ours:recompute", "ours:triton_recompute",
-        "folded", "compile_folded",
+        "folded", "compile_folded", "compile_frozen", "onnxruntime",
     }  # fmt: skip
     assert schema.STATUSES == ("ok", "oom", "timeout", "wrong", "unsupported")
     assert {*steps.IMPLEMENTATIONS, *kernels.IMPLEMENTATIONS} <= set(schema.IMPLEMENTATIONS)

@@ -17,6 +17,7 @@ from fused_resnet.bench.peers import NORMS, install
 from fused_resnet.bench.schema import read_results
 from fused_resnet.bench.steps import IMPLEMENTATIONS, TrainingStep
 from fused_resnet.cli import main
+from fused_resnet.cli.bench import _by_default
 
 CPU = torch.device("cpu")
 
@@ -162,3 +163,38 @@ def test_the_command_checks_a_peer_against_its_own_activation(stand_ins, tmp_pat
     rows = {row.impl: row for row in read_results(path).rows if row.case == "resnet20"}
     assert {impl: row.status for impl, row in rows.items()} == {"eager": "ok", "inplace_abn": "ok", "cudnn": "ok"}
     assert all(row.median_ms > 0 for row in rows.values())
+
+
+# ---- peers in inference -----------------------------------------------------------------------------------------------------
+
+
+def inference(tmp_path, *options):
+    """The rows of a small run, by implementation."""
+    assert main(["bench", "inference", "--device", "cpu", "--model", "resnet20", "--batch", "2", "--size", "32", "--repeats", "1",
+                 "--out", str(tmp_path), "--no-progress", *options]) == 0  # fmt: skip
+    (path,) = tmp_path.rglob("*.json")
+    return {row.impl: row for row in read_results(path).rows if ":" not in row.case}
+
+
+def test_peers_that_compile_or_export_run_where_they_are_named():
+    assert not any(_by_default("inference", impl, on_gpu) for impl in ("compile_frozen", "onnxruntime") for on_gpu in (False, True))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="freezing is for oneDNN here")
+@pytest.mark.timeout(600)
+def test_a_frozen_network_is_compared_and_timed(tmp_path):
+    row = inference(tmp_path, "--impl", "compile_frozen", "--limit", "500")["compile_frozen"]
+    assert row.status == "ok" and row.median_ms > 0 and row.max_rel_error < 1e-5
+
+
+def test_onnx_runtime_is_compared_and_timed_or_says_why_not(tmp_path):
+    row = inference(tmp_path, "--impl", "onnxruntime", "--dtype", "fp32")["onnxruntime"]
+    if IMPLEMENTATIONS["onnxruntime"].installed:
+        assert row.status == "ok" and row.median_ms > 0 and row.max_rel_error < 1e-5
+    else:
+        assert row.status.startswith("unsupported: ") and row.status.endswith(" is not installed")
+
+
+def test_onnx_runtime_takes_float32_alone(tmp_path):
+    row = inference(tmp_path, "--impl", "onnxruntime", "--dtype", "bf16")["onnxruntime"]
+    assert row.status.startswith("unsupported: ") and "in float32 on a CPU, not in torch.bfloat16 on 'cpu'" in row.status

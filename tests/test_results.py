@@ -144,10 +144,14 @@ def test_the_page_is_what_the_files_say():
 def test_the_page_has_a_table_for_each_run(tmp_path):
     write_results(Results(META, [FAST, LOST]), tmp_path / "results" / "gpu" / "a.json")
     write_results(Results(dataclasses.replace(META, date="2026-02-01T00:00:00Z"), [OTHER]), tmp_path / "results" / "gpu" / "b.json")
-    write_results(Results(dataclasses.replace(META, device="cpu"), [FAST]), tmp_path / "results" / "cpu" / "c.json")
+    on_a_cpu = dataclasses.replace(META, device="cpu", cpu="A Xeon", isa="AVX512, AMX", threads=2, onednn="3.12.0", load=0.0)
+    write_results(Results(on_a_cpu, [FAST]), tmp_path / "results" / "cpu" / "c.json")
     assert write.main(["--results", str(tmp_path / "results"), "--out", str(tmp_path / "page.md")]) == 0
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
-    assert page.count("## NVIDIA H100: kernels") == 1 and "cpu" not in page
+    assert page.count("## NVIDIA H100: kernels") == page.count("## cpu: kernels") == 1 and "Not measured" not in page
+    assert (
+        page.index("NVIDIA") < page.index("## cpu") < page.index("A Xeon, AVX512, AMX, threads: 2, oneDNN 3.12.0, load average before: 0.0")
+    )
     assert page.index("2026-02-01") < page.index("2026-01-31")
     assert "| norm_act | bfloat16 | 256 | 64×56×56 | ours:passes_triton | 1.000 | 0.9000 | 1.100 | 2,800 | 0.9100 |  |" in page
     assert "oom: 2 \\| 3 GiB |" in page

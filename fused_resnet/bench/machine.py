@@ -1,6 +1,9 @@
 """What a file of figures says of the machine: `collect_meta`. And its ceilings, measured: `measure_ceilings`."""
 
 import importlib.metadata
+import os
+import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .. import native
 from .._version import __version__
 from .schema import DATE_FORMAT, Meta
 from .timing import Times, measure
@@ -19,9 +23,13 @@ CLOCKS = {"sm": "clocks.sm", "memory": "clocks.mem", "sm_max": "clocks.max.sm", 
 LIMIT_S = 5.0  #: for measuring one copy or product
 
 
-def collect_meta(device: torch.device, commit: str) -> Meta:
-    """The machine as it is now, and the commit of this repository. Call it right after measuring, while the clocks are up."""
+def collect_meta(device: torch.device, commit: str, load: float | None = None) -> Meta:
+    """The machine as it is now, and the commit of this repository. Call it right after measuring, while the clocks are up.
+
+    `load`: the load average before measuring, of a CPU.
+    """
     on_gpu = device.type == "cuda"
+    of_cpu = {} if on_gpu else {"cpu": _cpu(), "isa": _isa(), "threads": torch.get_num_threads(), "onednn": _onednn(), "load": load}
     properties = torch.cuda.get_device_properties(device) if on_gpu else None
     driver, clocks = _nvidia_smi(str(properties.uuid)) if on_gpu else (None, None)
     cudnn = torch.backends.cudnn.version() if on_gpu else None
@@ -36,7 +44,43 @@ def collect_meta(device: torch.device, commit: str) -> Meta:
         commit=commit,
         date=datetime.now(timezone.utc).strftime(DATE_FORMAT),
         clocks=clocks,
+        **of_cpu,
     )
+
+
+def load_average() -> float | None:
+    """Of the last minute; None where the system does not tell."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
+def _cpu() -> str | None:
+    """The model as the system names it, and by numbers, since a virtual machine may hide the name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    numbers = [f"{name} {told[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in told]
+    name = told.get("model name") or platform.machine()
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def _isa() -> str:
+    """What PyTorch's kernels use, whether there are matrix units, and what this package's kernels use."""
+    found = [torch.backends.cpu.get_cpu_capability()]
+    if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
+        found.append("AMX")
+    if native.CPU.load() is None:
+        found.append(f"kernels {native.cpu_instruction_set()}")
+    return ", ".join(found)
+
+
+def _onednn() -> str | None:
+    found = re.search(r"MKL-DNN v([0-9.]+)", torch.__config__.show())
+    return found and found[1]
 
 
 def current_commit() -> str:

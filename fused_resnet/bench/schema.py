@@ -1,6 +1,6 @@
 """The one schema of measured figures: JSON files under bench/results/, written and read here and nowhere else.
 
-    {"version": 1, "meta": {"device": …, …}, "rows": [{"suite": …, …}, …]}
+    {"version": 2, "meta": {"device": …, …}, "rows": [{"suite": …, …}, …]}
 
 Every key of `Meta` and of `Row` is present in a file; null stands where a figure does not apply or is not known. What is read
 is checked as what is written, and an error names the file, the row and the field. bench/results/README.md explains the fields.
@@ -18,17 +18,19 @@ from typing import Any
 
 from ..files import replace_file
 
-VERSION = 1
+VERSION = 2
 SUITES = ("kernels", "blocks", "train", "inference")
 IMPLEMENTATIONS = (
     "eager", "eager_nhwc", "compile", "compile_max", "compile_graphs", "ours", "ours:passes", "ours:passes_cuda", "ours:passes_cpu",
     "ours:passes_triton", "ours:triton", "ours:cudnn", "ours:recompute", "ours:triton_recompute", "cudnn", "copy", "apex", "inplace_abn",
-    "folded", "compile_folded",
+    "folded", "compile_folded", "compile_frozen", "onnxruntime",
 )  # fmt: skip
 STATUSES = ("ok", "oom", "timeout", "wrong", "unsupported")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 LARGEST = 1e300  #: number in a file; a whole one may be larger than a float can be
 DATE_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+#: Fields of `Meta` that files of version 1 lack.
+SINCE_2 = ("cpu", "isa", "threads", "onednn", "load")
 #: What only a case that ran to the end, and right, has.
 FIGURES = (
     "median_ms", "p10_ms", "p90_ms", "images_per_s", "tflops", "gbytes_per_s", "copy_fraction", "roofline_fraction",
@@ -53,6 +55,12 @@ class Meta:
     commit: str  #: of this repository; "-dirty" behind it where files were changed
     date: str  #: UTC, as `DATE_FORMAT`
     clocks: dict[str, int] | None  #: MHz as found right after the measurement: sm, memory, and the highest of each
+    # Of a CPU, since version 2.
+    cpu: str | None = None  #: model
+    isa: str | None = None  #: instruction sets: PyTorch's, and that of this package's kernels
+    threads: int | None = None  #: of PyTorch
+    onednn: str | None = None  #: version
+    load: float | None = None  #: load average of the minute before the measurement: processes that wanted a processor
 
     def __post_init__(self):
         _check_types(self)
@@ -61,7 +69,7 @@ class Meta:
                 raise SchemaError(f"{name}: expected a string that is not empty")
         if not re.fullmatch(r"[0-9A-Za-z._-]+", self.commit):
             raise SchemaError(f"commit: expected letters, digits, '.', '_' and '-', since it goes into a file's name; got {self.commit!r}")
-        _check_not_negative(self, "sm_count")
+        _check_not_negative(self, "sm_count", "threads", "load")
         try:
             datetime.strptime(self.date, DATE_FORMAT)
         except ValueError:
@@ -160,7 +168,7 @@ def read_results(path: Path) -> Results:
         raise SchemaError(f"{path}: version: expected at most {VERSION}; got {version}: a newer fused_resnet wrote this file")
     if not isinstance(top["rows"], list):
         raise SchemaError(f"{path}: rows: expected a list; got {type(top['rows']).__name__}")
-    meta = _read(Meta, top["meta"], f"{path}: meta")
+    meta = _read(Meta, top["meta"], f"{path}: meta", optional=SINCE_2 if version < 2 else ())
     rows = [_read(Row, row, f"{path}: rows[{i}]") for i, row in enumerate(top["rows"])]
     return _built(partial(Results, meta, rows), f"{path}")
 
@@ -169,9 +177,9 @@ def _refuse_constant(name: str) -> None:
     raise SchemaError(f"expected numbers that are finite; got {name}")
 
 
-def _read(kind: type, value: Any, where: str) -> Any:
+def _read(kind: type, value: Any, where: str, optional: typing.Sequence[str] = ()) -> Any:
     names = [field.name for field in fields(kind)]
-    return _built(partial(kind, **_object(value, where, names)), where)
+    return _built(partial(kind, **_object(value, where, names, optional)), where)
 
 
 def _built(build: typing.Callable[[], Any], where: str) -> Any:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ import fused_resnet
 from ..backends import BACKENDS
 from ..nn import Block, ResidualNetwork
 from . import schema
+from .onnx import OnnxRuntime
 from .peers import NORMS, Norms, install
 
 #: This package's backends by the names that figures have; the reference is what all are compared with, and no peer.
@@ -35,6 +37,8 @@ class Implementation:
     norms: Norms | None = None  #: another maker's batch norms, in the place of PyTorch's
     folded: bool = False  #: PyTorch's modules without norms, which its convolutions hold: in inference alone, where ours are so always
     recompute: bool = False  #: what blocks keep between their convolutions is made again
+    frozen: bool = False  #: torch.compile takes the parameters for constants, which it folds and packs: in inference
+    onnx: bool = False  #: exported to ONNX, and run by ONNX Runtime: in inference, in float32 on a CPU
 
     @property
     def like(self) -> Norms | None:
@@ -44,7 +48,14 @@ class Implementation:
     @property
     def installed(self) -> bool:
         """Whether what it needs beside PyTorch and this package is there."""
+        if self.onnx:
+            return all(find_spec(name) for name in ("onnxruntime", "onnxscript"))
         return self.norms is None or self.norms.installed
+
+    @property
+    def of_inference(self) -> bool:
+        """Whether it makes sense in inference alone."""
+        return self.folded or self.frozen or self.onnx
 
     @property
     def graphs(self) -> bool:
@@ -65,6 +76,8 @@ IMPLEMENTATIONS = {
     **{impl: Implementation("off", True, norms=norms) for impl, norms in NORMS.items()},
     "folded": Implementation("off", True, folded=True),
     "compile_folded": Implementation("off", True, "default", folded=True),
+    "compile_frozen": Implementation("off", True, "default", frozen=True),
+    "onnxruntime": Implementation("off", False, onnx=True),
 }
 #: For the gradients that are compared: float16 loses the small ones of an unscaled loss, and overflows at a scaler's first guess.
 LOSS_SCALE = 1024.0
@@ -72,7 +85,7 @@ LOSS_SCALE = 1024.0
 
 def implementations(suite: str) -> tuple[str, ...]:
     """Those of `IMPLEMENTATIONS` that a suite of networks or blocks can have."""
-    return tuple(impl for impl, how in IMPLEMENTATIONS.items() if not (how.recompute if suite == "inference" else how.folded))
+    return tuple(impl for impl, how in IMPLEMENTATIONS.items() if not (how.recompute if suite == "inference" else how.of_inference))
 
 
 @dataclass(frozen=True)
@@ -117,14 +130,20 @@ class Step:
             install(self.module, self.how.norms)
         self.module = self.prepared(with_backend(self.module, self.how))
         still_dropout(self.module.train(self.training))
-        mode = self.how.compile_mode
-        self.model = torch.compile(self.module, dynamic=False, mode=mode) if mode else self.module
         self.images = [self.as_input(inputs(batch, subject.shape, device, draw)) for draw in range(2)]
+        self.model = self.built()
 
     def as_input(self, images: Tensor) -> Tensor:
         """Images as the step takes them."""
         layout = torch.channels_last if self.how.nhwc else torch.contiguous_format
         return images.to(self.dtype if self.dtype == torch.float64 else torch.float32).contiguous(memory_format=layout)
+
+    def built(self) -> Callable[[Tensor], object]:
+        """What is called with images."""
+        mode = self.how.compile_mode
+        if self.how.frozen:
+            return torch.compile(self.module, dynamic=False, options={"freezing": True})
+        return torch.compile(self.module, dynamic=False, mode=mode) if mode else self.module
 
     def prepared(self, module: nn.Module) -> nn.Module:
         """What is run of the subject, which has its state and its layout."""
@@ -306,6 +325,9 @@ class InferenceStep(Step):
         """The module; ours without its norms."""
         self.statistic_names = []  # which nothing writes
         return fused_resnet.fold(module.eval()) if self.how.folded or self.how.backend != "off" else module
+
+    def built(self):
+        return OnnxRuntime(self.module, self.images[0], self.dtype) if self.how.onnx else super().built()
 
     def state(self) -> list[Tensor]:
         """Nothing: none of it changes, and a folded network has other parameters."""

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..bench import kernels, networks
 from ..bench.load import LoadError
-from ..bench.machine import collect_meta, current_commit, measure_ceilings
+from ..bench.machine import collect_meta, current_commit, load_average, measure_ceilings
 from ..bench.plot import plot_results
 from ..bench.schema import SUITES, Results, Row, results_path, write_results
 from ..bench.steps import IMPLEMENTATIONS, implementations
@@ -126,6 +126,7 @@ def bench(args: argparse.Namespace) -> int:
 
     torch.backends.cudnn.benchmark = on_gpu  # for all peers: the framework's convolutions are chosen by measuring
     torch.manual_seed(0)
+    load = load_average()
     ceilings = measure_ceilings(where, dtype, args.repeats)
     if note := busy():
         print(note, file=sys.stderr)
@@ -144,7 +145,7 @@ def bench(args: argparse.Namespace) -> int:
         rows = suite.refined(rows, ceilings)
     rows = (kernels.ceiling_rows(ceilings, dtype) if args.suite == "kernels" else []) + rows
 
-    results = Results(collect_meta(where, args.commit), rows)
+    results = Results(collect_meta(where, args.commit, load), rows)
     path = results_path(args.out, results)
     write_results(results, path)
     clock = "" if on_gpu else ", by the wall clock: no figure of a GPU"
@@ -174,6 +175,8 @@ def _by_default(suite: str, impl: str, on_gpu: bool) -> bool:
     if impl in IMPLEMENTATIONS and not IMPLEMENTATIONS[impl].installed:
         return False
     if suite == "kernels" and impl in kernels.BY_NAME:
+        return False
+    if impl in ("compile_frozen", "onnxruntime"):  # of CPUs, and slow to build
         return False
     return on_gpu or not impl.startswith(("compile", "cudnn"))
 
