@@ -5,6 +5,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import tiers
@@ -18,8 +19,10 @@ os.environ.pop("FUSED_RESNET_BACKEND", None)
 import executed  # noqa: E402
 from emulated import Emulated  # noqa: E402
 
-from fused_resnet import backends  # noqa: E402
+from fused_resnet import backends, native  # noqa: E402
 
+if path := os.environ.get("FUSED_RESNET_TEST_CPU_LIBRARY"):  # another build of it, before it is loaded: tests/test_sanitized_cpu.py
+    native.CPU.path = Path(path)
 backends.BACKENDS[Emulated.name] = Emulated()
 if executed.ARCHITECTURE:
     executed.install()
