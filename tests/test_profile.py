@@ -16,7 +16,7 @@ from torch import nn
 from fused_resnet import backends
 from fused_resnet.bench import steps
 from fused_resnet.bench.machine import Ceilings
-from fused_resnet.bench.schema import Meta
+from fused_resnet.bench.schema import SINCE_2, Meta
 from fused_resnet.bench.steps import Implementation, Subject, TrainingStep
 from fused_resnet.bench.timing import Times
 from fused_resnet.cli import main
@@ -271,7 +271,7 @@ def test_what_is_written_is_read_back(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.update(version=3), "version: expected at most 2; got 3: a newer fused_resnet wrote this file"),
+        (lambda c: c.update(version=4), "version: expected at most 3; got 4: a newer fused_resnet wrote this file"),
         (lambda c: c.pop("version"), "expected a profile, an object with a version"),
         (lambda c: c.pop("step_ms"), "expected the fields of a profile; missing or unknown: step_ms"),
         (lambda c: c.pop("parts"), "expected a profile: 'parts'"),
@@ -287,6 +287,17 @@ def test_what_is_no_profile_is_refused_by_name(change, message, tmp_path):
     with pytest.raises(ProfileError) as error:
         read_profile(path)
     assert str(error.value).startswith(f"{path}: {message}")
+
+
+def test_an_older_profile_is_read(tmp_path):
+    write_profile(profile(), tmp_path / "p.json")
+    content = json.loads((tmp_path / "p.json").read_text())
+    content["version"] = 2
+    del content["primitives"]
+    for name in SINCE_2:
+        del content["meta"][name]
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    assert read_profile(tmp_path / "p.json") == profile()
 
 
 # ---- the page ---------------------------------------------------------------------------------------------------------------
@@ -316,7 +327,10 @@ def test_the_command_writes_all_its_files(runs):
         assert (runs / name / "report.png").read_bytes().startswith(b"\x89PNG")
         found = read_profile(runs / name / "profile.json")
         assert (found.model, found.impl, found.batch, found.meta.device) == ("resnet18", name, 4, "cpu")
-        assert found.gap_ms is None and found.step_ms > 0
+        assert found.gap_ms is None and found.step_ms > 0 and found.meta.cpu in (runs / name / "report.html").read_text()
+        if torch.backends.mkldnn.is_available():
+            assert any(what == "convolution backward of the weight" for _, what, *_ in found.primitives)
+            assert "oneDNN&#x27;s primitives" in (runs / name / "report.html").read_text()
         with gzip.open(runs / name / "trace.json.gz", "rt") as file:
             trace = json.load(file)["traceEvents"]
         assert {"layer", "cpu_op"} <= {e.get("cat") for e in trace}

@@ -138,10 +138,11 @@ def _show(profiles: list[Profile], folder: Path, form: str, files: Sequence[str]
 
 
 def _tables(profiles: Sequence[Profile]) -> list[Titled]:
-    """(title, columns) of what the page shows in tables: a line a run, a line a layer and phase, a line a kernel."""
+    """(title, columns) of what the page shows in tables: a line a run, a line a layer and phase, a line a kernel or primitive."""
     steps, parts = [(p, p) for p in profiles], [(p, part) for p in profiles for part in p.parts]
     kernels = [(p, kernel) for p in profiles for kernel in p.kernels]
-    return [
+    primitives = [(p, primitive) for p in profiles for primitive in p.primitives]
+    found = [
         ("steps", _columns(steps, {
             "device": lambda p: p.meta.device, "dtype": lambda p: p.dtype, "design": lambda p: p.design,
         }, {
@@ -156,7 +157,11 @@ def _tables(profiles: Sequence[Profile]) -> list[Titled]:
         ("kernels", _columns(kernels, {"kernel": lambda kernel: kernel[0]}, {
             "calls": lambda kernel: kernel[1], "ms": lambda kernel: kernel[2],
         })),
+        ("oneDNN's primitives", _columns(primitives, {
+            "implementation": lambda one: one[0], "what": lambda one: one[1], "sizes": lambda one: one[2],
+        }, {"calls": lambda one: one[3], "ms": lambda one: one[4]})),
     ]  # fmt: skip
+    return found if primitives else found[:-1]
 
 
 def _columns(lines: Sequence[tuple[Profile, Any]], texts: Mapping[str, Callable], figures: Mapping[str, Callable]) -> list[Column]:

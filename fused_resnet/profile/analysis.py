@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,14 +12,14 @@ from torch import nn
 
 from ..bench.fusion import designs
 from ..bench.machine import Ceilings
-from ..bench.schema import Meta, SchemaError
+from ..bench.schema import SINCE_2, Meta, SchemaError
 from ..bench.trace import Op, trace
 from ..files import replace_file
 from ..problem import Kernel
 from ..roofline import floor_seconds
 from .record import COMPILED, PHASES, Recording, Work
 
-VERSION = 2  #: since which several steps are recorded
+VERSION = 3  #: 2: several steps are recorded; 3: the CPU is described, and oneDNN's primitives are listed
 #: How far apart steps may lie, (longest − shortest) / median, before a page warns.
 UNSTEADY = 0.25
 
@@ -81,6 +81,7 @@ class Profile:
     memory_from_zero: bool  #: whether those bytes are all that is allocated, or those beyond what was before the step
     steps: int = 1  #: recorded; a part's time is its median
     spread: float = 0.0  #: of their sums of all work: (longest − shortest) / median
+    primitives: list[list] = field(default_factory=list)  #: of oneDNN's: [implementation, what it did, sizes, calls, ms], the longest first
 
     @property
     def images_per_s(self) -> float:
@@ -205,6 +206,10 @@ def read_profile(path: Path) -> Profile:
         raise ProfileError(f"{path}: version: expected at most {VERSION}; got {version}: a newer fused_resnet wrote this file")
     if version == 1:
         content = {"steps": 1, "spread": 0.0, **content}
+    if version < 3:
+        content = {"primitives": [], **content}
+        if isinstance(meta := content.get("meta"), dict):
+            content["meta"] = {**dict.fromkeys(SINCE_2), **meta}
     try:
         meta, parts = _of(Meta, content.pop("meta"), path), [_of(Part, part, path) for part in content.pop("parts")]
         return _of(Profile, {**content, "meta": meta, "parts": parts}, path)
@@ -213,7 +218,7 @@ def read_profile(path: Path) -> Profile:
 
 
 def _of(kind: type, values: dict[str, Any], path: Path) -> Any:
-    expected, given = {field.name for field in fields(kind)}, set(values)
+    expected, given = {each.name for each in fields(kind)}, set(values)
     if expected != given:
         odd = ", ".join(sorted(expected ^ given))
         raise ProfileError(f"{path}: expected the fields of a {kind.__name__.lower()}; missing or unknown: {odd}")

@@ -89,6 +89,7 @@ def page(profiles: Sequence[Profile]) -> str:
         legend = _memory_legend(profiles) if name == "memory" else _legend(profiles, floors=name == "layers")
         body.append(f"<section><h2>{head}</h2><p>{escape(words)}</p>{legend}<div class='wide'>{drawing}</div></section>")
     body += [_layer_table(profiles), *(_kernel_table(p, letter) for p, letter in _lettered(profiles))]
+    body += [_primitive_table(p, letter) for p, letter in _lettered(profiles) if p.primitives]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -107,6 +108,8 @@ def _heads(profiles: Sequence[Profile]) -> Iterable[str]:
     for p, letter in _lettered(profiles):
         shape = " × ".join(map(str, p.shape))
         words = f"{p.model}, {p.impl}, {p.dtype}, {p.batch} images of {shape}, on {p.meta.device}; {p.how}. "
+        cpu = [p.meta.cpu, p.meta.isa, p.meta.threads and f"{p.meta.threads} threads", p.meta.onednn and f"oneDNN {p.meta.onednn}"]
+        words += "".join(f"{fact}, " for fact in cpu if fact)
         versions = f"PyTorch {p.meta.torch}, commit {p.meta.commit[:12]}, {p.meta.date}"
         yield f"<p>{f'<b>{letter}</b>: ' if letter else ''}{escape(words + versions)}</p>"
     for p, letter in _lettered(profiles):
@@ -324,3 +327,13 @@ def _kernel_table(p: Profile, letter: str) -> str:
     lines = [[name, str(calls), number(ms), f"{ms / whole:.1%}"] for name, calls, ms in p.kernels[:KERNELS]]
     head = f"{letter + ': ' if letter else ''}{'Kernels' if p.gap_ms is not None else 'Operators'}, the longest {len(lines)}"
     return f"<section><h2>{escape(head)}</h2>{_table(['name', 'calls', 'ms', 'part'], lines)}</section>"
+
+
+def _primitive_table(p: Profile, letter: str) -> str:
+    """oneDNN's primitives by the implementation's name, which tells whether a matrix unit or a slow fallback did the work."""
+    whole = sum(ms for *_, ms in p.primitives)
+    lines = [[*words, str(calls), number(ms), f"{ms / whole:.1%}"] for *words, calls, ms in p.primitives[:KERNELS]]
+    head = f"{letter + ': ' if letter else ''}oneDNN's primitives, the longest {len(lines)}"
+    note = "By implementation, in a step of their own; times are oneDNN's. mb: images, ic and oc: channels, kh and sh: window and stride."
+    table = _table(["implementation", "what", "sizes", "calls", "ms", "part"], lines)
+    return f"<section><h2>{escape(head)}</h2><p>{note}</p>{table}</section>"

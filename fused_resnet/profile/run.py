@@ -9,10 +9,11 @@ import torch
 from .. import backends
 from ..backends import backend
 from ..backends.convolutions import FusedConvolutions
-from ..bench.machine import collect_meta, measure_ceilings
+from ..bench.machine import collect_meta, load_average, measure_ceilings
 from ..bench.steps import IMPLEMENTATIONS, Subject, TrainingStep
 from ..bench.timing import Stopwatch
 from .analysis import Profile, analyse, busy_ms, by_kernel, gaps, spread, typical
+from .onednn import primitives
 from .record import WARMUP, memory_timeline, record_steps, write_trace
 
 STEPS = 10  #: whole steps that are timed
@@ -41,6 +42,7 @@ def profile_step(
     torch.manual_seed(0)
     how, stages = IMPLEMENTATIONS[impl], iter(STAGES)
     begins(next(stages))
+    load = load_average()
     ceilings = measure_ceilings(device, dtype, STEPS)
     begins(next(stages))
     step = TrainingStep(subject, impl, dtype, batch, device)
@@ -53,9 +55,10 @@ def profile_step(
     for _ in range(WARMUP):
         step()
     step_ms = statistics.median(stopwatch(step) for _ in range(STEPS))
-    meta = collect_meta(device, commit)
+    meta = collect_meta(device, commit, load)
     begins(next(stages))
     memory = memory_timeline(step, device)
+    ran = primitives(step) if device.type == "cpu" else []
     with backend(how.backend):
         design = _design("off" if how.compile_mode else backends.resolve(device, dtype), how.compile_mode is not None)
     begins(next(stages))  # as at first, or another program may have slowed that measurement down
@@ -66,7 +69,7 @@ def profile_step(
         meta, subject.name, impl, str(dtype).removeprefix("torch."), batch, list(subject.shape), recording.how, step_ms,
         busy_ms(recording), gaps(recording.works) if recording.device_only else None,
         len(recording.works), ceilings.flops_per_s, ceilings.bytes_per_s, design, floors, parts, by_kernel(recording.works),
-        [list(point) for point in memory], device.type == "cuda", len(recordings), spread(recordings),
+        [list(point) for point in memory], device.type == "cuda", len(recordings), spread(recordings), ran,
     )  # fmt: skip
 
 
