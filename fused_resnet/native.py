@@ -16,8 +16,8 @@ from . import environment
 
 #: What the library for CPUs is compiled for, from the plainest to the best; numbered as in csrc/cpu/dispatch.cpp.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
-#: What `use_instruction_set` chose last; "" before it was asked.
-_in_use = ""
+#: What `use_instruction_set` chose last, and the best that there is; "" before they were asked for.
+_in_use = _best = ""
 
 
 class Library:
@@ -69,14 +69,26 @@ def use_instruction_set(name: str | None = None) -> str:
     number = CPU.operators.use_instruction_set(-1 if name is None else INSTRUCTION_SETS.index(name))
     if number < 0:
         raise environment.VariableError(f"FUSED_RESNET_CPU_ISA: this machine, or this build, lacks {name}")
-    global _in_use
+    global _in_use, _best
     _in_use = INSTRUCTION_SETS[number]
+    if name is None:
+        _best = _in_use
     return _in_use
 
 
 def cpu_instruction_set() -> str:
     """What the library for CPUs, which is loaded, uses: by `FUSED_RESNET_CPU_ISA`, else the best that there is, or what was set since."""
     return _in_use or use_instruction_set(environment.cpu_instruction_set())
+
+
+def best_cpu_instruction_set() -> str:
+    """The best that this machine and the library for CPUs, which is loaded, have, whatever is in use."""
+    if not _best:
+        in_use = _in_use
+        use_instruction_set()
+        if in_use:
+            use_instruction_set(in_use)
+    return _best
 
 
 def _is_truncated(path: Path) -> bool:

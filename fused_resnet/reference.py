@@ -99,6 +99,10 @@ class Reference:
             return f"{self.name} takes float64, float32, float16 and bfloat16, not {dtype}"
         return None
 
+    def left_by_auto(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why the choice "auto" does not take this backend, though it can take such tensors; None where it does."""
+        return None
+
     # ---- passes: one trip over memory each ---------------------------------------------------------------------------
 
     def batch_stats(self, y: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, ...]:

@@ -3,30 +3,38 @@
 That its passes are right is the business of test_passes.py, which runs them with the instruction set that this machine takes.
 """
 
+import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from fused_resnet import native
+import fused_resnet
+from fused_resnet import backends, models, native
 from fused_resnet.backends import BACKENDS
+from fused_resnet.cli import info
 from fused_resnet.environment import VariableError
 from fused_resnet.reference import Reference
 from fused_resnet.values import Source
 
 pytestmark = pytest.mark.skipif(native.CPU.load() is not None, reason=f"native library for CPUs: {native.CPU.load()}")
 PASSES = BACKENDS["passes_cpu"]
+CPU = torch.device("cpu")
+TESTS = Path(__file__).resolve().parent
 #: No vector of any width, some of it; several parts and tiles; few rows of many channels; one value.
 SHAPES = [(3, 13, 9, 11), (4, 64, 33, 31), (2, 520, 7, 7), (1, 1, 2, 1)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def nhwc(shape, dtype, offset=0.0):
-    return (torch.randn(shape) + offset).to(dtype).contiguous(memory_format=torch.channels_last)
+    """Uniform numbers: PyTorch draws normal ones by functions whose bits depend on the instruction set."""
+    return (4 * torch.rand(shape) - 2 + offset).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def results(shape, dtype, seed) -> dict[str, tuple]:
@@ -34,7 +42,7 @@ def results(shape, dtype, seed) -> dict[str, tuple]:
     torch.manual_seed(seed)
     c = shape[1]
     x, residual, d, dact = (nhwc(shape, dtype, offset) for offset in (1.0, 0.0, 0.3, 0.0))
-    gamma, beta = torch.rand(c) + 0.5, torch.randn(c)
+    gamma, beta = torch.rand(c) + 0.5, torch.rand(c)
     of_x = mean, invstd, _, *affine = PASSES.batch_stats(x, gamma, beta, 1e-5)
     of_residual = PASSES.batch_stats(residual, gamma, beta, 1e-5)
     plain = Source(x, mean, invstd, *affine)
@@ -126,6 +134,72 @@ def test_rounding_is_pytorchs_on_every_instruction_set(instruction_sets):
             fine = (given.float() * 0.7310585975646973).to(dtype)  # bits below those of the dtype
             scaled = PASSES.norm_add_act(Source(given, scale=ones * 0.7310585975646973, bias=zeros), False, False)[0]
             torch.testing.assert_close(scaled, fine, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture
+def without_fma(monkeypatch):
+    """This machine, as if it had no AVX2: that the library chooses the portable code by itself."""
+    if platform.machine() != "x86_64":
+        pytest.skip("other machines have fused multiplications in the portable code")
+    before = native.cpu_instruction_set()
+    monkeypatch.delenv("FUSED_RESNET_CPU_ISA", raising=False)
+    monkeypatch.setattr(native, "_best", "portable")
+    native.use_instruction_set("portable")
+    backends._declines.cache_clear()
+    yield
+    native.use_instruction_set(before)
+    backends._declines.cache_clear()
+
+
+def test_a_machine_without_fma_keeps_pytorchs_modules_and_says_why(without_fma, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    why = "this CPU has no AVX2 with FMA and F16C"
+    assert backends.resolve(CPU, torch.float32) == "off"
+    found = info.collect()
+    assert set(found["active"].values()) == {"off"} and found["left_by_auto"]["passes_cpu"].startswith(why)
+    assert f"auto leaves it: {why}" in info.text(found)
+    text = str(fused_resnet.report(models.resnet20()))
+    assert text.startswith("0 of 19 convolutions fused: ") and f"passes_cpu: {why}" in text
+
+
+def test_whoever_names_the_portable_kernels_gets_them_and_the_same_bits(without_fma, monkeypatch):
+    """By the backend's name, and by the instruction set's."""
+    y = nhwc((4, 24, 9, 9), torch.bfloat16)
+    with fused_resnet.backend("passes_cpu"):
+        assert backends.resolve(CPU, torch.bfloat16) == "passes_cpu"
+    found = PASSES.batch_stats(y, None, None, 1e-5)
+    monkeypatch.setenv("FUSED_RESNET_CPU_ISA", "portable")
+    backends._declines.cache_clear()
+    assert backends.resolve(CPU, torch.bfloat16) == "passes_cpu"
+    native.use_instruction_set(None)
+    for ours, best in zip(found, PASSES.batch_stats(y, None, None, 1e-5), strict=True):
+        assert torch.equal(ours, best)
+
+
+#: In a process on a CPU of 2008: the choice, and what every pass makes.
+OLD_CPU = """
+import sys, torch
+from test_native_cpu import results
+from fused_resnet import backends, native
+assert backends.resolve(torch.device("cpu"), torch.float32) == "off"
+assert native.cpu_instruction_set() == "portable"
+torch.save([results((3, 13, 9, 11), dtype, 0) for dtype in (torch.float32, torch.bfloat16)], sys.argv[1])
+"""
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("qemu-x86_64"), reason="needs an emulator of x86-64")
+def test_a_processor_of_2008_gives_the_same_bits(tmp_path):
+    """Emulated: it has SSE4.2, and neither AVX nor FMA. An instruction that it lacks would end the process."""
+    path = tmp_path / "found.pt"
+    command = ["qemu-x86_64", "-cpu", "Nehalem", sys.executable, "-c", OLD_CPU, path]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FUSED_RESNET_")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS)))}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for dtype, theirs in zip((torch.float32, torch.bfloat16), torch.load(path), strict=True):
+        assert_same_bits(theirs, results((3, 13, 9, 11), dtype, 0))
 
 
 def test_an_unknown_instruction_set_is_an_error_that_names_the_known():

@@ -93,16 +93,26 @@ def _force(name: str | None) -> None:
 
 
 @cache  # asked at every call of an operator; what the answer depends on stays as it is while a process runs
-def _declines(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    return BACKENDS[name].declines(device, dtype)
+def _declines(name: str, device: torch.device, dtype: torch.dtype, by_auto: bool) -> str | None:
+    implementation = BACKENDS[name]
+    return implementation.declines(device, dtype) or (implementation.left_by_auto(device, dtype) if by_auto else None)
 
 
-def _reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    return _declines(name, device, dtype)
+def _reason(name: str, device: torch.device, dtype: torch.dtype, by_auto: bool = False) -> str | None:
+    """Why the backend does not take such tensors, or the choice "auto" not this backend; None where it does."""
+    return _declines(name, device, dtype, by_auto)
 
 
 # A compiler asks, too, and does not look inside. torch.compiler.assume_constant_result does this, and imports the compiler.
 _reason._dynamo_marked_constant = True
+
+
+def _choice() -> str:
+    """One of `choices()`."""
+    choice = _forced.name
+    if choice is None and not torch.compiler.is_compiling():
+        choice = _inherited()
+    return choice or _checked(environment.backend_name(), "FUSED_RESNET_BACKEND")
 
 
 def resolve(device: torch.device, dtype: torch.dtype) -> str:
@@ -110,21 +120,28 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
 
     Raises RuntimeError where a forced backend can't run there, and ValueError where `FUSED_RESNET_BACKEND` names none.
     """
-    choice = _forced.name
-    if choice is None and not torch.compiler.is_compiling():
-        choice = _inherited()
-    choice = choice or _checked(environment.backend_name(), "FUSED_RESNET_BACKEND")
+    choice = _choice()
     if choice == "off":
         return choice
     candidates = automatic(device, dtype) if choice == "auto" else FAMILIES.get(choice, (choice,))
     for name in candidates:
-        if _reason(name, device, dtype) is None:
+        if _reason(name, device, dtype, choice == "auto") is None:
             return name
     if choice == "auto":
         return "off"
     reasons = {name: _reason(name, device, dtype) for name in candidates}
     why = next(iter(reasons.values())) if len(reasons) == 1 else "; ".join(f"{name}: {why}" for name, why in reasons.items())
     raise RuntimeError(f"backend {choice!r} was asked for and can't run here: {why}")
+
+
+def why_off(device: torch.device, dtype: torch.dtype) -> str:
+    """Why `resolve` answers "off" there, for people: the choice that was made, or why each backend that "auto" asks for does not run."""
+    if (choice := _choice()) != "auto":
+        return f"the backend {choice!r} was asked for"
+    candidates = automatic(device, dtype)
+    if not candidates:
+        return f"{str(dtype).removeprefix('torch.')} is left to them; use float32 or less, or force a backend by fused_resnet.backend(...)"
+    return "; ".join(f"{name}: {_reason(name, device, dtype, True)}" for name in candidates)
 
 
 def forget_choices() -> None:

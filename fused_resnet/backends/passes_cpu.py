@@ -1,9 +1,11 @@
 """The backend `passes_cpu`: the passes as C++ kernels for CPUs (csrc/cpu/), for the instruction set that the machine has."""
 
+import platform
+
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import environment, native
 from ..reference import convolution, convolution_backward, like_weight
 from ..values import Conv, ConvGeometry, ConvOutput, Pending, Source, problem_of
 from . import onednn, products
@@ -31,6 +33,13 @@ class PassesCpu(PassesNative):
             return reason
         native.cpu_instruction_set()  # chosen before the first kernel runs
         return None
+
+    def left_by_auto(self, device, dtype):
+        # The compiler makes each fused multiplication and addition a call of a function there. docs/kernels/cpu.md has its time.
+        exempt = environment.cpu_instruction_set() is not None or platform.machine() not in ("x86_64", "AMD64")
+        if exempt or native.best_cpu_instruction_set() != "portable":
+            return None
+        return "this CPU has no AVX2 with FMA and F16C, without which it is slower; FUSED_RESNET_CPU_ISA=portable asks for it all the same"
 
     # Each as in `Reference`, where the docstrings are.
 

@@ -61,6 +61,11 @@ def collect() -> dict[str, Any]:
             name: {str(dtype).removeprefix("torch."): backend.declines(device, dtype) for dtype in DTYPES}
             for name, backend in backends.BACKENDS.items()
         },
+        "left_by_auto": {
+            name: reason
+            for name, backend in backends.BACKENDS.items()
+            if not backend.declines(device, torch.float32) and (reason := backend.left_by_auto(device, torch.float32))
+        },
         "active": {str(dtype).removeprefix("torch."): _active(device, dtype) for dtype in DTYPES},
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FUSED_RESNET_")},
         "cache": str(environment.cache_dir()),
@@ -92,6 +97,7 @@ def text(found: dict[str, Any]) -> str:
         parts = [f"runs on {found['device']} in {', '.join(able)}"] if able else []
         # Most reasons are the same for all dtypes, and told once.
         parts += [f"can't run here: {reason}" for reason in dict.fromkeys(filter(None, reasons.values()))]
+        parts += [f"auto leaves it: {found['left_by_auto'][name]}"] if name in found["left_by_auto"] else []
         lines.append((f"backend {name}", "; ".join(parts)))
     for name, value in found["environment"].items():
         lines.append((name, value if name in environment.VARIABLES else f"{value} (unknown, ignored)"))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..backends import resolve
+from ..backends import resolve, why_off
 from ..nn import Block, ResidualNetwork, Stage
 from ..nn.chain import conv_norm_act_length, flatten, is_sequence
 from ..nn.folded import conv_act_length
@@ -21,10 +21,7 @@ from .swap import Fused
 from .trace import original_of, trace
 
 #: What is said of everything where the backend in force is PyTorch.
-OFF = (
-    "the backend in force leaves tensors of this device and dtype to PyTorch's own modules; move the model to a GPU, build the library for "
-    "CPUs (fused-resnet info says what is missing), use float32 or less, or force a backend by fused_resnet.backend(...)"
-)
+OFF = "the backend in force leaves tensors of this device and dtype to PyTorch's own modules"
 NOT_CALLED = "fuse(model) was not called on it"
 _CONVS = nn.modules.conv._ConvNd
 _NETWORKS = (ResidualNetwork, TorchvisionResNet, TimmResNet, LayerGetter)
@@ -57,8 +54,9 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         left = Counter(c.reason for c in self.convolutions if not c.fused)
-        if OFF in left and left.total() == len(self.convolutions):
-            return f"0 of {len(self.convolutions)} convolutions fused: {OFF}"
+        off = next((reason for reason in left if reason.startswith(OFF)), None)
+        if off and left.total() == len(self.convolutions):
+            return f"0 of {len(self.convolutions)} convolutions fused: {off}"
         lines = self._table() if self.rows else []
         for reason in left:
             names = [c.name or "(model)" for c in self.convolutions if c.reason == reason]
@@ -100,7 +98,7 @@ def report(model: nn.Module) -> Report:
             spoken_for.update(m for m in module.modules() if is_sequence(m))
         implementation = "off" if reason else _implementation(module)
         if implementation == "off" and not reason:
-            reason = OFF
+            reason = _why_off(module)
         again = not reason and has_inside(module) and module.recompute
         rows.append(Row(name, _original(module).__name__, not reason, implementation, reason, again))
     return Report(tuple(rows), tuple(_convolutions(model)))
@@ -114,7 +112,7 @@ def _convolutions(model: nn.Module) -> list[Convolution]:
         if isinstance(module, _CONVS):
             reason = found.get(module, "nothing that is fused calls it")
             if not reason and _implementation(module) == "off":
-                reason = OFF
+                reason = _why_off(module)
             rows.append(Convolution(name, not reason, reason))
     return rows
 
@@ -230,6 +228,11 @@ def _implementation(module: nn.Module) -> str:
     if weight is None:
         return "off"
     return resolve(weight.device, compute_dtype(weight))
+
+
+def _why_off(module: nn.Module) -> str:
+    weight = next(module.parameters(), None)
+    return OFF if weight is None else f"{OFF}: {why_off(weight.device, compute_dtype(weight))}"
 
 
 def _why_alone(conv: nn.Module) -> str:
