@@ -3,8 +3,12 @@
 docs/executed.md has the table of all that was run.
 """
 
+import json
 import math
+import os
 import random
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -105,6 +109,19 @@ def test_the_high_half_of_a_product(dtype):
         assert values.high_product(a, b).tolist() == [(int(x) * int(y)) >> 64 for x, y in zip(a, b, strict=True)]
 
 
+@pytest.mark.parametrize("dtype", ["i4", "u4", "i8", "u8"])
+def test_a_field_of_bits(dtype):
+    bits = 8 * np.dtype(dtype).itemsize
+    for position, length in ((0, 1), (25, 1), (3, 7), (0, bits), (bits - 5, 5)):
+        for number in (0, 1, (1 << bits) - 1, 0x5A5A5A5A5A5A5A5A % (1 << bits), random.getrandbits(bits)):
+            field = number >> position & ((1 << length) - 1)
+            expected = field - (1 << length) if dtype[0] == "i" and field >> (length - 1) else field
+            found = values.bit_field(np.array([number], f"u{bits // 8}").view(dtype), *(np.array([n], "i4") for n in (position, length)))
+            assert found.tolist() == [expected], (number, position, length)
+    with pytest.raises(ValueError, match="within the register"):
+        values.bit_field(np.array([1], dtype), np.array([bits - 1], "i4"), np.array([2], "i4"))
+
+
 def test_bytes_are_permuted_with_their_signs():
     a, b = np.array([0x83828180], "u4"), np.array([0x07060504], "u4")
     for selector in (0x3210, 0x7654, 0x0246, 0xF80B):
@@ -145,6 +162,10 @@ def test_the_kernels_without_faults_do_what_they_say():
 def test_sectors_and_wavefronts_are_counted():
     report, *_ = faults.run(faults.COPY)
     assert report.counts["load sectors"] == 2 * 4 and report.share("load") == report.share("store") == 1
+    assert report.instructions["ld.global.b32"] == 2 and report.instructions["st.global.b32"] == 2  # of two warps
+    half = "setp.lt.u32 %p1, %r1, 32; @%p1 bra $L__BB0_1; neg.f32 %r10, %r4;\n$L__BB0_1:\n  abs.f32 %r10, %r4;"
+    found = faults.run(half)[0].instructions
+    assert (found["neg.f32"], found["abs.f32"]) == (1, 2)
     spread = "shl.b32 %r11, %r1, 3; cvt.u64.u32 %rd5, %r11; add.s64 %rd6, %rd1, %rd5; ld.global.b32 %r12, [%rd6];"
     assert faults.run(spread)[0].share("load") == 0.5
     report, *_ = faults.run(faults.EXCHANGE)
@@ -158,3 +179,101 @@ def test_sectors_and_wavefronts_are_counted():
 def test_an_unknown_instruction_is_not_guessed(line):
     with pytest.raises(UnknownInstruction, match=line.split()[0].replace(".", r"\.").rstrip(";")):
         translate(parse(faults.program(line), 512))
+
+
+# ---- kernels ------------------------------------------------------------------------------------------------------------------
+
+
+def process(architecture: int, *arguments: str) -> str:
+    """What a process of Python prints whose Triton kernels run compiled."""
+    environment = os.environ | {"PTX_ARCHITECTURE": str(architecture), "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
+    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=TESTS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def check(outcomes: list[dict]) -> None:
+    """No result further off than the rule allows, no fault, the same bits each time."""
+    assert outcomes
+    for outcome in outcomes:
+        assert outcome["ratios"] and max(outcome["ratios"].values()) <= 1, outcome
+        assert not outcome["faults"] and outcome["same_bits"], outcome
+
+
+cuda_free = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels itself")
+
+
+@cuda_free
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arithmetic", ["bfloat16", *(pytest.param(a, marks=pytest.mark.slow) for a in ("float16", "float32", "tf32"))])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_some_of_the_kernels_run_clean(architecture, arithmetic):
+    check([json.loads(line) for line in process(architecture, "-m", "tests.ptx.measure", arithmetic, "--every", "17").splitlines()])
+
+
+@cuda_free
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float16", "float32", "tf32"])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_all_kernels_run_clean(architecture, arithmetic):
+    check([json.loads(line) for line in process(architecture, "-m", "tests.ptx.measure", arithmetic).splitlines()])
+
+
+@cuda_free
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("test_passes.py", "-k", "executed"),
+        ("test_operators.py", "-k", "executed"),
+        ("test_fprop.py", "--quick"),
+        ("test_dgrad.py", "--quick"),
+        ("test_wgrad.py", "--quick"),
+    ],
+    ids=lambda a: a[0],
+)
+def test_the_kernels_own_tests_pass(arguments, architecture):
+    file, *options = arguments
+    assert " passed" in process(architecture, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(TESTS / file), *options)
+
+
+#: Errors of a step's outputs, gradients and statistics, ours over eager's, both against float64; and whether a second step has the same bits.
+STEP = """
+import conftest, copy, json, torch
+from swapped import run, shake
+from fused_resnet.models import resnet20
+torch.manual_seed(0)
+torch.backends.cudnn.allow_tf32 = False
+model, x = shake(resnet20()).to(memory_format=torch.channels_last), torch.randn(2, 3, 8, 8)
+exact = run(copy.deepcopy(model).double(), x.double(), "off")
+steps = {name: run(copy.deepcopy(model), x, backend) for name, backend in (("eager", "eager"), ("ours", "executed"), ("again", "executed"))}
+off = {name: {k: ((t.double() - exact[k]).norm() / exact[k].norm().clamp_min(1e-30)).item() for k, t in step.items()} for name, step in steps.items()}
+print(json.dumps({"errors": {k: (off["ours"][k], off["eager"][k]) for k in exact},
+                  "same": all(torch.equal(t, steps["again"][k]) for k, t in steps["ours"].items())}))
+"""
+
+
+@cuda_free
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_a_step_of_resnet20(architecture):
+    """In float32, where hardly any value rounds to another side of zero: what a flipped mask does to a gradient is no error of a kernel."""
+    found = json.loads(process(architecture, "-c", STEP).splitlines()[-1])
+    assert found["same"] and len(found["errors"]) > 100
+    for name, (ours, eager) in found["errors"].items():
+        assert ours <= max(2 * eager, 8 * torch.finfo(torch.float32).eps), name
+
+
+@cuda_free
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_no_line_that_matters_can_be_taken_out_unseen(architecture):
+    """Each barrier, wait, fence and mask of compiled kernels: without it there is a report, or the results are the same bits."""
+    for line in process(architecture, "-m", "tests.ptx.measure", "bfloat16", "--mutants").splitlines():
+        mutants = json.loads(line)
+        assert mutants["reported"] and not mutants["silent"], mutants

@@ -80,7 +80,7 @@ def _computed(reader: Reader, i: Instruction, type: str) -> tuple[str, str] | No
     if name == "prmt":
         return "u4", f"permute({x('u4')}, {y('u4')}, {others[1]('u4')})"
     if name == "bfe":
-        return dtype, f"bit_field({x()}, {y('i4')}, {others[1]('i4')})" if bits == 32 else None
+        return dtype, f"bit_field({x()}, {y('i4')}, {others[1]('i4')})"
     if name in ("shl", "shr"):
         as_dtype = dtype if type[0] == "s" else f"u{bits // 8}"
         return as_dtype, f"shift('{name}', {x(as_dtype)}, {y('u4')}, {bits})"

@@ -68,9 +68,17 @@ def ptx(launch: Launch, architecture: int, options: dict[str, Any]) -> tuple[str
 
 
 def run(
-    launch: Launch, architecture: int, options: dict[str, Any], counting: bool = False, edit: Callable[[str], str] | None = None
+    launch: Launch,
+    architecture: int,
+    options: dict[str, Any],
+    counting: bool = False,
+    most: int | None = None,
+    edit: Callable[[str], str] | None = None,
 ) -> Ran:
-    """Run a launch on the CPU tensors in its arguments; its report holds what was wrong. `edit` changes the PTX first."""
+    """Run a launch, or its first `most` programs, on the CPU tensors in its arguments; its report holds what was wrong.
+
+    `edit` changes the PTX first.
+    """
     key = f"{inspect.source(launch).hash()} {launch.warps} {launch.stages} {architecture} {sorted(options.items())}"
     code = _codes.get(key)
     if code is None or edit:
@@ -84,19 +92,28 @@ def run(
     bits = [_bits(value) for _, value in passed]
     bits += [0] * (len(code.program.parameters) - len(bits))  # scratch memory, of which these kernels have none
     report = Report()
-    execute(code, launch.programs, bits, _segments(passed), report, counting)
+    execute(code, launch.programs, bits, _segments(passed), report, counting, most)
     return Ran(launch.kernel.__name__, hashlib.sha256(key.encode()).hexdigest()[:16], launch.programs, report)
 
 
 @contextmanager
-def executing(architecture: int, counting: bool = False, raising: bool = True) -> Iterator[list[Ran]]:
-    """Run all Triton launches so within a `with` block; yields the list that they are appended to. `raising`: a fault is an error."""
+def executing(
+    architecture: int,
+    counting: bool = False,
+    raising: bool = True,
+    most: int | None = None,
+    edit: Callable[[str], str] | None = None,
+) -> Iterator[list[Ran]]:
+    """Run all Triton launches so within a `with` block; yields the list that they are appended to. `raising`: a fault is an error.
+
+    `most`: of each launch the first so many programs alone. `edit` changes the PTX of each.
+    """
     found: list[Ran] = []
 
     def launched(kernel, *args, grid, warmup, num_warps=4, num_stages=3, **keywords):
         names = [parameter.name for parameter in kernel.params]
         arguments = dict(zip(names, args, strict=False)) | {name: keywords.pop(name) for name in names if name in keywords}
-        ran = run(Launch(kernel, grid[0], arguments, num_warps, num_stages), architecture, keywords, counting)
+        ran = run(Launch(kernel, grid[0], arguments, num_warps, num_stages), architecture, keywords, counting, most, edit)
         found.append(ran)
         if raising:
             ran.report.raise_faults(ran.kernel)
@@ -115,6 +132,8 @@ def _allocating(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         made = make(*args, **options)
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if made.device.type == "cpu" and made.numel() and caller.startswith(KERNELS):
+            for gone in [address for address, (_, storage) in _fresh.items() if storage.expired()]:
+                del _fresh[gone]
             storage = made.untyped_storage()
             _memory(storage)[:] = 0xFF
             _fresh[storage.data_ptr()] = np.zeros(storage.nbytes(), bool), StorageWeakRef(storage)
@@ -134,6 +153,8 @@ def _segments(passed: list[tuple[str, Any]]) -> list[Segment]:
     for name, value in passed:
         if isinstance(value, Tensor) and value.numel():
             elements = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True)) + 1
+            if value.untyped_storage().data_ptr() % 16:
+                raise ValueError(f"{name}: expected a storage at a multiple of 16 bytes, as PyTorch allocates one")
             extents.append((value.data_ptr(), value.data_ptr() + elements * value.element_size(), name, value.untyped_storage()))
     merged: list[list] = []
     for low, high, name, storage in sorted(extents, key=lambda e: e[:2]):

@@ -13,7 +13,7 @@ from .report import Report
 from .shared import SharedMemory
 from .threads import Threads
 from .translate import Code
-from .values import Array
+from .values import POISON, Array
 from .wgmma import WarpGroups
 
 #: Threads that run at once, about: what NumPy does per call costs as much as some thousand elements.
@@ -26,7 +26,7 @@ class Machine:
     def __init__(
         self, code: Code, ctas: list[int], programs: int, arguments: list[int], segments: list[Segment], report: Report, counting: bool
     ):
-        self.code, self.arguments, self.report = code, arguments, report
+        self.code, self.arguments, self.report, self.counting = code, arguments, report, counting
         self.threads = Threads(ctas, code.program.threads)
         self.tid, self.ctaid, self.laneid = self.threads.tid, self.threads.ctaid, self.threads.lane
         self.nctaid = np.full(self.threads.count, programs, "i4")
@@ -62,37 +62,53 @@ class Machine:
     def run(self) -> None:
         """All threads, to their end."""
         code = self.code
-        registers: list[Array | None] = [None] * code.registers
+        # No array is ever written to: a register is given another. What the compiler leaves undefined may be read, and must not matter.
+        poison = {dtype: np.full(self.threads.count, POISON[dtype], dtype) for dtype in set(code.registers)}
+        registers = [poison[dtype] for dtype in code.registers]
         constants = [np.full(self.threads.count, value) for value in code.constants]
         at: Array | None = None  # of each thread its block, where they have branched apart
         here = 0
         while here != END:
-            if at is None:
-                taken, target, following = code.together[here](registers, self, constants, None)
-                if taken is None or taken.all():
-                    here = target
-                elif not taken.any():
-                    here = following
-                else:
-                    at = np.where(taken, target, following)
-                    here = int(at.min())
-            else:
-                active = at == here
-                if active.all():
-                    at = None
-                    continue
-                taken, target, following = code.apart[here](registers, self, constants, active)
+            active = None if at is None else at == here
+            if active is not None and active.all():
+                at = active = None
+            if self.counting:
+                self._count(here, active)
+            block = (code.together if active is None else code.apart)[here]
+            taken, target, following = block(registers, self, constants, active)
+            if at is not None:
                 at[active] = target if taken is None else np.where(taken, target, following)[active]
                 here = int(at.min())
+            elif taken is None or taken.all():
+                here = target
+            elif not taken.any():
+                here = following
+            else:
+                at = np.where(taken, target, following)
+                here = int(at.min())
+
+    def _count(self, block: int, active: Array | None) -> None:
+        warps = int(self.threads.some(active, 32).sum())
+        for instruction in self.code.program.blocks[block]:
+            self.report.instructions[instruction.opcode] += warps
 
 
-def execute(code: Code, programs: int, arguments: list[int], segments: list[Segment], report: Report, counting: bool = False) -> None:
-    """All programs of a launch; what is wrong goes into `report`, and where `counting`, sectors and wavefronts do.
+def execute(
+    code: Code,
+    programs: int,
+    arguments: list[int],
+    segments: list[Segment],
+    report: Report,
+    counting: bool = False,
+    most: int | None = None,
+) -> None:
+    """All programs of a launch, or the first `most`; what is wrong goes into `report`, and where `counting`, sectors and wavefronts do.
 
     `arguments` are the bits of the kernel's arguments, in the order of its parameters; `segments` what their pointers may reach.
     """
     batch = max(1, THREADS // code.program.threads)
     with np.errstate(all="ignore"):
-        for first in range(0, programs, batch):
-            ctas = list(range(first, min(first + batch, programs)))
+        end = min(programs, most or programs)
+        for first in range(0, end, batch):
+            ctas = list(range(first, min(first + batch, end)))
             Machine(code, ctas, programs, arguments, segments, report, counting).run()

@@ -7,7 +7,7 @@ import numpy as np
 
 from .report import Report
 from .threads import Threads
-from .values import Array
+from .values import Array, differ
 
 SECTOR = 32
 SEVERAL = -1
@@ -78,10 +78,10 @@ class GlobalMemory:
             if segment.writer is None:
                 segment.writer = np.zeros(len(segment.memory), "i4")
             before = segment.writer[at]
-            clash = (before != 0) & (before != cta) & (segment.memory[at] != mine)
+            clash = (before != 0) & (before != cta) & differ(segment.memory[at], mine, width)
             segment.view(len(values), width)[offset // size] = data[chosen]
             segment.writer[at] = cta
-            lost = segment.memory[at] != mine
+            lost = differ(segment.memory[at], mine, width)
             clash |= lost & (segment.writer[at] != cta)
             if segment.reader is not None:
                 reader = segment.reader[at]
@@ -98,8 +98,6 @@ class GlobalMemory:
         chosen = self.threads.chosen(active)
         if not len(chosen):
             return []
-        if self.counting:
-            self._count(address, size, active, line, what)
         at = address[chosen]
         crooked = at % size != 0
         if crooked.any():
@@ -110,6 +108,8 @@ class GlobalMemory:
         low, high = int(at.min()), int(at.max()) + size
         only = bisect.bisect_right(self.lows, low) - 1
         if only >= 0 and high <= self.segments[only].high:  # as most accesses are
+            if self.counting:
+                self._count(address, size, active, line, what, self.segments[only].name)
             return [(self.segments[only], chosen)]
         which = np.searchsorted(self.lows, at, side="right") - 1
         inside = (which >= 0) & (at + size <= self.highs[which]) if len(self.lows) else np.zeros(len(at), bool)
@@ -147,8 +147,8 @@ class GlobalMemory:
         shared = (segment.reader[at] != cta) | ((before != 0) & (before != cta))
         segment.reader[at[shared]] = SEVERAL
 
-    def _count(self, address: Array, size: int, active: Array | None, line: str, what: str) -> None:
-        """Sectors that each warp touches, and the different bytes that it wants of them."""
+    def _count(self, address: Array, size: int, active: Array | None, line: str, what: str, name: str) -> None:
+        """Sectors that each warp touches, and the different bytes that it wants of them, of one argument."""
         places = address.reshape(-1, 32)
         if active is not None:
             places = np.where(active.reshape(-1, 32), places, -1)
@@ -157,6 +157,8 @@ class GlobalMemory:
         def different(sorted_rows: Array) -> int:
             return int((np.diff(sorted_rows, axis=1, prepend=-1) != 0).sum())
 
-        self.report.count(f"{what} sectors", line, different(places // SECTOR))  # −1 // 32 is −1: threads that are not active
-        self.report.count(f"{what} bytes", line, different(places) * size)
+        found = {f"{what} sectors": different(places // SECTOR), f"{what} bytes": different(places) * size}  # of no thread, −1 // 32 is −1
+        self.report.arguments[name].update(found)
+        for each, number in found.items():
+            self.report.count(each, line, number)
         self.report.counts[f"{what} of {size} bytes"] += int(self.threads.some(active, 32).sum())

@@ -1,7 +1,6 @@
 """PTX text -> a `Program`: basic blocks of instructions, each with the source line that it comes from."""
 
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 
 from .report import UnknownInstruction
@@ -47,11 +46,6 @@ class Program:
     shared: int  #: bytes of a CTA
     blocks: list[list[Instruction]] = field(default_factory=lambda: [[]])
     labels: dict[str, int] = field(default_factory=dict)  #: -> number of a block
-
-    @property
-    def opcodes(self) -> Counter[str]:
-        """How many instructions of each kind there are."""
-        return Counter(instruction.opcode for block in self.blocks for instruction in block)
 
 
 def split(text: str) -> list[str]:

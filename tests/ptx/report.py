@@ -26,7 +26,7 @@ class Finding:
 
 
 class Report:
-    """Faults by kind and line; counts of a whole launch, and by line.
+    """Faults by kind and line; counts of a whole launch, by line, and of global memory by argument.
 
     Counts: "load sectors" are the 32-byte sectors that warps touch, and "load bytes" what they use of them (as "store" and "cp.async");
     "shared read wavefronts" what a shared access takes, and "shared read ideal" what its distinct words could (as "write", "ldmatrix",
@@ -38,6 +38,8 @@ class Report:
         self.findings: dict[tuple[str, str], Finding] = {}
         self.counts: Counter[str] = Counter()
         self.lines: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.arguments: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.instructions: Counter[str] = Counter()  #: that warps ran, by opcode
 
     def fault(self, kind: str, line: str, count: int = 1, example: str = "") -> None:
         """Add to what was wrong."""
@@ -59,18 +61,21 @@ class Report:
             self.fault(found.kind, found.line, found.count, found.example)
         for name, number in other.counts.items():
             self.most(name, number) if name.startswith("max ") else self.counts.update({name: number})
-        for line, counts in other.lines.items():
-            self.lines[line].update(counts)
+        self.instructions.update(other.instructions)
+        for mine, others in ((self.lines, other.lines), (self.arguments, other.arguments)):
+            for key, counts in others.items():
+                mine[key].update(counts)
 
     def raise_faults(self, kernel: str) -> None:
         """Raise `Fault` if there is any."""
         if self.findings:
             raise Fault(f"{kernel}: " + "; ".join(map(str, self.findings.values())))
 
-    def share(self, what: str) -> float | None:
-        """Bytes used of those in the sectors touched by "load", "store" or "cp.async"; None where there were none."""
-        touched = self.counts[f"{what} sectors"]
-        return self.counts[f"{what} bytes"] / (32 * touched) if touched else None
+    def share(self, *accesses: str, argument: str | None = None) -> float | None:
+        """Bytes used of those in the sectors touched by "load", "store" or "cp.async", of all or of one argument; None where there were none."""
+        counts = self.counts if argument is None else self.arguments[argument]
+        touched = sum(counts[f"{what} sectors"] for what in accesses)
+        return sum(counts[f"{what} bytes"] for what in accesses) / (32 * touched) if touched else None
 
     def conflicts(self, what: str) -> float | None:
         """Wavefronts of shared "read", "write", "ldmatrix" or "cp.async" over the fewest possible; None where there were none."""

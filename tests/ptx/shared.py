@@ -11,7 +11,7 @@ import numpy as np
 from .memory import GlobalMemory
 from .report import Report
 from .threads import Threads
-from .values import Array
+from .values import Array, differ
 
 NOBODY, SEVERAL = -1, -2
 BANKS = 32
@@ -88,10 +88,10 @@ class SharedMemory:
         self._count_wavefronts(address, size, active, line, "write")
         data = np.ascontiguousarray(np.stack(values, 1)[chosen]).view("u1").reshape(-1, size)
         memory = self._as(size)
-        changes = np.repeat((memory[at // size] != data).any(1)[:, None], grains.shape[1], 1)
+        changes = np.repeat(differ(memory[at // size], data, width).any(1)[:, None], grains.shape[1], 1)
         self._note_write(grains, chosen, line, changes)
         memory[at // size] = data
-        lost = (memory[at // size] != data).any(1)
+        lost = differ(memory[at // size], data, width).any(1)
         if lost.any():
             others = np.flatnonzero(at == at[np.flatnonzero(lost)[0]])
             names = " and ".join(self.threads.name(chosen[k]) for k in others[:2])

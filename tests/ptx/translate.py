@@ -27,7 +27,7 @@ ZERO = ("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z", "global_smem")
 HINTS = re.compile(r"L[12]::\w+")
 #: Functions that the expressions call.
 FUNCTIONS = (
-    "where", "fma", "truncated_division", "remainder", "shift", "bit_field", "permute", "bfloat16", "float16", "from_bfloat16", "from_float16", "halves",
+    "fma", "truncated_division", "remainder", "shift", "bit_field", "permute", "bfloat16", "float16", "from_bfloat16", "from_float16", "halves",
     "integer_pairs", "pack", "high_product", "to_integer", "rsqrt", "tf32",
 )  # fmt: skip
 
@@ -37,7 +37,7 @@ class Code:
     """A program that can run."""
 
     program: Program
-    registers: int
+    registers: list[str]  #: the dtype that each is kept in
     constants: list[Array]
     grain: int  #: bytes of the narrowest access to shared memory, at most 4
     together: list[Callable]  #: of each block, for all threads
@@ -101,7 +101,7 @@ class Writer:
         if home != dtype:
             expression = f"({expression}).view('{home}')" if got == have else f"({expression}).astype('{home}')"
         target = f"R[{self.index[register]}]"
-        self.lines.append(f"{target} = {expression}" if mask is None else f"{target} = where({mask}, {expression}, {target})")
+        self.lines.append(f"{target} = {expression}" if mask is None else f"{target} = np.where({mask}, {expression}, {target})")
 
     def address(self, operand: str) -> str:
         """The expression of "[%rd1+16]"."""
@@ -330,4 +330,4 @@ def translate(program: Program) -> Code:
         _accessed(i)[1] * _accessed(i)[2] for block in program.blocks for i in block
         if i.name in ("ld", "st") and i.modifiers[0].startswith("shared")
     ]  # fmt: skip
-    return Code(program, len(writer.index), list(writer.constants.values()), min([4, *widths]), blocks[None], blocks["m"])
+    return Code(program, list(writer.homes.values()), list(writer.constants.values()), min([4, *widths]), blocks[None], blocks["m"])

@@ -6,15 +6,7 @@ from numpy.typing import NDArray
 Array = NDArray
 
 #: What a register holds in threads that never set it, by dtype: NaN, or a number that no address is.
-POISON = {
-    "f4": np.float32(np.nan), "f8": np.float64(np.nan), "i4": np.int32(0x7FC0DEAD), "u4": np.uint32(0x7FC0DEAD), "u2": np.uint16(0x7FDE),
-    "i2": np.int16(0x7FDE), "i8": np.int64(0x7FFFDEAD0000DEAD), "u8": np.uint64(0x7FFFDEAD0000DEAD), "b1": np.bool_(False),
-}  # fmt: skip
-
-
-def where(active: Array, value: Array, old: Array | None) -> Array:
-    """`value` in active threads; in others what the register held."""
-    return np.where(active, value, POISON[value.dtype.str[1:]] if old is None else old)
+POISON = {"f4": np.nan, "f8": np.nan, "i4": 0x7FC0DEAD, "u2": 0x7FDE, "i8": 0x7FFFDEAD0000DEAD, "?": False}
 
 
 def fma(a: Array, b: Array, c: Array) -> Array:
@@ -57,9 +49,9 @@ def shift(direction: str, a: Array, by: Array, bits: int) -> Array:
 
 
 def bit_field(a: Array, position: Array, length: Array) -> Array:
-    """bfe of 32 bits. Raises ValueError for a field that is empty or leaves the register."""
+    """bfe of 32 or 64 bits, extended by the field's own sign. Raises ValueError for a field that is empty or leaves the register."""
     position, length = position & 255, length & 255
-    if (position + length > 32).any() or (length == 0).any():
+    if (position + length > 8 * a.dtype.itemsize).any() or (length == 0).any():
         raise ValueError("bfe: expected a field within the register")
     full = a.astype("i8") if a.dtype.kind == "i" else a.astype("u8")
     left = (64 - position.astype("i8") - length).astype(full.dtype)
@@ -162,3 +154,13 @@ def tf32(x: Array) -> Array:
     bits = x.view("u4")
     rounded = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
     return np.where(np.isfinite(x), rounded, bits).view("f4")
+
+
+def differ(a: Array, b: Array, width: int) -> Array:
+    """Which bytes [threads, ·] are not those of the same values, of `width` bytes each: one NaN is as good as another, as on a GPU."""
+    if width != 4:
+        return a != b
+    x, y = (np.ascontiguousarray(t).view("u4") for t in (a, b))
+    with np.errstate(invalid="ignore"):
+        nan = np.isnan(x.view("f4")) & np.isnan(y.view("f4"))
+    return np.repeat((x != y) & ~nan, 4, 1)

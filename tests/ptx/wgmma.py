@@ -63,7 +63,7 @@ class WarpGroups:
         product = np.ascontiguousarray(product.transpose(3, 1, 5, 0, 2, 4)).reshape(columns // 2, -1)
         everywhere = np.ones(self.threads.count, bool) if active is None else active
         for number, new in zip(out, product, strict=True):
-            old = np.full(self.threads.count, np.float32(np.nan)) if registers[number] is None else registers[number]
+            old = registers[number]
             before = self.results.get(number) or Result(old, self.committed, np.zeros(self.threads.count, bool))
             value = np.where(before.pending, before.value, old)
             self.results[number] = Result(
