@@ -66,6 +66,17 @@ def device() -> torch.device:
     return torch.device("cuda" if CUDA else "cpu")
 
 
+@pytest.fixture
+def on_device(device) -> Iterator[torch.device]:
+    """Whatever a test makes without saying where lies on the device: for tests of backends that a CPU has by Triton's interpreter alone."""
+    before = torch.get_default_device()
+    if CUDA:
+        torch.set_default_device(device)
+    yield device
+    if CUDA:
+        torch.set_default_device(before)
+
+
 def name(item: pytest.Item) -> str:
     """Of a test, wherever pytest was called from."""
     return f"{item.path.name}::{item.nodeid.partition('::')[2]}"

@@ -101,6 +101,7 @@ def test_a_backend_of_another_name_is_another_graph():
     assert found == [True, False]
 
 
+@pytest.mark.usefixtures("on_device")
 def test_kernels_that_choose_by_size_take_any_batch_size():
     """Whether the activation is kept depends on the batch; a graph for any batch asks for it."""
     ours = network(dtype=torch.float32)

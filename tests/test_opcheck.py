@@ -115,6 +115,7 @@ def test_backwards_of_convolutions(name, residual, layout):
     torch.library.opcheck(overload(f"{name}_backward"), (*args, layout != "permuted", "eager"), test_utils=QUICK)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("backend", ["triton", *LANGUAGES])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_fakes_say_what_kernels_give(name, backend):
@@ -152,6 +153,7 @@ def test_norms_and_pools(name, residual, layout):
     torch.library.opcheck(overload(f"{name}_backward"), (*backward, "eager"))
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("backend", LANGUAGES)
 @pytest.mark.parametrize(("name", "residual"), FINISHING)
 def test_fakes_say_what_passes_give(name, residual, backend):

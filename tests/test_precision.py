@@ -159,6 +159,7 @@ def tf32_settings():
     torch.backends.cudnn.allow_tf32 = before  # in the old way, which undoes the new one: PyTorch refuses a mix from then on
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("allowed", [True, False])
 @pytest.mark.parametrize("interface", ["allow_tf32", "fp32_precision"])
 def test_tf32_of_convolutions_is_honoured(interface, allowed, tf32_settings, monkeypatch):

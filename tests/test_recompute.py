@@ -104,6 +104,7 @@ def held(model, x, backend="eager"):
 # ---- the same bits ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("backend, dtype", WAYS)
 def test_bits_are_those_without_it(backend, dtype, made):
     """Bottlenecks and a basic block, a stride, groups, projections, blocks that begin with an activation and with a pending one."""
@@ -111,10 +112,10 @@ def test_bits_are_those_without_it(backend, dtype, made):
     assert made
 
 
-def test_bits_of_float16_under_autocast(made):
+def test_bits_of_float16_under_autocast(made, on_device):
     """Weights are cast for forward; what is made again reads the cast that was saved."""
     model, x = Stage(Bottleneck(16, 4), Bottleneck(16, 4)), images(torch.float32, (2, 16, 4, 4))
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(on_device.type, torch.float16):
         assert same_bits(model, x, "triton")
     assert len(made) == 4
 
@@ -162,6 +163,7 @@ def test_the_forwards_kernels_and_tiles_make_it_again():
 # ---- memory -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("backend, dtype", WAYS)
 def test_what_is_saved_is_less_by_the_inside_of_the_branches(backend, dtype):
     """By hand, in values: what a block's convolutions hand on, and where a backend keeps it, the activation behind each.
@@ -449,23 +451,23 @@ def test_what_was_changed_in_place_is_an_error():
 
 
 @pytest.mark.parametrize("backend", ["eager", "passes_triton", "triton"])
-def test_a_backward_under_autocast_makes_what_the_forward_made(backend):
+def test_a_backward_under_autocast_makes_what_the_forward_made(backend, on_device):
     """float32 forward; autocast is on, and another backend in force, when backward runs."""
     plain, x = network(dtype=torch.float32), images(torch.float32)
     again, found = fused_resnet.recompute(copy.deepcopy(plain)), []
     for model in (plain, again):
         loss = loss_of(model, x, backend)
-        with torch.autocast("cpu", torch.bfloat16), fused_resnet.backend("off"):
+        with torch.autocast(on_device.type, torch.bfloat16), fused_resnet.backend("off"):
             loss.backward()
         found.append([p.grad for p in model.parameters()])
     equal = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert equal
 
 
-def test_the_autocast_test_sees_a_cast(monkeypatch):
+def test_the_autocast_test_sees_a_cast(monkeypatch, on_device):
     monkeypatch.setattr(recompute, "_as_in_forward", lambda make, read: make(read))
     with pytest.raises((AssertionError, RuntimeError)):
-        test_a_backward_under_autocast_makes_what_the_forward_made("eager")
+        test_a_backward_under_autocast_makes_what_the_forward_made("eager", on_device)
 
 
 def test_a_hook_on_an_inner_module_leaves_its_block_to_pytorch(made):
