@@ -1,6 +1,7 @@
 """What `fused-resnet profile --csv` and `--json` print: the tables of the page, for programs."""
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -10,6 +11,7 @@ from test_profile import profile
 
 from fused_resnet.cli import main
 from fused_resnet.profile.analysis import write_profile
+from fused_resnet.profile.report import page
 
 
 def printed(form: str, folder, capsys) -> tuple[str, str]:
@@ -62,3 +64,10 @@ def test_tables_in_csv_are_those_in_json(tmp_path, capsys):
             assert [str(value) if isinstance(value, str) else "" if value is None else float(value) for value in row.values()] == [
                 float(cell) if isinstance(value, float) else cell for cell, value in zip(line, row.values(), strict=True)
             ]  # fmt: skip
+
+
+def test_a_layer_above_the_roof_is_told():
+    parts = [dataclasses.replace(part, floor_ms=1.01 * part.ms) for part in profile().parts[:2]]
+    text = page([profile(parts=[*parts, profile().parts[2]])])
+    assert "2 of 3 parts pass the roof, first conv1 forward: the machine was busier" in text
+    assert "pass the roof" not in page([profile()])

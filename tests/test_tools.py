@@ -380,14 +380,20 @@ def test_a_ceiling_is_the_best_of_many():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ceilings_are_the_fastest_of_several_sizes(dtype, monkeypatch):
     monkeypatch.setattr(machine, "SIZES", {"cpu": ((1, 2), (64, 128))})
+    monkeypatch.setattr(machine, "CACHED", (0.5, 0.25))
     asked = {}
 
     def measure(calls, device, repeats, limit_s):
         asked.update(calls)
-        return {name: Times(*3 * (1.0 if name in ("copy of 1 MiB", "product of 128") else 10.0,)) for name in calls}
+        return {name: Times(*3 * (1.0 if name in ("copy of 1 MiB", "product of 128") else 1e5,)) for name in calls}
 
     monkeypatch.setattr(machine, "measure", measure)
     found = measure_ceilings(CPU, dtype, 3)
-    assert list(asked) == ["copy of 1 MiB", "copy of 2 MiB", "product of 64", "product of 128"]
+    convolutions = ["product of a convolution of 128", "product of a convolution of 256"]
+    assert list(asked) == ["copy of 1 MiB", "copy of 2 MiB", "product of 64", "product of 128", *convolutions]
     assert (found.copy_bytes, found.matmul_flops) == (2 * 2**20, 2 * 128**3)
-    assert asked["product of 64"]().dtype == dtype
+    assert asked["product of 64"]().dtype == asked[convolutions[1]]().dtype == dtype
+    asked.clear()
+    measure_ceilings(CPU, dtype, 3, cached=True)
+    assert [name for name in asked if name.startswith("copy")][2:] == ["copy of 0.5 MiB", "copy of 0.25 MiB"]
+    assert asked["copy of 0.25 MiB"]().nbytes == 2**18

@@ -151,18 +151,25 @@ class Ceilings:
 
 
 #: (megabytes of a copy, extent of a square matrix). Which is fastest depends on caches, and on how many cores are free.
-SIZES = {"cuda": ((1024,), (8192, 4096)), "cpu": ((64, 16), (512, 1024))}
+SIZES = {"cuda": ((1024,), (8192, 4096)), "cpu": ((64, 16), (512, 1024, 2048))}
+#: Megabytes of a copy that a CPU's caches hold.
+CACHED = (4, 1, 0.5, 0.25)
+#: 3x3 convolutions on a CPU, whose products oneDNN may make faster than those of matrices: images, channels, extent.
+CONVOLUTIONS = ((16, 128, 28), (16, 256, 14))
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 50) -> Ceilings:
+def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 50, cached: bool = False) -> Ceilings:
     """Copy a tensor that no cache holds, and multiply two square matrices of `dtype`, in several sizes; of each the fastest.
 
+    On a CPU also what a convolution multiplies; and with `cached` copies that stay in its caches, where a layer's tensors may be found.
     float32 is multiplied as convolutions multiply it: in TF32 where cuDNN may.
     """
     megabytes, extents = SIZES["cuda" if device.type == "cuda" else "cpu"]
+    if cached and device.type == "cpu":
+        megabytes = (*megabytes, *CACHED)
     calls, work = {}, {}
     for size in megabytes:
-        source = torch.randn(size * 2**20 // 4, device=device)
+        source = torch.randn(int(size * 2**20) // 4, device=device)
         target = torch.empty_like(source)
         calls[f"copy of {size} MiB"] = lambda source=source, target=target: target.copy_(source)
         work[f"copy of {size} MiB"] = 2 * source.nbytes
@@ -170,6 +177,13 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 50
         a, b = (torch.randn(extent, extent, device=device).to(dtype) for _ in range(2))
         calls[f"product of {extent}"] = lambda a=a, b=b: a @ b
         work[f"product of {extent}"] = 2 * extent**3
+    for images, channels, extent in CONVOLUTIONS if device.type == "cpu" else ():
+        x, weight = (
+            torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+            for shape in ((images, channels, extent, extent), (channels, channels, 3, 3))
+        )
+        calls[f"product of a convolution of {channels}"] = lambda x=x, weight=weight: torch.conv2d(x, weight, padding=1)
+        work[f"product of a convolution of {channels}"] = 2 * images * extent**2 * channels**2 * 9
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     try:

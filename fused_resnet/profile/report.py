@@ -118,10 +118,16 @@ def _heads(profiles: Sequence[Profile]) -> Iterable[str]:
                 f'<p class="note">{f"<b>{letter}</b>: " if letter else ""}The {p.steps} steps that were recorded lie {p.spread:.0%} of '
                 "their median apart: something else kept the machine busy, and times of layers are to be taken with care.</p>"
             )
+    for p, letter in _lettered(profiles):
+        if above := [f"{part.layer} {part.phase}" for part in p.parts if part.fraction is not None and part.fraction > 1]:
+            yield (
+                f'<p class="note">{f"<b>{letter}</b>: " if letter else ""}{len(above)} of {len(p.parts)} parts pass the roof, '
+                f"first {escape(above[0])}: the machine was busier while its ceilings were measured.</p>"
+            )
     if any(p.meta.device == "cpu" for p in profiles):
         yield (
-            '<p class="note">These are times of a <b>CPU</b>. Ceilings are a copy and a matrix product on this machine, and caches hold '
-            "small tensors, so that a layer may pass the roof. They say nothing about a GPU.</p>"
+            '<p class="note">These are times of a <b>CPU</b>. Ceilings are the fastest copy, which its caches hold as they hold small '
+            "tensors, and the fastest product on this machine. They say nothing about a GPU.</p>"
         )
 
 

@@ -16,6 +16,7 @@ from .analysis import Profile, analyse, busy_ms, by_kernel, gaps, spread, typica
 from .onednn import primitives
 from .record import WARMUP, memory_timeline, record_steps, write_trace
 
+CALLS = 50  #: of each copy and product of the ceilings, before and after
 STEPS = 10  #: whole steps that are timed
 RECORDED = 5  #: steps with the profiler
 #: What a profile is made in, in order.
@@ -43,7 +44,7 @@ def profile_step(
     how, stages = IMPLEMENTATIONS[impl], iter(STAGES)
     begins(next(stages))
     load = load_average()
-    ceilings = measure_ceilings(device, dtype, STEPS)
+    ceilings = measure_ceilings(device, dtype, CALLS, cached=True)
     begins(next(stages))
     step = TrainingStep(subject, impl, dtype, batch, device)
     begins(next(stages))
@@ -62,7 +63,7 @@ def profile_step(
     with backend(how.backend):
         design = _design("off" if how.compile_mode else backends.resolve(device, dtype), how.compile_mode is not None)
     begins(next(stages))  # as at first, or another program may have slowed that measurement down
-    ceilings = ceilings.best(measure_ceilings(device, dtype, STEPS))
+    ceilings = ceilings.best(measure_ceilings(device, dtype, CALLS, cached=True))
     begins(next(stages))
     parts, floors = analyse(recordings, subject.make, (batch, *subject.shape), dtype, ceilings, design)
     return Profile(
