@@ -7,10 +7,15 @@ import json
 import re
 
 import pytest
+import torch
 from test_profile import profile
 
+from fused_resnet.bench.machine import Ceilings
+from fused_resnet.bench.timing import Times
 from fused_resnet.cli import main
-from fused_resnet.profile.analysis import write_profile
+from fused_resnet.models import resnet18
+from fused_resnet.profile.analysis import analyse, write_profile
+from fused_resnet.profile.record import Recording, Work
 from fused_resnet.profile.report import page
 
 
@@ -71,3 +76,13 @@ def test_a_layer_above_the_roof_is_told():
     text = page([profile(parts=[*parts, profile().parts[2]])])
     assert "2 of 3 parts pass the roof, first conv1 forward: the machine was busier" in text
     assert "pass the roof" not in page([profile()])
+
+
+def test_a_projection_whose_weight_alone_is_cast_has_no_floor():
+    """Its convolution is in the operator of the block's first one, and a layer of microseconds would pass any roof."""
+    casts = [Work(name, "layer2.0.downsample.0", "forward", 0, 5) for name in ("aten::empty_strided", "aten::copy_")]
+    ceilings = Ceilings(Times(1.0, 1.0, 1.0), 10**9, Times(1.0, 1.0, 1.0), 10**11)
+    product = Work("aten::mm", "layer2.0.downsample.0", "forward", 5, 5)
+    for works, counted in ((casts, False), ([*casts, product], True)):
+        (part,), _ = analyse([Recording(works, [], "", False)], resnet18, (1, 3, 64, 64), torch.float32, ceilings, "passes")
+        assert bool(part.flops) == bool(part.bytes) == bool(part.floor_ms) == counted and part.ms > 0
