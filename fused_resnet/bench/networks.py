@@ -24,7 +24,7 @@ from ..nn import Block
 from ..roofline import DEPTHS, DESIGNS, floor_seconds, resnet, total_flops, training_step
 from .gate import DRAWS, LATER_DRAWS, Gate
 from .load import LoadError, builder
-from .machine import Ceilings
+from .machine import Ceilings, measure_ceilings
 from .schema import Row
 from .steps import IMPLEMENTATIONS, BlockStep, InferenceStep, Step, Subject, TrainingStep
 from .timing import POSSIBLE, Deadline, Times, attempt, measure
@@ -102,10 +102,16 @@ class Networks:
         failed = attempt(lambda: found.append(gate.verdict(step, LATER_DRAWS, batch)[1]), self.limit_s)
         if failed or found[0]:
             return failed or f"{found[0]} (after it was timed)"
-        least = POSSIBLE * 1e3 * self._flops(gate.subject, batch) / self.ceilings.flops_per_s
+        least = self._least_ms(gate.subject, batch, self.ceilings)
+        if outcome.median_ms < least and self.device.type == "cpu":  # others may have slowed down the products that were measured first
+            least = self._least_ms(gate.subject, batch, measure_ceilings(self.device, self.dtype, self.repeats))
         if outcome.median_ms < least:
             return f"wrong: {outcome.median_ms:.2g} ms; its products take more than {least:.2g} ms on this machine"
         return outcome
+
+    def _least_ms(self, subject: Subject, batch: int, ceilings: Ceilings) -> float:
+        """In less than that nothing does the case's products."""
+        return POSSIBLE * 1e3 * self._flops(subject, batch) / ceilings.flops_per_s
 
     def _flops(self, subject: Subject, batch: int) -> int:
         """Of the case; 0 where it can't be traced."""
