@@ -1,5 +1,7 @@
 """What a stopwatch does on a GPU, in which order, and what becomes of one that fails: with PyTorch's calls written down instead of made."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -53,3 +55,13 @@ def test_an_error_that_lasts_is_a_status_and_not_the_end(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", broken)
     assert timing.attempt(broken, 10) == "unsupported: CUDA error: an illegal memory access was encountered"
+
+
+def test_an_alarm_that_rings_when_the_call_has_ended_is_a_timeout(monkeypatch):
+    @contextlib.contextmanager
+    def late(seconds):
+        yield lambda: True
+        raise timing.Deadline
+
+    monkeypatch.setattr(timing, "deadline", late)
+    assert timing.attempt(lambda: None, 3) == "timeout: not done in 3 s"

@@ -151,7 +151,7 @@ class Ceilings:
 
 
 #: (megabytes of a copy, extent of a square matrix). Which is fastest depends on caches, and on how many cores are free.
-SIZES = {"cuda": ((1024,), (8192, 4096)), "cpu": ((64, 16), (512, 1024, 2048))}
+SIZES = {"cuda": ((1024,), (8192, 4096)), "cpu": ((64, 16), (512, 1024))}
 #: Megabytes of a copy that a CPU's caches hold.
 CACHED = (4, 1, 0.5, 0.25)
 REPEATED = 16  #: megabytes that such copies copy in all, one after the other

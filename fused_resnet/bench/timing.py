@@ -107,15 +107,17 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 def attempt(call: Callable[[], object], limit_s: float = 60.0) -> str | None:
     """Run `call`; None, or the status of a row: "oom: …", "timeout: …", or "unsupported: …" with the first line of what went wrong."""
-    with deadline(limit_s) as over:
-        try:
-            call()
-            return None
-        except Exception as error:  # a peer may fail in any way, and the others go on
-            words = next(iter(str(error).splitlines()), "") or type(error).__name__
-            status = f"{'oom' if out_of_memory(error) else 'unsupported'}: {words}"
-            if over():
-                status = f"timeout: not done in {limit_s:g} s"
+    late = f"timeout: not done in {limit_s:g} s"
+    try:
+        with deadline(limit_s) as over:
+            try:
+                call()
+                return None
+            except Exception as error:  # a peer may fail in any way, and the others go on
+                words = next(iter(str(error).splitlines()), "") or type(error).__name__
+                status = late if over() else f"{'oom' if out_of_memory(error) else 'unsupported'}: {words}"
+    except Deadline:  # it rang when the call had ended
+        status = late
     if torch.cuda.is_available():
         with suppress(RuntimeError):  # an error of the GPU that lasts: the row says it, and so will the others
             torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ from .analysis import Profile, analyse, busy_ms, by_kernel, gaps, spread, typica
 from .onednn import primitives
 from .record import WARMUP, memory_timeline, record_steps, write_trace
 
-CALLS = 50  #: of each copy and product of the ceilings, before and after
+CALLS = 20  #: of each copy and product of the ceilings, before and after
 STEPS = 10  #: whole steps that are timed
 RECORDED = 5  #: steps with the profiler
 #: What a profile is made in, in order.
