@@ -37,30 +37,36 @@ def test_the_commands_wait_passively_and_nobody_else(monkeypatch, argv, started,
     monkeypatch.delitem(sys.modules, "torch")
     for name in processors.WAITING:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is forgotten after the test
-    monkeypatch.delenv("OMP_WAIT_POLICY")
+    for name in processors.PATIENCE:
+        monkeypatch.setenv(name, "")  # so that it is forgotten after the test
+        monkeypatch.delenv(name)
+
+    def said():
+        return {name: value for name, value in os.environ.items() if name in processors.WAITING}
+
     processors.wait_passively()
-    assert os.environ.get("OMP_WAIT_POLICY") == ("passive" if passive else None)
+    assert said() == ({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"} if passive else {})
     for name in processors.WAITING:
-        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        for ours in processors.PATIENCE:
+            monkeypatch.delenv(ours, raising=False)
         monkeypatch.setenv(name, "active")
         processors.wait_passively()
-        assert os.environ.get("OMP_WAIT_POLICY") == ("active" if name == "OMP_WAIT_POLICY" else None), "the user's own wins"
+        assert said() == {name: "active"}, "the user's own wins"
         monkeypatch.delenv(name)
     monkeypatch.setitem(sys.modules, "torch", loaded["torch"])
     processors.wait_passively()
-    assert "OMP_WAIT_POLICY" not in os.environ, "it would come too late"
+    assert not said(), "it would come too late"
 
 
 def test_it_is_said_before_pytorch_is_loaded():
     """By the package itself, which loads PyTorch: afterwards nothing is said any more."""
     code = (
         "import os, sys; sys.argv = ['-m', 'train']; sys.orig_argv = ['python', '-m', 'fused_resnet', 'train']; "
-        "import fused_resnet; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+        "import fused_resnet; print(os.environ['OMP_WAIT_POLICY'], os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
     )
     clean = {name: value for name, value in os.environ.items() if name not in processors.WAITING}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=clean, check=False)
-    assert done.stdout == "passive True\n", done.stderr
+    assert done.stdout == "passive 10000 True\n", done.stderr
 
 
 def spin() -> None:
