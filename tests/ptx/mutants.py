@@ -18,7 +18,8 @@ class Mutants:
     words: str
     architecture: int
     reported: list[str] = field(default_factory=list)
-    silent: list[str] = field(default_factory=list)  #: not reported, and with other results: what must not be
+    compared: list[str] = field(default_factory=list)  #: masks whose loads stay within the tensor: a comparison of values sees these
+    silent: list[str] = field(default_factory=list)  #: all else that is not reported, and has other results: what must not be
     harmless: list[str] = field(default_factory=list)  #: not reported, and with the same bits
 
 
@@ -53,7 +54,8 @@ def of_kernel(name: str, architecture: int) -> Mutants:
         with executing(architecture, raising=False, edit=lambda t, text=text: text if t == texts[0] else t) as ran:
             found = bits(case.run())
         faults = any(each.report.findings for each in ran)
-        (made.reported if faults else made.harmless if found == right else made.silent).append(what)
+        unseen = made.compared if what.startswith("mask") else made.silent
+        (made.reported if faults else made.harmless if found == right else unseen).append(what)
     return made
 
 

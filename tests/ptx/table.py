@@ -89,11 +89,11 @@ def planted(mutants: list[dict]) -> Iterator[str]:
     yield f"Planted by hand: {caught} of {len(faults.FAULTS)} faults reported, {len(faults.UNKNOWN)} unknown instructions refused."
     yield ""
     yield row(
-        "compiled kernel", "sm", "lines taken out, one at a time", "reported", "not reported, other results", "not reported, same bits"
+        "compiled kernel", "sm", "lines taken out, one at a time", "reported", "masks that values show", "unseen", "harmless: the same bits"
     )
-    yield row("---", "---", *["---:"] * 4)
+    yield row("---", "---", *["---:"] * 5)
     for mutant in mutants:
-        counts = [len(mutant[key]) for key in ("reported", "silent", "harmless")]
+        counts = [len(mutant[key]) for key in ("reported", "compared", "silent", "harmless")]
         yield row(f"`{mutant['kernel']}`, {mutant['words']}", mutant["architecture"], sum(counts), *counts)
 
 
