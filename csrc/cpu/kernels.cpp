@@ -4,6 +4,9 @@
 #include "pointwise.h"
 #include "pools.h"
 #include "statistics.h"
+#include "weight.h"
+#include "weight_gradient.h"
+#include "window.h"
 
 namespace fused_resnet {
 namespace FUSED_RESNET_ISA {
@@ -96,8 +99,12 @@ void avg_pool_of(const AvgPool& given, int64_t first, int64_t last) {
   });
 }
 
-void pointwise_forward_of(const PointwiseForward& given, int64_t first, int64_t last, void* scratch) {
+void pointwise_forward_of(const ConvForward& given, int64_t first, int64_t last, void* scratch) {
   with_residual(given.norm.kind, [&](auto kind) { pointwise_forward<static_cast<Residual>(kind.value)>(given, first, last, scratch); });
+}
+
+void window_forward_of(const ConvForward& given, int64_t first, int64_t last, void* scratch) {
+  with_residual(given.norm.kind, [&](auto kind) { window_forward<static_cast<Residual>(kind.value)>(given, first, last, scratch); });
 }
 
 }  // namespace
@@ -105,7 +112,10 @@ void pointwise_forward_of(const PointwiseForward& given, int64_t first, int64_t 
 const Kernels kKernels = {
     norm_add_act_of, moments_of,    merge_moments, backward_reduce_of, merge_sums,
     prepare_apply,   backward_apply_of, max_pool_of,   avg_pool_of,
-    pack_weight,     pointwise_forward_of, pointwise_backward, pointwise_scratch, merge_weight,
+    pack_weight,
+    pointwise_forward_of, pointwise_backward, pointwise_forward_scratch, pointwise_backward_scratch,
+    window_forward_of, window_backward, window_forward_scratch, window_backward_scratch,
+    weight_gradient, weight_gradient_scratch, merge_weight,
 };
 
 }  // namespace FUSED_RESNET_ISA

@@ -135,31 +135,54 @@ struct AvgPool {
   void* out;         // [images, channels]
 };
 
-// 1x1 convolutions, with the passes around them.
+// Convolutions of bfloat16 with the passes around them: 1x1 (pointwise.h), and 3x3 with a padding of 1 (window.h).
 struct PackWeight {
-  const void* weight;  // [outputs, inputs]
-  int64_t outputs, inputs;
+  const void* weight;  // [outputs, taps, inputs]
+  int64_t outputs, inputs, taps;
   bool forward;
   void* packed;
 };
 
-struct PointwiseForward {
+// A 3x3 convolution takes `per_unit` images at once; a unit has whole parts of rows.
+struct Images {
+  int64_t count, height, width, per_unit;
+};
+
+struct ConvForward {
   NormAddAct norm;  // its act is y's input; not pending: its x is
   bool pending;
   const void* packed;  // the weight, forward
   void* y;
   Moments moments;  // of y; mean is nullptr where nobody asks for them. Its parts are those of the work
+  Images images;    // 3x3
 };
 
-struct PointwiseBackward {
+struct ConvBackward {
   BackwardApply apply;  // dy: nullptr where nobody else reads it
   const void* packed;   // the weight, backward; nullptr where nobody asks for dx
   BackwardReduce reduce;  // d is the convolution's. Not pending: of it the extent, the parts, dact and, for dx, dz
   bool pending;
   const void* act;
-  int64_t groups, parts_per_group;
-  float* sums;    // of dweight, [groups, outputs, inputs] in tiles; nullptr where it is not summed here
-  void* dweight;  // [outputs, inputs], by merge_weight
+  int64_t taps;                     // 1 or 9
+  Images images;                    // 3x3
+  int64_t groups, units_per_group;  // of a 1x1 convolution, units are parts
+  float* sums;  // of dweight, [groups, taps, outputs, inputs], the last two in tiles; nullptr where it is not summed here
+};
+
+// dweight of the whole dy, where its sums are too many for a cache: each thread sums a part of it over all pixels.
+struct WeightGradient {
+  const void* dy;
+  const void* act;
+  int64_t rows, outputs, inputs, taps;
+  Images images;  // 3x3
+  int64_t column_groups;  // that the inputs are divided into; with the blocks of 32 outputs, they are the units of work
+  float* sums;  // as above, of one group
+};
+
+struct MergeWeight {
+  const float* sums;
+  int64_t groups, outputs, inputs, taps;
+  void* dweight;  // [outputs, taps, inputs]
 };
 
 struct Kernels {
@@ -172,12 +195,19 @@ struct Kernels {
   void (*backward_apply)(const BackwardApply&, int64_t first_row, int64_t last_row);
   void (*max_pool)(const MaxPool&, int64_t first_line, int64_t last_line);  // lines of out: image by image, height by height
   void (*avg_pool)(const AvgPool&, int64_t first_image, int64_t last_image);
-  // `scratch`: pointwise_scratch bytes; forward 64 * inputs.
   void (*pack_weight)(const PackWeight&, int64_t first_block, int64_t last_block);  // of 16 columns
-  void (*pointwise_forward)(const PointwiseForward&, int64_t first_part, int64_t last_part, void* scratch);
-  void (*pointwise_backward)(const PointwiseBackward&, int64_t first_group, int64_t last_group, void* scratch);
-  int64_t (*pointwise_scratch)(const PointwiseBackward&);
-  void (*merge_weight)(const PointwiseBackward&, int64_t first_block, int64_t last_block);  // of 16 outputs
+  // `scratch`: as many bytes as the function below tells.
+  void (*pointwise_forward)(const ConvForward&, int64_t first_part, int64_t last_part, void* scratch);
+  void (*pointwise_backward)(const ConvBackward&, int64_t first_group, int64_t last_group, void* scratch);
+  int64_t (*pointwise_forward_scratch)(const ConvForward&);
+  int64_t (*pointwise_backward_scratch)(const ConvBackward&);
+  void (*window_forward)(const ConvForward&, int64_t first_unit, int64_t last_unit, void* scratch);
+  void (*window_backward)(const ConvBackward&, int64_t first_group, int64_t last_group, void* scratch);
+  int64_t (*window_forward_scratch)(const ConvForward&);
+  int64_t (*window_backward_scratch)(const ConvBackward&);
+  void (*weight_gradient)(const WeightGradient&, int64_t first_unit, int64_t last_unit, void* scratch);
+  int64_t (*weight_gradient_scratch)(const WeightGradient&);
+  void (*merge_weight)(const MergeWeight&, int64_t first_block, int64_t last_block);  // of 16 outputs
 };
 
 // The tables that are compiled in. The numbers of fused_resnet.native.INSTRUCTION_SETS.

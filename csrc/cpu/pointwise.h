@@ -17,19 +17,8 @@
 namespace fused_resnet {
 namespace FUSED_RESNET_ISA {
 
-// A weight, packed for `forward` (depth C) or backward (depth K), of the column blocks [first, last).
-inline void pack_weight(const PackWeight& given, int64_t first_block, int64_t last_block) {
-  const auto* from = static_cast<const BFloat16*>(given.weight);
-  auto* to = static_cast<BFloat16*>(given.packed);
-  if (given.forward) {
-    pack_transposed(from, given.inputs, first_block, last_block, to);
-  } else {
-    pack(from, given.outputs, given.inputs, first_block, last_block, to);
-  }
-}
-
 template <Residual kResidual>
-void pointwise_forward(const PointwiseForward& given, int64_t first_part, int64_t last_part, void* scratch) {
+void pointwise_forward(const ConvForward& given, int64_t first_part, int64_t last_part, void* scratch) {
   [[maybe_unused]] const Tiles tiles;
   const NormAddAct& norm = given.norm;
   const Moments& moments_of_y = given.moments;
@@ -51,12 +40,16 @@ void pointwise_forward(const PointwiseForward& given, int64_t first_part, int64_
   }
 }
 
+inline int64_t pointwise_forward_scratch(const ConvForward& given) {
+  return kBlockSide * given.norm.extent.channels * static_cast<int64_t>(sizeof(BFloat16));
+}
+
 // What a part of backward works in; `size` is in bytes.
 struct PointwiseScratch {
   BFloat16 *dy, *dx, *left, *right, *spare;
   int64_t size;
 
-  FUSED_RESNET_INLINE PointwiseScratch(const PointwiseBackward& given, void* scratch) {
+  FUSED_RESNET_INLINE PointwiseScratch(const ConvBackward& given, void* scratch) {
     const int64_t rows = (given.reduce.parts.rows_per_part + kDepth - 1) / kDepth * kDepth;
     const int64_t inputs = given.reduce.extent.channels, outputs = given.apply.extent.channels;
     auto* next = static_cast<BFloat16*>(scratch);
@@ -87,14 +80,26 @@ FUSED_RESNET_INLINE void reduce_part(const BackwardReduce& given, int64_t part) 
   backward_reduce<BFloat16, Source, Mask::kBits, false>(given, part, part + 1);
 }
 
-inline void pointwise_backward(const PointwiseBackward& given, int64_t first_group, int64_t last_group, void* scratch) {
+// Of the convolution's gradient of the rows of a part: what is asked for, a reduction or a sum.
+FUSED_RESNET_INLINE void finish_gradient(const ConvBackward& given, int64_t part, const PartRows& rows, BFloat16* dx) {
+  const int64_t inputs = given.reduce.extent.channels;
+  const auto* dact = static_cast<const BFloat16*>(given.reduce.dact);
+  if (given.pending) {
+    BackwardReduce reduce = given.reduce;
+    reduce.d = dx - rows.first * inputs;
+    dact ? reduce_part<SummedGradient<BFloat16>>(reduce, part) : reduce_part<PlainGradient<BFloat16>>(reduce, part);
+  } else if (dact) {
+    add_gradient(dx, dact + rows.first * inputs, (rows.last - rows.first) * inputs);
+  }
+}
+
+inline void pointwise_backward(const ConvBackward& given, int64_t first_group, int64_t last_group, void* scratch) {
   [[maybe_unused]] const Tiles tiles;
   const PointwiseScratch space(given, scratch);
   const int64_t inputs = given.reduce.extent.channels, outputs = given.apply.extent.channels;
   const auto* act = static_cast<const BFloat16*>(given.act);
-  const auto* dact = static_cast<const BFloat16*>(given.reduce.dact);
   for (int64_t group = first_group; group < last_group; ++group) {
-    const int64_t first_part = group * given.parts_per_group, end = first_part + given.parts_per_group;
+    const int64_t first_part = group * given.units_per_group, end = first_part + given.units_per_group;
     const int64_t last_part = end < given.reduce.parts.count ? end : given.reduce.parts.count;
     for (int64_t part = first_part; part < last_part; ++part) {
       const PartRows rows(given.reduce.parts, part, given.reduce.extent.rows);
@@ -106,41 +111,19 @@ inline void pointwise_backward(const PointwiseBackward& given, int64_t first_gro
       if (given.packed) {
         BFloat16* dx = given.pending ? space.dx : static_cast<BFloat16*>(given.reduce.dz) + rows.first * inputs;
         multiply(dy, count, outputs, static_cast<const BFloat16*>(given.packed), inputs, dx, space.spare);
-        if (given.pending) {
-          BackwardReduce reduce = given.reduce;
-          reduce.d = space.dx - rows.first * inputs;
-          dact ? reduce_part<SummedGradient<BFloat16>>(reduce, part) : reduce_part<PlainGradient<BFloat16>>(reduce, part);
-        } else if (dact) {
-          add_gradient(dx, dact + rows.first * inputs, count * inputs);
-        }
+        finish_gradient(given, part, rows, dx);
       }
       if (given.sums) {
-        pack_left(dy, count, outputs, space.left);
-        pack(act + rows.first * inputs, count, inputs, 0, inputs / kTileSide, space.right);
-        add_outer(space.left, outputs, space.right, inputs, (count + kDepth - 1) / kDepth, given.sums + group * outputs * inputs,
-                  part == first_part);
+        pack_left(dy, count, outputs, outputs, space.left);
+        pack(act + rows.first * inputs, count, inputs, 1, 0, inputs / kTileSide, space.right);
+        const int64_t steps = (count + kDepth - 1) / kDepth;
+        add_outer(space.left, outputs, space.right, inputs, steps * kTileValues, steps, given.sums + group * outputs * inputs, part == first_part);
       }
     }
   }
 }
 
-// dweight [K, C] of the groups' sums, in their order, of the rows of tiles [first, last).
-inline void merge_weight(const PointwiseBackward& given, int64_t first_block, int64_t last_block) {
-  const int64_t inputs = given.reduce.extent.channels, outputs = given.apply.extent.channels, across = inputs / kTileSide;
-  auto* to = static_cast<BFloat16*>(given.dweight);
-  for (int64_t block = first_block; block < last_block; ++block) {
-    for (int64_t column = 0; column < across; ++column) {
-      const float* from = given.sums + (block * across + column) * kTileSums;
-      for (int64_t i = 0; i < kTileSums; i += kLanes) {
-        Floats sum = load(from + i);
-        for (int64_t group = 1; group < given.groups; ++group) sum = sum + load(from + i + group * outputs * inputs);
-        store(to + (block * kTileSide + i / kTileSide) * inputs + column * kTileSide + i % kTileSide, rounded(BFloat16{}, sum));
-      }
-    }
-  }
-}
-
-inline int64_t pointwise_scratch(const PointwiseBackward& given) { return PointwiseScratch(given, nullptr).size; }
+inline int64_t pointwise_backward_scratch(const ConvBackward& given) { return PointwiseScratch(given, nullptr).size; }
 
 }  // namespace FUSED_RESNET_ISA
 }  // namespace fused_resnet

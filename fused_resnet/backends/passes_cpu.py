@@ -11,17 +11,21 @@ from ..values import Conv, ConvGeometry, ConvOutput, Pending, Source, problem_of
 from . import onednn, products
 from .passes_native import PassesNative, float32_vector
 
-#: Channels of a 1x1 convolution that runs together with the passes around it are multiples of this.
-POINTWISE_CHANNELS = 32
+#: Channels of a convolution that runs together with the passes around it are multiples of this; a 3x3 one may have 16 on both sides.
+CHANNELS, NARROW_CHANNELS = 32, 16
+#: A 3x3 convolution does while an image with its border of zeros takes at most so many bytes, in lines of at most so many pixels.
+IMAGE_BYTES, LINE_PIXELS = 2**20, 256
+#: And where there are so many images, since threads share them.
+LEAST_IMAGES = 16
 #: The instruction sets with which it is faster so. The others have it in plain loops, for the tests.
-POINTWISE_SETS = ("amx",)
+INSTRUCTION_SETS = ("amx",)
 
 
 class PassesCpu(PassesNative):
     """The passes on CPUs, by PyTorch's threads; and those convolutions as products of matrices that are faster so.
 
-    In inference, a convolution and what follows it is one primitive of oneDNN's. With AMX, in training, a 1x1 convolution of
-    bfloat16 runs together with the passes around it, part by part of its pixels.
+    In inference, a convolution and what follows it is one primitive of oneDNN's. With AMX, in training, 1x1 and 3x3
+    convolutions of bfloat16 run together with the passes around them, part by part of their pixels.
     """
 
     name = "passes_cpu"
@@ -47,12 +51,12 @@ class PassesCpu(PassesNative):
         first, *others = convs
         if not runs_with_passes(source.x, first.weight, first.geometry):
             return super().convolve(source, convs, write_act)
-        pending, act, mask = self._pointwise(source, first)
+        pending, act, mask = self._with_passes(source, first)
         return [pending, *(self._convolution(act, conv) for conv in others)], act, mask
 
     def _convolution(self, act, conv):
         if runs_with_passes(act, conv.weight, conv.geometry):
-            return self._pointwise(Source(act), conv)[0]
+            return self._with_passes(Source(act), conv)[0]
         return self.with_norm(_convolution(act, conv), conv.norm)
 
     def conv_affine_act(self, x, weight, geometry, scale, bias, residual, relu):
@@ -63,11 +67,11 @@ class PassesCpu(PassesNative):
         act = onednn.conv_affine_act(x, weight, geometry, bias, residual, relu, in_place=True)
         return super().conv_affine_act(x, weight, geometry, None, bias, residual, relu) if act is None else act
 
-    def _pointwise(self, source: Source, conv: Conv) -> tuple[Pending, Tensor, Tensor | None]:
-        """(what a 1x1 convolution makes, the activation that it reads, its mask where there is a residual)."""
+    def _with_passes(self, source: Source, conv: Conv) -> tuple[Pending, Tensor, Tensor | None]:
+        """(what a convolution makes, the activation that it reads, its mask where there is a residual)."""
         norm = conv.norm
         statistics = norm.training and not norm.group
-        y, act, mask, *made = self.operators.pointwise_forward(
+        y, act, mask, *made = self.operators.conv_forward(
             source.x, source.scale, source.bias, source.residual, source.residual_scale, source.residual_bias,
             conv.weight, statistics, float32_vector(norm.gamma), float32_vector(norm.beta), norm.eps,
         )  # fmt: skip
@@ -77,7 +81,7 @@ class PassesCpu(PassesNative):
     def convolution_again(self, source, conv, written):
         if runs_with_passes(source.x, conv.weight, conv.geometry):
             none = (None,) * 5
-            return lambda read: self.operators.pointwise_forward(read.x, *none, conv.weight, False, None, None, 0.0)[0]
+            return lambda read: self.operators.conv_forward(read.x, *none, conv.weight, False, None, None, 0.0)[0]
         return lambda read: _convolution(read.x, conv)
 
     def convolve_backward(self, source, act, mask, outputs, dact, need_dx):
@@ -86,28 +90,26 @@ class PassesCpu(PassesNative):
             return super().convolve_backward(source, act, mask, outputs, dact, need_dx)
         pairs = [self._convolution_backward(act, output, need_dx) for output in others]
         added = [gradient for gradient in (dact, *(dx for dx, _ in pairs)) if gradient is not None] if need_dx else []
-        gradients, dw = self._pointwise_backward(source, act, mask, first, sum(added[1:], added[0]) if added else None, need_dx)
+        gradients, dw = self._with_passes_backward(source, act, mask, first, sum(added[1:], added[0]) if added else None, need_dx)
         return gradients, [dw, *(dw for _, dw in pairs)]
 
-    def _pointwise_backward(
+    def _with_passes_backward(
         self, source: Source, act: Tensor, mask: Tensor | None, output: ConvOutput, dact: Tensor | None, need_dx: bool
     ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
-        """((dx, s1, s2, residual_s2), dw) of a 1x1 convolution, of which dact are the gradients of the activation's other readers."""
+        """((dx, s1, s2, residual_s2), dw) of a convolution, of which dact are the gradients of the activation's other readers."""
         raw = source.residual_mean is not None
-        *gradients, dw, dy = self.operators.pointwise_backward(
+        *gradients, dw = self.operators.conv_backward(
             output.dz, output.y, output.mean, output.invstd, float32_vector(output.gamma), output.s1, output.s2, output.weight, act, dact,
             source.x, source.mean, source.invstd, source.scale, source.bias,
             source.residual if raw else None, source.residual_mean, source.residual_invstd, mask, need_dx, output.need_dw,
         )  # fmt: skip
-        if dy is not None:
-            dw = products.wgrad(act, dy, problem_of(act, output.weight, output.geometry))
         return tuple(gradients), None if dw is None else like_weight(dw, output.weight)
 
     def _convolution_backward(self, act, output, need_dx):
         if output.dz is None:
             return None, None
         if output.training and runs_with_passes(act, output.weight, output.geometry):
-            (dx, *_), dw = self._pointwise_backward(Source(act), act, None, output, None, need_dx)
+            (dx, *_), dw = self._with_passes_backward(Source(act), act, None, output, None, need_dx)
             return dx, dw
         dy, weight = self._dy(output), output.weight
         problem, dx, dw = problem_of(act, weight, output.geometry), None, None
@@ -124,16 +126,22 @@ class PassesCpu(PassesNative):
 def runs_with_passes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
     """Whether the convolution of x by `weight` runs together with the passes around it."""
     k, c, *window = weight.shape
+    pads = 0 if window == [1, 1] else 1
     return (
-        window == [1, 1]
+        window in ([1, 1], [3, 3])
         and x.dtype == torch.bfloat16
-        and c % POINTWISE_CHANNELS == k % POINTWISE_CHANNELS == 0
-        and geometry.groups == 1
-        and not any(geometry.padding)
-        and max(geometry.stride) == 1
-        and weight.stride()[:2] == (c, 1)
-        and native.cpu_instruction_set() in POINTWISE_SETS
+        and (c % CHANNELS == k % CHANNELS == 0 or (pads and c == k == NARROW_CHANNELS))
+        and geometry.groups == max(geometry.stride) == max(geometry.dilation) == 1
+        and list(geometry.padding) == [pads, pads]
+        and (weight.stride()[:2] == (c, 1) if not pads else _in_a_cache(x) and weight.is_contiguous(memory_format=torch.channels_last))
+        and native.cpu_instruction_set() in INSTRUCTION_SETS
     )
+
+
+def _in_a_cache(x: Tensor) -> bool:
+    """Whether an image of x, with the border that a 3x3 convolution gives it, stays in a core's cache, and x has the images for threads."""
+    n, c, h, w = x.shape
+    return n >= LEAST_IMAGES and w <= LINE_PIXELS and (h + 2) * (w + 1) * c * x.element_size() <= IMAGE_BYTES
 
 
 def _convolution(act: Tensor, conv: Conv) -> Tensor:

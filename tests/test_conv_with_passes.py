@@ -1,4 +1,4 @@
-"""1x1 convolutions that run together with the passes around them: each against the same work apart, and products against float64."""
+"""1x1 and 3x3 convolutions that run together with the passes around them: each against the same work apart, and products against float64."""
 
 import pytest
 import torch
@@ -8,9 +8,13 @@ from fused_resnet.backends import BACKENDS, passes_cpu
 from fused_resnet.values import Conv, ConvGeometry, ConvOutput, Norm, Source
 
 PASSES = BACKENDS["passes_cpu"]
-GEOMETRY = ConvGeometry([1, 1], [0, 0], [1, 1], 1)
-#: n, c, k, h, w: whole blocks of pixels and not, one part and several, dweight summed on the way and of the whole dy.
-SHAPES = [(1, 32, 64, 56, 45), (3, 96, 32, 7, 5), (1, 32, 32, 1, 2), (2, 512, 128, 5, 5), (4, 64, 64, 33, 31)]
+#: The window, n, c, k, h, w: whole blocks of pixels and not, one part and several, dweight summed on the way and of the whole dy; of
+#: 3x3 also one image and several at once, a unit of fewer, and 16 channels.
+SHAPES = [
+    *((1, *shape) for shape in ((1, 32, 64, 56, 45), (3, 96, 32, 7, 5), (1, 32, 32, 1, 2), (2, 512, 128, 5, 5), (4, 64, 64, 33, 31))),
+    *((3, *shape) for shape in ((2, 32, 64, 24, 13), (2, 16, 16, 34, 31), (33, 16, 16, 5, 4), (49, 64, 32, 2, 3), (1, 96, 32, 7, 300 // 7))),
+    *((3, *shape) for shape in ((1, 32, 32, 1, 1), (17, 32, 32, 1, 9), (2, 256, 128, 5, 5), (1, 16, 16, 40, 33))),
+]
 KINDS = ("act", "norm", "norm_add", "norm_add_raw")
 
 
@@ -20,7 +24,8 @@ def instruction_set(request, monkeypatch):
     if reason := PASSES.declines(torch.device("cpu"), torch.bfloat16):
         pytest.skip(reason)
     before = native.cpu_instruction_set()
-    monkeypatch.setattr(passes_cpu, "POINTWISE_SETS", native.INSTRUCTION_SETS)
+    monkeypatch.setattr(passes_cpu, "INSTRUCTION_SETS", native.INSTRUCTION_SETS)
+    monkeypatch.setattr(passes_cpu, "LEAST_IMAGES", 1)
     native.use_instruction_set("portable" if request.param == "portable" else None)
     yield
     native.use_instruction_set(before)
@@ -50,8 +55,9 @@ def source_of(kind, shape):
     return Source(x, mean, invstd, scale, bias, residual, r_mean, r_invstd, r_scale, r_bias)
 
 
-def convolution(kind, n, c, k, h, w):
-    return source_of(kind, (n, c, h, w)), Conv((torch.randn(k, c, 1, 1) / c**0.5).bfloat16(), norm_of(k), GEOMETRY)
+def convolution(kind, window, n, c, k, h, w):
+    weight = (torch.randn(k, c, window, window) / (window * c**0.5)).bfloat16().contiguous(memory_format=torch.channels_last)
+    return source_of(kind, (n, c, h, w)), Conv(weight, norm_of(k), ConvGeometry([1, 1], [window // 2] * 2, [1, 1], 1))
 
 
 def apart(monkeypatch):
@@ -74,7 +80,7 @@ def test_forward_is_that_of_the_passes_and_a_convolution(kind, shape, monkeypatc
     (expected,), expected_act, expected_mask = PASSES.convolve(source, [conv], True)
     assert torch.equal(act, expected_act)
     assert (mask is None) == (expected_mask is None) and (mask is None or torch.equal(mask, expected_mask))
-    assert_as_near(pending.y, expected.y, torch.conv2d(act.double(), conv.weight.double()))
+    assert_as_near(pending.y, expected.y, torch.conv2d(act.double(), conv.weight.double(), padding=conv.geometry.padding))
     assert torch.equal(again, pending.y)
     made = PASSES.batch_stats(pending.y, conv.norm.gamma, conv.norm.beta, conv.norm.eps)
     for ours, theirs in zip(pending[1:], made, strict=True):  # float32 sums of other parts of the pixels
@@ -89,9 +95,10 @@ def test_backward_is_that_of_the_passes_and_a_convolution(kind, shape, summed, m
     (pending,), act, mask = PASSES.convolve(source, [conv], True)
     k = len(conv.weight)
     dz, dact = torch.randn_like(pending.y) + 0.3, torch.randn_like(act) if summed else None
-    output = ConvOutput(dz, torch.randn(k), torch.randn(k), *pending[:3], conv.weight, conv.norm.gamma, True, GEOMETRY, True)
+    output = ConvOutput(dz, torch.randn(k), torch.randn(k), *pending[:3], conv.weight, conv.norm.gamma, True, conv.geometry, True)
     wide = PASSES._dy(output).double()
-    exact_dw = torch.nn.grad.conv2d_weight(act.double(), conv.weight.shape, wide)
+    padding = conv.geometry.padding
+    exact_dw = torch.nn.grad.conv2d_weight(act.double(), conv.weight.shape, wide, padding=padding)
     for need_dx, need_dw in ((True, True), (True, False), (False, True)):
         asked = output._replace(need_dw=need_dw)
         (dx, *sums), (dw,) = PASSES.convolve_backward(source, act, mask, [asked], dact, need_dx)
@@ -104,7 +111,7 @@ def test_backward_is_that_of_the_passes_and_a_convolution(kind, shape, summed, m
             assert dw.stride() == conv.weight.stride()
         if not need_dx:
             continue
-        exact = torch.nn.grad.conv2d_input(act.shape, conv.weight.double(), wide) + (0 if dact is None else dact.double())
+        exact = torch.nn.grad.conv2d_input(act.shape, conv.weight.double(), wide, padding=padding) + (0 if dact is None else dact.double())
         if kind != "act":
             exact = torch.where(act > 0, exact, 0.0)
         assert_as_near(dx, expected, exact)
@@ -116,8 +123,10 @@ def test_backward_is_that_of_the_passes_and_a_convolution(kind, shape, summed, m
                 assert ours is None or (ours - theirs).norm() <= 1e-5 * (theirs.norm() + dx.double().norm())
 
 
-def test_any_number_of_threads_gives_the_same_bits():
-    source, conv = convolution("norm", 4, 64, 128, 29, 29)
+@pytest.mark.parametrize("shape", [(1, 4, 64, 128, 29, 29), (3, 9, 64, 128, 15, 17), (3, 40, 16, 16, 9, 9)], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(shape):
+    source, conv = convolution("norm", *shape)
+    k = len(conv.weight)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -125,7 +134,7 @@ def test_any_number_of_threads_gives_the_same_bits():
             torch.manual_seed(1)
             (pending,), act, mask = PASSES.convolve(source, [conv], True)
             dz = torch.randn_like(pending.y)
-            output = ConvOutput(dz, *torch.randn(2, 128), *pending[:3], conv.weight, conv.norm.gamma, True, GEOMETRY, True)
+            output = ConvOutput(dz, *torch.randn(2, k), *pending[:3], conv.weight, conv.norm.gamma, True, conv.geometry, True)
             (dx, s1, s2, _), (dw,) = PASSES.convolve_backward(source, act, mask, [output], None, True)
             results.append([*pending, act, dx, s1, s2, dw])
     finally:
@@ -134,20 +143,23 @@ def test_any_number_of_threads_gives_the_same_bits():
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
-def test_nan_and_infinity_are_handed_on():
-    source, conv = convolution("act", 1, 32, 64, 8, 8)
-    source.x[0, 3, 2, 1], source.x[0, 4, 5, 5] = torch.nan, torch.inf
+@pytest.mark.parametrize(("window", "channels"), [(1, 32), (3, 32), (3, 16)])
+def test_nan_and_infinity_are_handed_on_to_their_windows_alone(window, channels):
+    source, conv = convolution("act", window, 2, channels, channels, 8, 8)
+    source.x[0, 3, 2, 1], source.x[0, 4, 5, 7], source.x[1, 0, 0, 0] = torch.nan, torch.inf, torch.nan
     (pending,), *_ = PASSES.convolve(source, [conv], True)
-    assert pending.y[0, :, 2, 1].isnan().all() and not pending.y[0, :, 5, 5].isfinite().any()
-    assert pending.y[0, :, 0, 0].isfinite().all()
+    expected = torch.conv2d(source.x.double(), conv.weight.double(), padding=conv.geometry.padding)
+    assert torch.equal(pending.y.isfinite(), expected.isfinite())
+    assert torch.equal(pending.y.isnan(), expected.isnan())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.ones(64, 32, 3, 3, dtype=torch.bfloat16)}, r"weight: expected a dense bfloat16 \[K, 32, 1, 1\]"),
+        ({"weight": torch.ones(64, 32, 3, 3, dtype=torch.bfloat16)}, r"weight: expected a bfloat16 \[K, 32, 1, 1\] or \[K, 32, 3, 3\]"),
+        ({"weight": torch.ones(64, 32, 5, 5, dtype=torch.bfloat16)}, r"weight: expected a bfloat16 \[K, 32, 1, 1\] or \[K, 32, 3, 3\]"),
         ({"weight": torch.ones(48, 32, 1, 1, dtype=torch.bfloat16)}, "weight: expected channels that are multiples of 32"),
-        ({"weight": torch.ones(64, 32, 1, 1)}, "weight: expected a dense bfloat16"),
+        ({"weight": torch.ones(64, 32, 1, 1)}, "weight: expected a bfloat16"),
         ({"x": torch.ones(1, 32, 4, 4).contiguous(memory_format=torch.channels_last)}, "expected tensors of bfloat16"),
         ({"scale": torch.ones(32)}, "bias"),
         ({"residual": activation(1, 32, 4, 4)}, "residual: expected None without a scale"),
@@ -158,4 +170,4 @@ def test_bad_arguments_are_named(change, message):
     given = {"x": activation(1, 32, 4, 4), "weight": torch.ones(64, 32, 1, 1, dtype=torch.bfloat16)}
     given |= dict.fromkeys(("scale", "bias", "residual", "residual_scale", "residual_bias", "gamma", "beta"))
     with pytest.raises(RuntimeError, match=message):
-        PASSES.operators.pointwise_forward(**(given | change), statistics=False, eps=1e-5)
+        PASSES.operators.conv_forward(**(given | change), statistics=False, eps=1e-5)

@@ -1,4 +1,4 @@
-// The operators that are 1x1 convolutions with the passes around them, for machines with AMX (pointwise.h).
+// The operators that are convolutions with the passes around them, for machines with AMX: 1x1 (pointwise.h) and 3x3 (window.h).
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -9,8 +9,8 @@
 namespace fused_resnet {
 namespace {
 
-// Channels come in pairs of tiles, and a part's rows in steps of the instruction.
-constexpr int64_t kBlock = 32, kTileSide = 16;
+// Channels come in pairs of tiles, and a part's rows in steps of the instruction. A 3x3 convolution may have kNarrowChannels channels on both sides.
+constexpr int64_t kBlock = 32, kTileSide = 16, kNarrowChannels = 16, kTaps = 9, kWindowBand = 512;
 // A part has at most kPartRows rows, so that what it works in fits into a core's cache, and at least kLeastRows, or most of the time would
 // go into reading the weight again.
 constexpr int64_t kPartRows = 256, kPartUnit = 16, kLeastRows = 64;
@@ -23,11 +23,34 @@ Parts parts_of_rows(int64_t rows) {
   return {ceil_div(rows, each), each};
 }
 
-// How many sums of dweight there are; 0 where it is better made of the whole dy.
-int64_t groups_of_parts(const Parts& parts, int64_t rows, int64_t inputs, int64_t outputs) {
+// How a 3x3 convolution walks over x: as many images at once as have the rows of a part, but so few that the usual numbers of threads get
+// equal shares.
+Images images_of(const Tensor& x) {
+  const int64_t count = x.size(0), pixels = x.size(2) * x.size(3);
+  const int64_t each = std::max<int64_t>(1, std::min(kPartRows / std::max<int64_t>(1, pixels), count / kPartUnit));
+  return {count, x.size(2), x.size(3), ceil_div(count, ceil_div(count, each))};
+}
+
+int64_t units_of(const Images& images) { return ceil_div(images.count, images.per_unit); }
+
+// Parts of a unit of images: all of it, or as many of its lines as divide it.
+Parts parts_of_images(const Images& images) {
+  const int64_t rows = images.count * images.height * images.width;
+  int64_t each = images.per_unit * images.height * images.width;
+  if (each > kPartRows) {
+    int64_t lines = std::max<int64_t>(1, kPartRows / images.width);
+    while (images.height % lines) --lines;
+    each = lines * images.width;
+  }
+  return {ceil_div(rows, each), each};
+}
+
+// How many sums of dweight there are; 0 where it is better made of the whole dy. `units` of work share them.
+int64_t groups_of(int64_t units, int64_t rows, int64_t inputs, int64_t outputs, int64_t taps) {
   const int64_t moved = rows * (2 * outputs + 3 * inputs) * 2;
-  const int64_t groups = std::min({kMostGroups, parts.count, moved / kShare / (inputs * outputs * 4)});
-  return groups < kFewestGroups && groups < parts.count ? 0 : groups;
+  const int64_t fewest = std::min(kFewestGroups, units), groups = std::min({kMostGroups, units, moved / kShare / (inputs * outputs * taps * 4)});
+  if (outputs == kNarrowChannels) return std::max(fewest, groups);  // WeightGradient takes blocks of 32
+  return groups < fewest ? 0 : groups;
 }
 
 // Memory of this thread to work in. What it held before is lost.
@@ -54,23 +77,40 @@ void share_with_scratch(void (*kernel)(const Arguments&, int64_t, int64_t, void*
   torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) { kernel(arguments, first, last, scratch(bytes)); });
 }
 
+// Of as many images at once as a band of kWindowBand positions has; inputs in so many groups that kPartUnit threads have work.
+void share_weight_gradient(WeightGradient& given) {
+  Images& images = given.images;
+  if (given.taps > 1) images.per_unit = std::clamp<int64_t>(kWindowBand / ((images.height + 1) * (images.width + 1)), 1, images.count);
+  const int64_t blocks = given.outputs / kBlock, columns = given.inputs / kBlock;
+  while (blocks * given.column_groups < kPartUnit && columns % (2 * given.column_groups) == 0) given.column_groups *= 2;
+  share_with_scratch(kernels().weight_gradient, given, blocks * given.column_groups, kernels().weight_gradient_scratch(given));
+}
+
 struct Weight {
-  int64_t outputs, inputs;
+  int64_t outputs, inputs, taps;
 
   // Of a convolution that reads `x`.
-  Weight(const Arguments& check, const Tensor& weight, const Tensor& x) : outputs(0), inputs(x.size(1)) {
+  Weight(const Arguments& check, const Tensor& weight, const Tensor& x) : outputs(0), inputs(x.size(1)), taps(1) {
     if (x.scalar_type() != ScalarType::BFloat16) check.fail("expected tensors of bfloat16");
-    const bool fits = weight.dim() == 4 && weight.size(1) == inputs && weight.size(2) == 1 && weight.size(3) == 1 && weight.size(0) > 0 &&
-                      weight.is_cpu() && weight.scalar_type() == ScalarType::BFloat16 && weight.stride(0) == inputs && weight.stride(1) == 1;
-    if (!fits) check.fail("weight: expected a dense bfloat16 [K, ", inputs, ", 1, 1] on the CPU, got ", shape_of(weight));
+    const int64_t window = weight.dim() == 4 ? weight.size(2) : 0;
+    const bool known = (window == 1 || window == 3) && weight.size(3) == window && weight.size(1) == inputs && weight.size(0) > 0;
+    const bool dense = known && weight.stride(1) == 1 && weight.stride(0) == inputs * window * window &&
+                       (window == 1 || (weight.stride(2) == inputs * window && weight.stride(3) == inputs));
+    if (!dense || !weight.is_cpu() || weight.scalar_type() != ScalarType::BFloat16) {
+      check.fail("weight: expected a bfloat16 [K, ", inputs, ", 1, 1] or [K, ", inputs, ", 3, 3] in channels_last on the CPU, got ", shape_of(weight));
+    }
     outputs = weight.size(0);
-    if (outputs % kBlock || inputs % kBlock) check.fail("weight: expected channels that are multiples of ", kBlock, ", got ", shape_of(weight));
+    taps = window * window;
+    const bool narrow = taps == kTaps && outputs == kNarrowChannels && inputs == kNarrowChannels;
+    if (!narrow && (outputs % kBlock || inputs % kBlock)) {
+      check.fail("weight: expected channels that are multiples of ", kBlock, ", got ", shape_of(weight));
+    }
   }
 
   Tensor packed(const Tensor& weight, bool forward) const {
-    const Tensor packed = torch::stable::new_empty(weight, {outputs, inputs});
-    const PackWeight arguments{weight.const_data_ptr(), outputs, inputs, forward, packed.mutable_data_ptr()};
-    share(kernels().pack_weight, arguments, (forward ? outputs : inputs) / kTileSide, kTileSide * (forward ? inputs : outputs));
+    const Tensor packed = torch::stable::new_empty(weight, {outputs, taps * inputs});
+    const PackWeight arguments{weight.const_data_ptr(), outputs, inputs, taps, forward, packed.mutable_data_ptr()};
+    share(kernels().pack_weight, arguments, (forward ? outputs : inputs) / kTileSide, kTileSide * taps * (forward ? inputs : outputs));
     return packed;
   }
 };
@@ -86,10 +126,10 @@ Tensor empty_like_with_channels(const Tensor& x, int64_t channels) {
 // y = conv(act) with act = norm_add_act(x, …), or x itself without a scale -> (y, act, mask, mean, invstd, var, scale, bias): act and mask
 // where they are made, and y's statistics where they are asked for.
 std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>
-pointwise_forward(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& bias, const OptionalTensor& residual,
+conv_forward(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& bias, const OptionalTensor& residual,
                   const OptionalTensor& residual_scale, const OptionalTensor& residual_bias, const Tensor& weight, bool statistics,
                   const OptionalTensor& gamma, const OptionalTensor& beta, double eps) {
-  const Arguments check("pointwise_forward");
+  const Arguments check("conv_forward");
   check.activation("x", x);
   check.together("scale", scale.has_value(), "bias", bias.has_value());
   check.vector("scale", scale, x);
@@ -99,7 +139,7 @@ pointwise_forward(const Tensor& x, const OptionalTensor& scale, const OptionalTe
   const Weight shape(check, weight, x);
 
   const Tensor packed = shape.packed(weight, true), y = empty_like_with_channels(x, shape.outputs);
-  PointwiseForward arguments{};
+  ConvForward arguments{};
   arguments.pending = scale.has_value();
   OptionalTensor act, mask, partial;
   if (scale) {
@@ -115,7 +155,9 @@ pointwise_forward(const Tensor& x, const OptionalTensor& scale, const OptionalTe
   arguments.packed = packed.const_data_ptr();
   arguments.y = y.mutable_data_ptr();
   const int64_t rows = rows_of(x);
-  const Parts parts = parts_of_rows(rows);
+  const bool windows = shape.taps > 1;
+  if (windows) arguments.images = images_of(x);
+  const Parts parts = windows ? parts_of_images(arguments.images) : parts_of_rows(rows);
   arguments.moments.extent = extent_of(y);
   arguments.moments.y = y.const_data_ptr();
   arguments.moments.parts = parts;
@@ -128,7 +170,11 @@ pointwise_forward(const Tensor& x, const OptionalTensor& scale, const OptionalTe
     arguments.moments.m2 = arguments.moments.mean + size;
     arguments.moments.sum = arguments.moments.mean + 2 * size;
   }
-  share_with_scratch(kernels().pointwise_forward, arguments, parts.count, kBlock * shape.inputs * 2);
+  if (windows) {
+    share_with_scratch(kernels().window_forward, arguments, units_of(arguments.images), kernels().window_forward_scratch(arguments));
+  } else {
+    share_with_scratch(kernels().pointwise_forward, arguments, parts.count, kernels().pointwise_forward_scratch(arguments));
+  }
   if (!statistics) return {y, act, mask, {}, {}, {}, {}, {}};
   const Coefficients5 results = empty_coefficients(y, shape.outputs);
   MergeMoments merged{};
@@ -147,14 +193,14 @@ pointwise_forward(const Tensor& x, const OptionalTensor& scale, const OptionalTe
 }
 
 // The gradients of such a convolution whose norm takes the batch's statistics: dy by norm_backward_apply of the first seven, then what is
-// asked for. With x_scale, x is raw, and dx is dz of its norm, of dx + dact; else it is dx + dact itself. dy is given back where dw was
-// asked for and is better made of the whole dy. -> (dx, s1, s2, residual_s2, dw, dy).
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> pointwise_backward(
+// asked for. With x_scale, x is raw, and dx is dz of its norm, of dx + dact; else it is dx + dact itself.
+// -> (dx, s1, s2, residual_s2, dw).
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> conv_backward(
     const Tensor& dz, const Tensor& y, const Tensor& mean, const Tensor& invstd, const OptionalTensor& gamma, const Tensor& s1, const Tensor& s2,
     const Tensor& weight, const Tensor& act, const OptionalTensor& dact, const Tensor& x, const OptionalTensor& x_mean,
     const OptionalTensor& x_invstd, const OptionalTensor& x_scale, const OptionalTensor& x_bias, const OptionalTensor& residual,
     const OptionalTensor& residual_mean, const OptionalTensor& residual_invstd, const OptionalTensor& mask, bool need_dx, bool need_dw) {
-  const Arguments check("pointwise_backward");
+  const Arguments check("conv_backward");
   check.activation("x", x);
   const Weight shape(check, weight, x);
   check.activation("y", y);
@@ -173,7 +219,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
   check.together("x_scale", pending, "x_bias", x_bias.has_value());
 
   const int64_t rows = rows_of(x);
-  PointwiseBackward arguments{};
+  ConvBackward arguments{};
   arguments.pending = pending;
   arguments.act = act.const_data_ptr();
   const Tensor coefficients = torch::stable::new_empty(y, {3, shape.outputs}, ScalarType::Float);
@@ -183,7 +229,10 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
 
   BackwardReduce& reduce = arguments.reduce;
   reduce.extent = extent_of(x);
-  reduce.parts = parts_of_rows(rows);
+  const bool windows = shape.taps > 1;
+  arguments.taps = shape.taps;
+  if (windows) arguments.images = images_of(x);
+  reduce.parts = windows ? parts_of_images(arguments.images) : parts_of_rows(rows);
   OptionalTensor dx, dx_s1, dx_s2, residual_s2, sums, packed, dw, dy, weight_sums;
   const int64_t count = residual ? 3 : 2, channels = shape.inputs;
   if (need_dx) {
@@ -211,48 +260,63 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
       reduce.sums = write<float>(sums);
     }
   }
-  arguments.groups = need_dw ? groups_of_parts(reduce.parts, rows, channels, shape.outputs) : 0;
+  const int64_t units = windows ? units_of(arguments.images) : reduce.parts.count;
+  arguments.groups = need_dw ? groups_of(units, rows, channels, shape.outputs, shape.taps) : 0;
   if (arguments.groups) {
-    arguments.parts_per_group = ceil_div(reduce.parts.count, arguments.groups);
-    arguments.groups = ceil_div(reduce.parts.count, arguments.parts_per_group);
-    weight_sums = torch::stable::new_empty(x, {arguments.groups, shape.outputs, channels}, ScalarType::Float);
+    arguments.units_per_group = ceil_div(units, arguments.groups);
+    arguments.groups = ceil_div(units, arguments.units_per_group);
+    weight_sums = torch::stable::new_empty(x, {arguments.groups, shape.taps, shape.outputs, channels}, ScalarType::Float);
     arguments.sums = write<float>(weight_sums);
-    dw = torch::stable::empty_like(weight);
-    arguments.dweight = write<void>(dw);
   } else {
-    arguments.groups = reduce.parts.count;
-    arguments.parts_per_group = 1;
+    arguments.groups = units;
+    arguments.units_per_group = 1;
     if (need_dw) {
       dy = in_large_pages(torch::stable::empty_like(y));
       arguments.apply.dy = write<void>(dy);
     }
   }
-  share_with_scratch(kernels().pointwise_backward, arguments, arguments.groups, kernels().pointwise_scratch(arguments));
-  if (dw) share(kernels().merge_weight, arguments, shape.outputs / kTileSide, kTileSide * channels * arguments.groups);
+  if (windows) {
+    share_with_scratch(kernels().window_backward, arguments, arguments.groups, kernels().window_backward_scratch(arguments));
+  } else {
+    share_with_scratch(kernels().pointwise_backward, arguments, arguments.groups, kernels().pointwise_backward_scratch(arguments));
+  }
+  if (need_dw) {
+    dw = torch::stable::empty_like(weight);
+    MergeWeight merged{arguments.sums, arguments.groups, shape.outputs, channels, shape.taps, write<void>(dw)};
+    if (!merged.sums) {
+      WeightGradient whole{arguments.apply.dy, arguments.act, rows, shape.outputs, channels, shape.taps, arguments.images, 1, nullptr};
+      weight_sums = torch::stable::new_empty(x, {shape.taps, shape.outputs, channels}, ScalarType::Float);
+      whole.sums = write<float>(weight_sums);
+      share_weight_gradient(whole);
+      merged.sums = whole.sums;
+      merged.groups = 1;
+    }
+    share(kernels().merge_weight, merged, shape.outputs / kTileSide, kTileSide * shape.taps * channels * merged.groups);
+  }
   if (sums) {
     const MergeSums merged{reduce.sums, reduce.parts.count, static_cast<int>(channels), static_cast<int>(count),
                            {nullptr, read<float>(x_invstd), read<float>(residual_invstd)},
                            {write<float>(dx_s1), write<float>(dx_s2), write<float>(residual_s2)}};
     share(kernels().merge_sums, merged, channels, 4 * reduce.parts.count);
   }
-  return {dx, dx_s1, dx_s2, residual_s2, dw, dy};
+  return {dx, dx_s1, dx_s2, residual_s2, dw};
 }
 
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_cpu, library) {
   library.def(
-      "pointwise_forward(Tensor x, Tensor? scale, Tensor? bias, Tensor? residual, Tensor? residual_scale, Tensor? residual_bias, "
+      "conv_forward(Tensor x, Tensor? scale, Tensor? bias, Tensor? residual, Tensor? residual_scale, Tensor? residual_bias, "
       "Tensor weight, bool statistics, Tensor? gamma, Tensor? beta, float eps) -> "
       "(Tensor, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
   library.def(
-      "pointwise_backward(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor? gamma, Tensor s1, Tensor s2, Tensor weight, Tensor act, "
+      "conv_backward(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor? gamma, Tensor s1, Tensor s2, Tensor weight, Tensor act, "
       "Tensor? dact, Tensor x, Tensor? x_mean, Tensor? x_invstd, Tensor? x_scale, Tensor? x_bias, Tensor? residual, "
       "Tensor? residual_mean, Tensor? residual_invstd, Tensor? mask, bool need_dx, bool need_dw) -> "
-      "(Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+      "(Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, library) {
-  library.impl("pointwise_forward", TORCH_BOX(&fused_resnet::pointwise_forward));
-  library.impl("pointwise_backward", TORCH_BOX(&fused_resnet::pointwise_backward));
+  library.impl("conv_forward", TORCH_BOX(&fused_resnet::conv_forward));
+  library.impl("conv_backward", TORCH_BOX(&fused_resnet::conv_backward));
 }
