@@ -6,8 +6,8 @@
     with fused_resnet.backend("passes"):               # optional: force an implementation
         loss = criterion(model(images), labels)
 
-Public: `fuse`, `unfuse`, `report`, `recompute`, `fold`, the modules `ConvBNAct2d`, `BasicBlock`, `Bottleneck`, `PreActBlock`, and `models`,
-`functional`, `ops`, `nn`, `backend`, `__version__`. The rest may change.
+Public: `fuse`, `unfuse`, `report`, `recompute`, `fold`, `release_memory`, the modules `ConvBNAct2d`, `BasicBlock`, `Bottleneck`,
+`PreActBlock`, and `models`, `functional`, `ops`, `nn`, `backend`, `__version__`. The rest may change.
 """
 
 from .processors import wait_passively
@@ -20,6 +20,7 @@ from .backends import backend  # noqa: E402
 from .convert import fuse, recompute, report, unfuse  # noqa: E402
 from .inference import fold  # noqa: E402
 from .models import BasicBlock, Bottleneck, ConvBNAct2d, PreActBlock  # noqa: E402
+from .native import release_memory  # noqa: E402
 
 __all__ = [
     "BasicBlock",
@@ -35,6 +36,7 @@ __all__ = [
     "nn",
     "ops",
     "recompute",
+    "release_memory",
     "report",
     "unfuse",
 ]

@@ -91,6 +91,16 @@ def best_cpu_instruction_set() -> str:
     return _best
 
 
+def release_memory() -> int:
+    """Give the memory of CPU activations that no tensor has back to the system, and return its bytes.
+
+    A step makes large tensors and drops them; what backs them is kept for the next step (csrc/cpu/memory.h). Sizes that are no longer made
+    go back by themselves while others are made. Call this after training, in a process that goes on with other work. 0 where the library
+    for CPUs was not loaded.
+    """
+    return CPU.operators.release_memory() if _in_use else 0
+
+
 def _is_truncated(path: Path) -> bool:
     """Whether an ELF file ends before its section headers, which stand last. The dynamic loader would die of a bus error."""
     with path.open("rb") as file:

@@ -115,12 +115,6 @@ struct Weight {
   }
 };
 
-// [images of x, channels, height and width of x], bfloat16, in channels_last.
-Tensor empty_like_with_channels(const Tensor& x, int64_t channels) {
-  return in_large_pages(torch::stable::empty({x.size(0), channels, x.size(2), x.size(3)}, ScalarType::BFloat16, std::nullopt, x.device(),
-                                             std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast));
-}
-
 }  // namespace
 
 // y = conv(act) with act = norm_add_act(x, …), or x itself without a scale -> (y, act, mask, mean, invstd, var, scale, bias): act and mask
@@ -138,12 +132,12 @@ conv_forward(const Tensor& x, const OptionalTensor& scale, const OptionalTensor&
   if (residual && !scale) check.fail("residual: expected None without a scale");
   const Weight shape(check, weight, x);
 
-  const Tensor packed = shape.packed(weight, true), y = empty_like_with_channels(x, shape.outputs);
+  const Tensor packed = shape.packed(weight, true), y = empty_activation(x, shape.outputs, x.size(2), x.size(3));
   ConvForward arguments{};
   arguments.pending = scale.has_value();
   OptionalTensor act, mask, partial;
   if (scale) {
-    act = in_large_pages(torch::stable::empty_like(x));
+    act = empty_activation(x);
     if (residual) mask = empty_mask(x);
     arguments.norm = norm_add_act_arguments(x, *scale, *bias, residual, residual_scale, residual_bias);
     arguments.norm.act = act->mutable_data_ptr();
@@ -238,7 +232,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
   if (need_dx) {
     packed = shape.packed(weight, false);
     arguments.packed = read<void>(packed);
-    dx = in_large_pages(torch::stable::empty_like(x));
+    dx = empty_activation(x);
     reduce.dz = write<void>(dx);
     reduce.dact = read<void>(dact);
     if (pending) {
@@ -271,7 +265,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     arguments.groups = units;
     arguments.units_per_group = 1;
     if (need_dw) {
-      dy = in_large_pages(torch::stable::empty_like(y));
+      dy = empty_activation(y);
       arguments.apply.dy = write<void>(dy);
     }
   }

@@ -43,7 +43,7 @@ MergeMoments moments_of_parts(const Tensor& y, OptionalTensor& partial) {
 // The backward reduction of a gradient, which the caller has filled in: (dz, s1, s2, residual_s2).
 std::tuple<Tensor, Tensor, Tensor, OptionalTensor> reduce(BackwardReduce arguments, const ReductionInputs& inputs, bool relu) {
   const Tensor& x = inputs.x;
-  const Tensor dz = in_large_pages(torch::stable::empty_like(x)), s1 = empty_vector(x), s2 = empty_vector(x);
+  const Tensor dz = empty_activation(x), s1 = empty_vector(x), s2 = empty_vector(x);
   OptionalTensor residual_s2;
   if (inputs.residual) residual_s2 = empty_vector(x);
   const int64_t count = inputs.residual ? 3 : 2;
@@ -131,7 +131,7 @@ std::tuple<Tensor, OptionalTensor> norm_add_act(
   check.residual(residual, residual_scale, residual_bias, x);
   if (save_mask && !(relu && residual)) check.fail("save_mask: expected False without a ReLU and a residual");
 
-  const Tensor act = in_large_pages(torch::stable::empty_like(x));
+  const Tensor act = empty_activation(x);
   OptionalTensor mask;
   if (save_mask) mask = empty_mask(x);
   NormAddAct arguments = norm_add_act_arguments(x, scale, bias, residual, residual_scale, residual_bias);
@@ -171,7 +171,7 @@ Tensor norm_backward_apply(const Tensor& dz, const Tensor& y, const Tensor& mean
   check.vector("s1", s1, y);
   check.vector("s2", s2, y);
 
-  const Tensor dy = in_large_pages(torch::stable::empty_like(y));
+  const Tensor dy = empty_activation(y);
   const Extent extent = extent_of(y);
   const Tensor coefficients = torch::stable::new_empty(y, {3, extent.channels}, ScalarType::Float);
   const BackwardApply arguments{

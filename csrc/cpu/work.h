@@ -3,15 +3,12 @@
 
 #include <algorithm>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <torch/csrc/stable/library.h>
 
 #include "../operators.h"
 #include "../tensors.h"
 #include "dispatch.h"
+#include "memory.h"
 
 namespace fused_resnet {
 
@@ -34,19 +31,6 @@ inline Extent extent_of(const Tensor& x) {
   const Element element =
       dtype == ScalarType::Half ? Element::kHalf : dtype == ScalarType::BFloat16 ? Element::kBFloat16 : Element::kFloat;
   return {rows_of(x), channels_of(x), element};
-}
-
-// `tensor`, whose memory is asked to come in large pages. An activation is often memory that the system hands out anew, page by page as it is
-// first written: one fault for 4 KiB costs more than writing them. Where the system does not do it, nothing changes.
-inline Tensor in_large_pages(Tensor tensor) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  const uintptr_t last = (begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size()) / kPage * kPage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return tensor;
 }
 
 // Calls kernel(arguments, first, last) on ranges of [0, count), `size` elements each, by PyTorch's threads.
