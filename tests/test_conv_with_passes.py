@@ -12,7 +12,10 @@ PASSES = BACKENDS["passes_cpu"]
 #: 3x3 also one image and several at once, a unit of fewer, and 16 channels.
 SHAPES = [
     *((1, *shape) for shape in ((1, 32, 64, 56, 45), (3, 96, 32, 7, 5), (1, 32, 32, 1, 2), (2, 512, 128, 5, 5), (4, 64, 64, 33, 31))),
-    *((3, *shape) for shape in ((2, 32, 64, 24, 13), (2, 16, 16, 34, 31), (33, 16, 16, 5, 4), (49, 64, 32, 2, 3), (1, 96, 32, 7, 300 // 7))),
+    *(
+        (3, *shape)
+        for shape in ((2, 32, 64, 24, 13), (2, 16, 16, 34, 31), (33, 16, 16, 5, 4), (49, 64, 32, 2, 3), (1, 96, 32, 7, 300 // 7))
+    ),
     *((3, *shape) for shape in ((1, 32, 32, 1, 1), (17, 32, 32, 1, 9), (2, 256, 128, 5, 5), (1, 16, 16, 40, 33))),
 ]
 KINDS = ("act", "norm", "norm_add", "norm_add_raw")
