@@ -27,6 +27,9 @@ namespace {
 #if defined(FUSED_RESNET_KEEPS_MEMORY)
 
 constexpr int64_t kPage = 2 << 20;  // a large page; smaller tensors are PyTorch's
+constexpr int64_t kUnit = 64 << 10;  // of the size of a block
+// What a block's end takes of its last large page, at least, or it comes in small pages: a large one takes all of its memory.
+constexpr int64_t kLeastOfPage = kPage / 4 * 3;
 // A block serves a tensor of at least 1 / (1 + 1 / kWaste) of its size.
 constexpr int64_t kWaste = 8;
 // A block that was not asked for while this many times of all blocks' bytes were is given back: its size is no longer made.
@@ -34,7 +37,7 @@ constexpr int64_t kPatience = 8;
 
 class Memory {
  public:
-  // nullptr where the system has none. `size`: whole pages.
+  // nullptr where the system has none. `size`: whole units.
   void* take(int64_t size, int64_t& taken) {
     const std::lock_guard<std::mutex> lock(mutex_);
     asked_ += size;
@@ -81,11 +84,12 @@ class Memory {
   void* map(int64_t size) {
     void* all = mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (all == MAP_FAILED) return nullptr;
-    // What does not belong to whole pages goes back at once.
+    // What lies before the first large page, and after the block, goes back at once.
     const auto begin = reinterpret_cast<uintptr_t>(all), first = (begin + kPage - 1) / kPage * kPage, last = first + size;
     if (first > begin) munmap(all, first - begin);
     if (begin + kPage > first) munmap(reinterpret_cast<void*>(last), begin + kPage - first);
-    madvise(reinterpret_cast<void*>(first), size, MADV_HUGEPAGE);
+    const int64_t end = size % kPage, large = size - (end < kLeastOfPage ? end : 0);
+    madvise(reinterpret_cast<void*>(first), large, MADV_HUGEPAGE);
     mapped_ += size;
     return reinterpret_cast<void*>(first);
   }
@@ -126,7 +130,7 @@ Tensor empty_activation(const Tensor& like, int64_t channels, int64_t height, in
 #if defined(FUSED_RESNET_KEEPS_MEMORY)
   const int64_t bytes = images * channels * height * width * static_cast<int64_t>(like.element_size());
   if (bytes >= kPage) {
-    int64_t size = (bytes + kPage - 1) / kPage * kPage;
+    int64_t size = (bytes + kUnit - 1) / kUnit * kUnit;
     if (void* taken = memory().take(size, size)) {
       return torch::stable::from_blob(taken, {images, channels, height, width}, {height * width * channels, 1, width * channels, channels},
                                       like.device(), like.scalar_type(), [size](void* block) { memory().put(block, size); });
