@@ -21,7 +21,9 @@ from .record import COMPILED, PHASES, Recording, Work
 
 VERSION = 3  #: 2: several steps are recorded; 3: the CPU is described, and oneDNN's primitives are listed
 #: Operators that bring a weight into another dtype or layout, which is no work of a layer's own.
-CASTS = {f"aten::{name}" for name in ("to", "_to_copy", "copy_", "clone", "contiguous", "detach", "empty", "empty_like", "empty_strided")}
+CASTS = {"ToCopyBackward0"} | {
+    f"aten::{name}" for name in ("to", "_to_copy", "copy_", "clone", "contiguous", "detach", "empty", "empty_like", "empty_strided")
+}
 #: How far apart steps may lie, (longest − shortest) / median, before a page warns.
 UNSTEADY = 0.25
 
@@ -128,7 +130,7 @@ def analyse(
     steps = [grouped(recording.works) for recording in recordings]
     for (layer, phase), works in grouped(typical(recordings).works).items():
         flops, moved, floor = counted.get((layer, phase), (0, 0, 0.0))
-        if flops and all(work.name in CASTS for work in works):
+        if flops and all(work.name.rpartition(": ")[2] in CASTS for work in works):
             flops, moved, floor = 0, 0, 0.0
         ms = median(sum(w.us for w in found.get((layer, phase), ())) / 1e3 for found in steps)
         parts.append(Part(layer, phase, ms, len(works), flops, moved, 1e3 * floor))
