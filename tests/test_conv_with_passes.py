@@ -12,10 +12,7 @@ PASSES = BACKENDS["passes_cpu"]
 #: 3x3 also one image and several at once, a unit of fewer, and 16 channels.
 SHAPES = [
     *((1, *shape) for shape in ((1, 32, 64, 56, 45), (3, 96, 32, 7, 5), (1, 32, 32, 1, 2), (2, 512, 128, 5, 5), (4, 64, 64, 33, 31))),
-    *(
-        (3, *shape)
-        for shape in ((2, 32, 64, 24, 13), (2, 16, 16, 34, 31), (33, 16, 16, 5, 4), (49, 64, 32, 2, 3), (1, 96, 32, 7, 300 // 7))
-    ),
+    *((3, *shape) for shape in ((2, 32, 64, 24, 13), (2, 16, 16, 34, 31), (33, 16, 16, 5, 4), (49, 64, 32, 2, 3), (1, 96, 32, 7, 42))),
     *((3, *shape) for shape in ((1, 32, 32, 1, 1), (17, 32, 32, 1, 9), (2, 256, 128, 5, 5), (1, 16, 16, 40, 33))),
 ]
 KINDS = ("act", "norm", "norm_add", "norm_add_raw")
@@ -144,6 +141,22 @@ def test_any_number_of_threads_gives_the_same_bits(shape):
         torch.set_num_threads(before)
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+def test_a_weight_in_nchw_gives_the_same_bits():
+    source, conv = convolution("norm", 3, 2, 32, 64, 9, 7)
+    made = []
+    for weight in (conv.weight, conv.weight.contiguous()):
+        given = conv._replace(weight=weight)
+        (pending,), act, mask = PASSES.convolve(source, [given], True)
+        torch.manual_seed(1)
+        output = ConvOutput(
+            torch.randn_like(pending.y), *torch.randn(2, 64), *pending[:3], weight, conv.norm.gamma, True, conv.geometry, True
+        )
+        (dx, *_), (dw,) = PASSES.convolve_backward(source, act, mask, [output], None, True)
+        assert dw.stride() == weight.stride()
+        made.append((pending.y, dx, dw))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*made, strict=True))
 
 
 @pytest.mark.parametrize(("window", "channels"), [(1, 32), (3, 32), (3, 16)])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import environment, native
 from ..reference import convolution, convolution_backward, like_weight
-from ..values import Conv, ConvGeometry, ConvOutput, Pending, Source, problem_of
+from ..values import Conv, ConvGeometry, ConvOutput, Pending, Source, nhwc, problem_of
 from . import onednn, products
 from .passes_native import PassesNative, float32_vector
 
@@ -73,7 +73,7 @@ class PassesCpu(PassesNative):
         statistics = norm.training and not norm.group
         y, act, mask, *made = self.operators.conv_forward(
             source.x, source.scale, source.bias, source.residual, source.residual_scale, source.residual_bias,
-            conv.weight, statistics, float32_vector(norm.gamma), float32_vector(norm.beta), norm.eps,
+            nhwc(conv.weight), statistics, float32_vector(norm.gamma), float32_vector(norm.beta), norm.eps,
         )  # fmt: skip
         pending = Pending(y, *made) if statistics else self.with_norm(y, norm)
         return pending, source.x if act is None else act, mask
@@ -81,7 +81,7 @@ class PassesCpu(PassesNative):
     def convolution_again(self, source, conv, written):
         if runs_with_passes(source.x, conv.weight, conv.geometry):
             none = (None,) * 5
-            return lambda read: self.operators.conv_forward(read.x, *none, conv.weight, False, None, None, 0.0)[0]
+            return lambda read: self.operators.conv_forward(read.x, *none, nhwc(conv.weight), False, None, None, 0.0)[0]
         return lambda read: _convolution(read.x, conv)
 
     def convolve_backward(self, source, act, mask, outputs, dact, need_dx):
@@ -99,8 +99,8 @@ class PassesCpu(PassesNative):
         """((dx, s1, s2, residual_s2), dw) of a convolution, of which dact are the gradients of the activation's other readers."""
         raw = source.residual_mean is not None
         *gradients, dw = self.operators.conv_backward(
-            output.dz, output.y, output.mean, output.invstd, float32_vector(output.gamma), output.s1, output.s2, output.weight, act, dact,
-            source.x, source.mean, source.invstd, source.scale, source.bias,
+            output.dz, output.y, output.mean, output.invstd, float32_vector(output.gamma), output.s1, output.s2,
+            nhwc(output.weight), act, dact, source.x, source.mean, source.invstd, source.scale, source.bias,
             source.residual if raw else None, source.residual_mean, source.residual_invstd, mask, need_dx, output.need_dw,
         )  # fmt: skip
         return tuple(gradients), None if dw is None else like_weight(dw, output.weight)
@@ -133,7 +133,7 @@ def runs_with_passes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
         and (c % CHANNELS == k % CHANNELS == 0 or (pads and c == k == NARROW_CHANNELS))
         and geometry.groups == max(geometry.stride) == max(geometry.dilation) == 1
         and list(geometry.padding) == [pads, pads]
-        and (weight.stride()[:2] == (c, 1) if not pads else _in_a_cache(x) and weight.is_contiguous(memory_format=torch.channels_last))
+        and (_in_a_cache(x) if pads else weight.stride()[:2] == (c, 1))
         and native.cpu_instruction_set() in INSTRUCTION_SETS
     )
 
