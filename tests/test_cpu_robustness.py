@@ -110,7 +110,7 @@ def test_fifty_steps_leave_no_handles():
 @pytest.mark.full
 def test_what_is_not_let_go_of_is_seen():
     training, kept = Training(), []
-    more = growth(lambda: (training.step(), kept.append((torch.ones(SIZE), open(os.devnull)))), 5, 500)  # noqa: SIM115
+    more = growth(lambda: (training.step(), kept.append((torch.ones(2**14), open(os.devnull)))), 5, 500)  # noqa: SIM115
     for _, file in kept:
         file.close()
     assert more.resident_bytes > SLACK and more.files == 500
