@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 
 import torch
+from cpu_training import Training, parser
 
 import fused_resnet
-from fused_resnet import backends, models
+from fused_resnet import backends
 
 WAYS = {"eager": "off", "fused": "auto", "fused, recompute": "auto"}  #: the backend of each
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STATUS = Path("/proc/self/status")
 
 
@@ -38,41 +38,28 @@ def forget_peak() -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, int | str]:
     """A step in one way: {"kept": bytes, "peak": bytes, "backend": its name}."""
-    torch.manual_seed(0)
-    model = getattr(models, args.model)().to(memory_format=torch.channels_last).train()
+    training = Training(args)
     if args.way.endswith("recompute"):
-        fused_resnet.recompute(model)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    images = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (args.batch,))
-
-    def forward() -> torch.Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.dtype == "bf16"):
-            return torch.nn.functional.cross_entropy(model(images).float(), labels)
-
+        fused_resnet.recompute(training.model)
     with fused_resnet.backend(WAYS[args.way]):
         for _ in range(2):
-            optimizer.zero_grad(set_to_none=False)
-            forward().backward()
-            optimizer.step()
+            training.optimizer.zero_grad(set_to_none=False)
+            training.loss().backward()
+            training.optimizer.step()
         gc.collect()
         fused_resnet.release_memory()  # what is kept from step to step counts as the step's
         forget_peak()
         start = resident()
-        loss = forward()
+        loss = training.loss()
         kept = resident() - start
         loss.backward()
-        return {"kept": kept, "peak": resident("VmHWM") - start, "backend": backends.resolve(torch.device("cpu"), DTYPES[args.dtype])}
+        return {"kept": kept, "peak": resident("VmHWM") - start, "backend": backends.resolve(torch.device("cpu"), training.dtype)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", choices=models.list_models())
-    parser.add_argument("dtype", choices=DTYPES)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--way", choices=WAYS, help="one alone, printed as JSON; as this program calls itself")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--way", choices=WAYS, help="one alone, printed as JSON; as this program calls itself")
+    args = options.parse_args()
     if args.way:
         print(json.dumps(measure(args)))
         return

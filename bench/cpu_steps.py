@@ -7,54 +7,40 @@ The wall clock says what a user waits; it needs a machine of its own, since thre
 thread of this process alone, though others still share caches and memory.
 """
 
-import argparse
 import os
 import statistics
 import time
 
 import torch
+from cpu_training import Training, parser
 
-import fused_resnet
-from fused_resnet import backends, models, native
+from fused_resnet import backends, native
 
 BACKENDS = ("off", "auto")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", choices=models.list_models())
-    parser.add_argument("dtype", choices=("fp32", "bf16"))
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread, not the wall clock")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--cpu-time", action="store_true", help="CPU time of one thread, not the wall clock")
+    args = options.parse_args()
     if args.cpu_time:
         torch.set_num_threads(1)
     clock = time.process_time if args.cpu_time else time.perf_counter
-    torch.manual_seed(0)
-    model = getattr(models, args.model)().to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    images = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (args.batch,))
+    training = Training(args)
 
     def step(backend: str) -> float:
         start = clock()
-        with fused_resnet.backend(backend), torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.dtype == "bf16"):
-            loss = torch.nn.functional.cross_entropy(model(images), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        training.step(backend)
         return clock() - start
 
     for backend in BACKENDS * 2:
         step(backend)
     times = list(zip(*([step(backend) for backend in BACKENDS] for _ in range(args.rounds)), strict=True))
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    used = backends.resolve(torch.device("cpu"), dtype)
+    used = backends.resolve(torch.device("cpu"), training.dtype)
     print(
-        f"{args.model}, {args.dtype}, batch {args.batch} at {args.size}x{args.size}, PyTorch {torch.__version__}, "
-        f"{'CPU time' if args.cpu_time else 'wall clock'}, threads {torch.get_num_threads()}, load {os.getloadavg()[0]:.1f}, "
+        f"{training.words}, {'CPU time' if args.cpu_time else 'wall clock'}, threads {torch.get_num_threads()}, "
+        f"load {os.getloadavg()[0]:.1f}, "
         f"backend {used}" + (f" ({native.cpu_instruction_set()})" if used == "passes_cpu" else "")
     )
     for name, pick in (("median", statistics.median), ("best", min)):

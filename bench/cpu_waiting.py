@@ -14,9 +14,8 @@ import sys
 import time
 
 import torch
+from cpu_training import Training, parser
 
-import fused_resnet
-from fused_resnet import models
 from fused_resnet.processors import WAITING
 
 POLICIES: dict[str, dict[str, str]] = {
@@ -27,19 +26,11 @@ POLICIES: dict[str, dict[str, str]] = {
 
 def work(args: argparse.Namespace) -> None:
     """Answer each line of standard input by the milliseconds of a step."""
-    torch.manual_seed(0)
-    model = getattr(models, args.model)().to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    images = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (args.batch,))
+    training = Training(args)
 
     def step() -> float:
         start = time.perf_counter()
-        with fused_resnet.backend("auto"), torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.dtype == "bf16"):
-            loss = torch.nn.functional.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        training.step("auto")
         return 1e3 * (time.perf_counter() - start)
 
     step()
@@ -48,15 +39,11 @@ def work(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", choices=models.list_models())
-    parser.add_argument("dtype", choices=("fp32", "bf16"))
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--busy", action="store_true", help="beside a process that computes all the time")
-    parser.add_argument("--work", action="store_true", help="as this program calls itself")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--busy", action="store_true", help="beside a process that computes all the time")
+    options.add_argument("--work", action="store_true", help="as this program calls itself")
+    args = options.parse_args()
     if args.work:
         work(args)
         return

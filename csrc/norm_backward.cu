@@ -1,6 +1,7 @@
 // The operators `norm_backward_reduce` and `norm_backward_apply`.
 #include "norm_backward.cuh"
 
+#include "apply_inputs.h"
 #include "backward_reduction.h"
 #include "operators.h"
 
@@ -82,13 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, OptionalTensor> norm_add_act_avg_pool_backwar
 Tensor norm_backward_apply(const Tensor& dz, const Tensor& y, const Tensor& mean, const Tensor& invstd, const OptionalTensor& gamma,
                            const Tensor& s1, const Tensor& s2) {
   const Arguments check("norm_backward_apply");
-  check.activation("y", y);
-  check.activation_like("dz", dz, y);
-  check.vector("mean", mean, y);
-  check.vector("invstd", invstd, y);
-  check.vector("gamma", gamma, y);
-  check.vector("s1", s1, y);
-  check.vector("s2", s2, y);
+  ApplyInputs{dz, y, mean, invstd, gamma, s1, s2}.check(check);
 
   const DeviceGuard guard(y);
   const Tensor dy = torch::stable::empty_like(y);

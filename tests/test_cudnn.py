@@ -631,18 +631,7 @@ def test_the_shapes_are_timed_with_every_peer(tmp_path):
     arguments = [
         "shapes",
         str(tmp_path),
-        "--device",
-        "cpu",
-        "--model",
-        "resnet18",
-        "--batch",
-        "1",
-        "--size",
-        "8",
-        "--most",
-        "1",
-        "--repeats",
-        "1",
+        *["--device", "cpu", "--model", "resnet18", "--batch", "1", "--size", "8", "--most", "1", "--repeats", "1"],
     ]
     args = made.parser().parse_args([*arguments, "--commit", "c0ffee"])
     assert args.run(args) == 0

@@ -141,21 +141,23 @@ def test_what_can_not_be_had_says_why(stand_ins, monkeypatch):
 def test_the_command_checks_a_peer_against_its_own_activation(stand_ins, tmp_path):
     """inplace_abn's network is another function, and nevertheless right."""
     command = [
-        "bench",
-        "train",
-        "--device",
-        "cpu",
-        "--model",
-        "resnet20",
-        "--batch",
-        "16",
-        "--size",
-        "32",
-        "--repeats",
-        "3",
-        "--commit",
-        "c0ffee",
-        "--out",
+        *[
+            "bench",
+            "train",
+            "--device",
+            "cpu",
+            "--model",
+            "resnet20",
+            "--batch",
+            "16",
+            "--size",
+            "32",
+            "--repeats",
+            "3",
+            "--commit",
+            "c0ffee",
+            "--out",
+        ],
         str(tmp_path),
     ]
     assert main([*command, "--impl", "eager", "inplace_abn", "cudnn"]) == 0

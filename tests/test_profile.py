@@ -497,20 +497,22 @@ def test_a_users_network_from_the_folder_at_hand(tmp_path, monkeypatch):
 
 def test_torchvisions_network_by_its_name(torchvision_models, tmp_path):
     command = [
-        "profile",
-        "--model",
-        "torchvision:resnet18",
-        "--impl",
-        "eager_nhwc",
-        "--size",
-        "32",
-        "--batch",
-        "2",
-        "--device",
-        "cpu",
-        "--commit",
-        "x",
-        "--out",
+        *[
+            "profile",
+            "--model",
+            "torchvision:resnet18",
+            "--impl",
+            "eager_nhwc",
+            "--size",
+            "32",
+            "--batch",
+            "2",
+            "--device",
+            "cpu",
+            "--commit",
+            "x",
+            "--out",
+        ],
         str(tmp_path),
     ]
     assert main(command) == 0

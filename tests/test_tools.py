@@ -233,19 +233,7 @@ def test_a_wrong_model_or_shape_is_named(arguments, words, capsys, torchvision_m
 
 def test_kernels_of_own_shapes(tmp_path, capsys):
     command = [
-        "bench",
-        "kernels",
-        "--device",
-        "cpu",
-        "--dtype",
-        "fp32",
-        "--impl",
-        "eager_nhwc",
-        "--repeats",
-        "3",
-        "--batch",
-        "4",
-        "--out",
+        *["bench", "kernels", "--device", "cpu", "--dtype", "fp32", "--impl", "eager_nhwc", "--repeats", "3", "--batch", "4", "--out"],
         str(tmp_path),
     ]
     assert main([*command, "--shape", "8x6x6", "8x6x6:16x3x3/2", "--case", "norm_act", "norm_act_conv"]) == 0

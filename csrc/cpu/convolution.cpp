@@ -9,8 +9,8 @@
 namespace fused_resnet {
 namespace {
 
-// Channels come in pairs of tiles, and a part's rows in steps of the instruction. A 3x3 convolution may have kNarrowChannels channels on both sides.
-constexpr int64_t kBlock = 32, kTileSide = 16, kNarrowChannels = 16, kTaps = 9, kWindowBand = 512;
+// Of a 3x3 convolution, and positions that its dweight takes at once.
+constexpr int64_t kTaps = 9, kWindowBand = 512;
 // A part has at most kPartRows rows, so that what it works in fits into a core's cache, and at least kLeastRows, or most of the time would
 // go into reading the weight again.
 constexpr int64_t kPartRows = 256, kPartUnit = 16, kLeastRows = 64;
@@ -19,7 +19,7 @@ constexpr int64_t kMostGroups = 16, kFewestGroups = 8, kShare = 4;
 
 Parts parts_of_rows(int64_t rows) {
   const int64_t wanted = std::min(ceil_div(ceil_div(rows, kPartRows), kPartUnit) * kPartUnit, ceil_div(rows, kLeastRows));
-  const int64_t each = ceil_div(ceil_div(rows, wanted), kBlock) * kBlock;
+  const int64_t each = ceil_div(ceil_div(rows, wanted), kBlockSide) * kBlockSide;
   return {ceil_div(rows, each), each};
 }
 
@@ -81,7 +81,7 @@ void share_with_scratch(void (*kernel)(const Arguments&, int64_t, int64_t, void*
 void share_weight_gradient(WeightGradient& given) {
   Images& images = given.images;
   if (given.taps > 1) images.per_unit = std::clamp<int64_t>(kWindowBand / ((images.height + 1) * (images.width + 1)), 1, images.count);
-  const int64_t blocks = given.outputs / kBlock, columns = given.inputs / kBlock;
+  const int64_t blocks = given.outputs / kBlockSide, columns = given.inputs / kBlockSide;
   while (blocks * given.column_groups < kPartUnit && columns % (2 * given.column_groups) == 0) given.column_groups *= 2;
   share_with_scratch(kernels().weight_gradient, given, blocks * given.column_groups, kernels().weight_gradient_scratch(given));
 }
@@ -102,8 +102,8 @@ struct Weight {
     outputs = weight.size(0);
     taps = window * window;
     const bool narrow = taps == kTaps && outputs == kNarrowChannels && inputs == kNarrowChannels;
-    if (!narrow && (outputs % kBlock || inputs % kBlock)) {
-      check.fail("weight: expected channels that are multiples of ", kBlock, ", got ", shape_of(weight));
+    if (!narrow && (outputs % kBlockSide || inputs % kBlockSide)) {
+      check.fail("weight: expected channels that are multiples of ", kBlockSide, ", got ", shape_of(weight));
     }
   }
 
@@ -152,17 +152,13 @@ conv_forward(const Tensor& x, const OptionalTensor& scale, const OptionalTensor&
   const bool windows = shape.taps > 1;
   if (windows) arguments.images = images_of(x);
   const Parts parts = windows ? parts_of_images(arguments.images) : parts_of_rows(rows);
-  arguments.moments.extent = extent_of(y);
-  arguments.moments.y = y.const_data_ptr();
-  arguments.moments.parts = parts;
-  const int64_t size = parts.count * shape.outputs;
   if (statistics) {
     check.vector("gamma", gamma, y);
     check.vector("beta", beta, y);
-    partial = torch::stable::new_empty(y, {3, parts.count, shape.outputs}, ScalarType::Float);
-    arguments.moments.mean = write<float>(partial);
-    arguments.moments.m2 = arguments.moments.mean + size;
-    arguments.moments.sum = arguments.moments.mean + 2 * size;
+    arguments.moments = moments_arguments(y, parts, partial);
+  } else {
+    arguments.moments.extent = extent_of(y);
+    arguments.moments.parts = parts;
   }
   if (windows) {
     share_with_scratch(kernels().window_forward, arguments, units_of(arguments.images), kernels().window_forward_scratch(arguments));
@@ -171,12 +167,7 @@ conv_forward(const Tensor& x, const OptionalTensor& scale, const OptionalTensor&
   }
   if (!statistics) return {y, act, mask, {}, {}, {}, {}, {}};
   const Coefficients5 results = empty_coefficients(y, shape.outputs);
-  MergeMoments merged{};
-  merged.means = arguments.moments.mean;
-  merged.m2s = arguments.moments.m2;
-  merged.parts = parts;
-  merged.rows = rows;
-  merged.channels = static_cast<int>(shape.outputs);
+  MergeMoments merged = merge_moments_arguments(arguments.moments);
   merged.gamma = read<float>(gamma);
   merged.beta = read<float>(beta);
   merged.eps = eps;
@@ -197,14 +188,9 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
   const Arguments check("conv_backward");
   check.activation("x", x);
   const Weight shape(check, weight, x);
-  check.activation("y", y);
+  const ApplyInputs norm{dz, y, mean, invstd, gamma, s1, s2};
+  norm.check(check);
   if (y.size(1) != shape.outputs || rows_of(y) != rows_of(x)) check.fail("y: expected the convolution of x, got ", shape_of(y));
-  check.activation_like("dz", dz, y);
-  check.vector("mean", mean, y);
-  check.vector("invstd", invstd, y);
-  check.vector("gamma", gamma, y);
-  check.vector("s1", s1, y);
-  check.vector("s2", s2, y);
   check.activation_like("act", act, x);
   if (dact) check.activation_like("dact", *dact, x);
   const bool pending = x_scale.has_value();
@@ -216,10 +202,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
   ConvBackward arguments{};
   arguments.pending = pending;
   arguments.act = act.const_data_ptr();
-  const Tensor coefficients = torch::stable::new_empty(y, {3, shape.outputs}, ScalarType::Float);
-  arguments.apply = {extent_of(y), dz.const_data_ptr(), y.const_data_ptr(), read<float>(mean), read<float>(invstd), read<float>(gamma),
-                     read<float>(s1), read<float>(s2), write<float>(coefficients), nullptr};
-  kernels().prepare_apply(arguments.apply, 0, arguments.apply.extent.channels);
+  OptionalTensor coefficients;
+  arguments.apply = backward_apply_arguments(norm, coefficients);
 
   BackwardReduce& reduce = arguments.reduce;
   reduce.extent = extent_of(x);

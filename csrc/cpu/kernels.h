@@ -135,6 +135,10 @@ struct AvgPool {
   void* out;         // [images, channels]
 };
 
+// Sizes of products by matrix instructions (tiles.h): the rows of a tile, those of a block, of which channels are multiples; and channels of
+// a 3x3 convolution that has a block of its own, half a tile deep.
+constexpr int kTileSide = 16, kBlockSide = 2 * kTileSide, kNarrowChannels = 16;
+
 // Convolutions of bfloat16 with the passes around them: 1x1 (pointwise.h), and 3x3 with a padding of 1 (window.h).
 struct PackWeight {
   const void* weight;  // [outputs, taps, inputs]

@@ -24,20 +24,9 @@ PoolWindow window_of(const Pool& pool) {
 
 // The moments of y's parts in `partial`, and what merges them.
 MergeMoments moments_of_parts(const Tensor& y, OptionalTensor& partial) {
-  const Extent extent = extent_of(y);
-  const Parts parts = parts_of(y);
-  const int64_t size = parts.count * extent.channels;
-  partial = torch::stable::new_empty(y, {3, parts.count, extent.channels}, ScalarType::Float);
-  float* means = write<float>(*partial);
-  const Moments arguments{extent, y.const_data_ptr(), parts, means, means + size, means + 2 * size};
-  share(kernels().moments, arguments, parts.count, parts.rows_per_part * extent.channels);
-  MergeMoments merged{};
-  merged.means = means;
-  merged.m2s = means + size;
-  merged.parts = parts;
-  merged.rows = extent.rows;
-  merged.channels = extent.channels;
-  return merged;
+  const Moments arguments = moments_arguments(y, parts_of(y), partial);
+  share(kernels().moments, arguments, arguments.parts.count, arguments.parts.rows_per_part * arguments.extent.channels);
+  return merge_moments_arguments(arguments);
 }
 
 // The backward reduction of a gradient, which the caller has filled in: (dz, s1, s2, residual_s2).
@@ -162,24 +151,14 @@ std::tuple<Tensor, Tensor, Tensor, OptionalTensor> norm_backward_reduce(
 
 Tensor norm_backward_apply(const Tensor& dz, const Tensor& y, const Tensor& mean, const Tensor& invstd, const OptionalTensor& gamma,
                            const Tensor& s1, const Tensor& s2) {
-  const Arguments check("norm_backward_apply");
-  check.activation("y", y);
-  check.activation_like("dz", dz, y);
-  check.vector("mean", mean, y);
-  check.vector("invstd", invstd, y);
-  check.vector("gamma", gamma, y);
-  check.vector("s1", s1, y);
-  check.vector("s2", s2, y);
+  const ApplyInputs inputs{dz, y, mean, invstd, gamma, s1, s2};
+  inputs.check(Arguments("norm_backward_apply"));
 
   const Tensor dy = empty_activation(y);
-  const Extent extent = extent_of(y);
-  const Tensor coefficients = torch::stable::new_empty(y, {3, extent.channels}, ScalarType::Float);
-  const BackwardApply arguments{
-      extent, dz.const_data_ptr(), y.const_data_ptr(), read<float>(mean), read<float>(invstd), read<float>(gamma), read<float>(s1),
-      read<float>(s2), write<float>(coefficients), dy.mutable_data_ptr(),
-  };
-  kernels().prepare_apply(arguments, 0, extent.channels);
-  share(kernels().backward_apply, arguments, extent.rows, extent.channels);
+  OptionalTensor coefficients;
+  BackwardApply arguments = backward_apply_arguments(inputs, coefficients);
+  arguments.dy = dy.mutable_data_ptr();
+  share(kernels().backward_apply, arguments, arguments.extent.rows, arguments.extent.channels);
   return dy;
 }
 

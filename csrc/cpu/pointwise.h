@@ -52,18 +52,13 @@ struct PointwiseScratch {
   FUSED_RESNET_INLINE PointwiseScratch(const ConvBackward& given, void* scratch) {
     const int64_t rows = (given.reduce.parts.rows_per_part + kDepth - 1) / kDepth * kDepth;
     const int64_t inputs = given.reduce.extent.channels, outputs = given.apply.extent.channels;
-    auto* next = static_cast<BFloat16*>(scratch);
-    const auto take = [&](int64_t values) FUSED_RESNET_LAMBDA {
-      BFloat16* taken = next;
-      next += values;
-      return taken;
-    };
-    dy = take(given.apply.dy ? 0 : rows * outputs);
-    dx = take(given.pending ? rows * inputs : 0);
-    left = take(given.sums ? rows * outputs : 0);
-    right = take(given.sums ? rows * inputs : 0);
-    spare = take(kBlockSide * outputs);
-    size = (next - static_cast<BFloat16*>(scratch)) * static_cast<int64_t>(sizeof(BFloat16));
+    Arena arena(scratch);
+    dy = arena.take(given.apply.dy ? 0 : rows * outputs);
+    dx = arena.take(given.pending ? rows * inputs : 0);
+    left = arena.take(given.sums ? rows * outputs : 0);
+    right = arena.take(given.sums ? rows * inputs : 0);
+    spare = arena.take(kBlockSide * outputs);
+    size = arena.size();
   }
 };
 

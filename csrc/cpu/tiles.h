@@ -12,14 +12,27 @@
 namespace fused_resnet {
 namespace FUSED_RESNET_ISA {
 
-constexpr int kTileSide = 16;                        // rows of a tile, and columns of fp32
-constexpr int kDepth = 32;                           // bfloat16 values in a row of a tile
-constexpr int kTileValues = kTileSide * kDepth;      // of bfloat16
-constexpr int kTileSums = kTileSide * kTileSide;     // of fp32
-constexpr int kBlockSide = 2 * kTileSide;            // two by two tiles are summed at once
-constexpr int kWindow = 3;                           // height and width of the windows of `window_block`
-constexpr int kNarrowChannels = 16;                          // channels of a convolution that has a block of its own: depth is half a tile
-constexpr int kNarrowRows = 4 * kTileSide;           // rows of that block
+constexpr int kDepth = 32;                        // bfloat16 values in a row of a tile
+constexpr int kTileValues = kTileSide * kDepth;   // of bfloat16
+constexpr int kTileSums = kTileSide * kTileSide;  // of fp32; two by two tiles are summed at once
+constexpr int kWindow = 3;                        // height and width of the windows of `window_block`
+constexpr int kNarrowRows = 4 * kTileSide;        // rows of a block of kNarrowChannels
+
+// Memory to work in, shared out piece by piece, each of whole tiles.
+class Arena {
+ public:
+  FUSED_RESNET_INLINE explicit Arena(void* memory) : first_(static_cast<BFloat16*>(memory)), next_(first_) {}
+  FUSED_RESNET_INLINE BFloat16* take(int64_t values) {
+    BFloat16* taken = next_;
+    next_ += (values + kTileValues - 1) / kTileValues * kTileValues;
+    return taken;
+  }
+  // What was taken, in bytes.
+  FUSED_RESNET_INLINE int64_t size() const { return (next_ - first_) * static_cast<int64_t>(sizeof(BFloat16)); }
+
+ private:
+  BFloat16 *first_, *next_;
+};
 
 #if defined(__AMX_BF16__)
 

@@ -25,18 +25,13 @@ struct WeightGradientScratch {
     const bool windows = given.taps > 1;
     const Padded shape(given.images, given.inputs), shape_of_dy(given.images, given.outputs);
     const int64_t band = band_of(given), rows = band + (windows ? 2 * shape.border() + kDepth : 0), right = rows / kDepth * kDepth * given.inputs;
-    auto* next = static_cast<BFloat16*>(scratch);
-    const auto take = [&](int64_t values) FUSED_RESNET_LAMBDA {
-      BFloat16* taken = next;
-      next += (values + kTileValues - 1) / kTileValues * kTileValues;
-      return taken;
-    };
-    dy = take(windows ? shape_of_dy.values(given.images.per_unit) : 0);
-    act = take(windows ? shape.values(given.images.per_unit) : 0);
-    left = take(band * given.outputs);
-    even = take(right);
-    odd = take(windows ? right : 0);
-    size = (next - static_cast<BFloat16*>(scratch)) * static_cast<int64_t>(sizeof(BFloat16));
+    Arena arena(scratch);
+    dy = arena.take(windows ? shape_of_dy.values(given.images.per_unit) : 0);
+    act = arena.take(windows ? shape.values(given.images.per_unit) : 0);
+    left = arena.take(band * given.outputs);
+    even = arena.take(right);
+    odd = arena.take(windows ? right : 0);
+    size = arena.size();
   }
 };
 

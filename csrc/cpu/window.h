@@ -113,7 +113,7 @@ void window_forward(const ConvForward& given, int64_t first_unit, int64_t last_u
         norm_add_act<BFloat16, kResidual, true, true>(norm, unit.first_row, unit.last_row);
       }
     }
-    copy_lines(shape, act + unit.first_row * inputs, unit.images * height, padded);
+    copy_lines(shape, act + unit.first_row * inputs, unit.images * height, padded);  // a last unit's rest is of others: dropped
     for (int64_t part = unit.first_part; part < unit.last_part; ++part) {
       const PartRows rows(moments_of_y.parts, part, norm.extent.rows);
       window_product(shape, padded, rows.first - unit.first_row, rows.last - rows.first, static_cast<const BFloat16*>(given.packed), outputs,
@@ -135,19 +135,14 @@ struct WindowScratch {
   FUSED_RESNET_INLINE WindowScratch(const ConvBackward& given, void* scratch) {
     const int64_t inputs = given.reduce.extent.channels, outputs = given.apply.extent.channels, images = given.images.per_unit;
     const Padded shape(given.images, inputs);
-    auto* next = static_cast<BFloat16*>(scratch);
-    const auto take = [&](int64_t values) FUSED_RESNET_LAMBDA {
-      BFloat16* taken = next;
-      next += (values + kTileValues - 1) / kTileValues * kTileValues;
-      return taken;
-    };
-    dy = take(Padded(given.images, outputs).values(images));
-    act = take(given.sums ? shape.values(images) : 0);
-    dx = take(given.pending ? given.reduce.parts.rows_per_part * inputs : 0);
-    left = take(given.sums ? kBand * outputs : 0);
-    even = take(given.sums ? right_rows(shape) * inputs : 0);
-    odd = take(given.sums ? right_rows(shape) * inputs : 0);
-    size = (next - static_cast<BFloat16*>(scratch)) * static_cast<int64_t>(sizeof(BFloat16));
+    Arena arena(scratch);
+    dy = arena.take(Padded(given.images, outputs).values(images));
+    act = arena.take(given.sums ? shape.values(images) : 0);
+    dx = arena.take(given.pending ? given.reduce.parts.rows_per_part * inputs : 0);
+    left = arena.take(given.sums ? kBand * outputs : 0);
+    even = arena.take(given.sums ? right_rows(shape) * inputs : 0);
+    odd = arena.take(given.sums ? right_rows(shape) * inputs : 0);
+    size = arena.size();
   }
 
   // Of the right factor of a band: its positions, and those that its windows reach.

@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../apply_inputs.h"
 #include "../operators.h"
 #include "../tensors.h"
 #include "dispatch.h"
@@ -62,6 +63,38 @@ inline NormAddAct norm_add_act_arguments(const Tensor& x, const Tensor& scale, c
   const Residual kind = residual_scale ? Residual::kRaw : residual ? Residual::kMaterialised : Residual::kNone;
   return {extent_of(x), x.const_data_ptr(), read<float>(scale), read<float>(bias), kind, read<void>(residual),
           read<float>(residual_scale), read<float>(residual_bias), true, nullptr, nullptr};
+}
+
+// Batch norm's backward, ready but for dy. `coefficients` holds what is made of the sums.
+inline BackwardApply backward_apply_arguments(const ApplyInputs& inputs, OptionalTensor& coefficients) {
+  const Extent extent = extent_of(inputs.y);
+  coefficients = torch::stable::new_empty(inputs.y, {3, extent.channels}, ScalarType::Float);
+  const BackwardApply arguments{
+      extent,          inputs.dz.const_data_ptr(), inputs.y.const_data_ptr(),   read<float>(inputs.mean), read<float>(inputs.invstd),
+      read<float>(inputs.gamma), read<float>(inputs.s1), read<float>(inputs.s2), write<float>(coefficients), nullptr,
+  };
+  kernels().prepare_apply(arguments, 0, extent.channels);
+  return arguments;
+}
+
+// The moments of y's parts. `partial` holds them.
+inline Moments moments_arguments(const Tensor& y, const Parts& parts, OptionalTensor& partial) {
+  const Extent extent = extent_of(y);
+  const int64_t size = parts.count * extent.channels;
+  partial = torch::stable::new_empty(y, {3, parts.count, extent.channels}, ScalarType::Float);
+  float* means = write<float>(partial);
+  return {extent, y.const_data_ptr(), parts, means, means + size, means + 2 * size};
+}
+
+// What merges them, without a norm and results.
+inline MergeMoments merge_moments_arguments(const Moments& moments) {
+  MergeMoments merged{};
+  merged.means = moments.mean;
+  merged.m2s = moments.m2;
+  merged.parts = moments.parts;
+  merged.rows = moments.extent.rows;
+  merged.channels = moments.extent.channels;
+  return merged;
 }
 
 }  // namespace fused_resnet

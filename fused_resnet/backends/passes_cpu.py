@@ -133,12 +133,12 @@ def runs_with_passes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
         and (c % CHANNELS == k % CHANNELS == 0 or (pads and c == k == NARROW_CHANNELS))
         and geometry.groups == max(geometry.stride) == max(geometry.dilation) == 1
         and list(geometry.padding) == [pads, pads]
-        and (_in_a_cache(x) if pads else weight.stride()[:2] == (c, 1))
+        and (_windows_pay(x) if pads else weight.stride()[:2] == (c, 1))
         and native.cpu_instruction_set() in INSTRUCTION_SETS
     )
 
 
-def _in_a_cache(x: Tensor) -> bool:
+def _windows_pay(x: Tensor) -> bool:
     """Whether an image of x, with the border that a 3x3 convolution gives it, stays in a core's cache, and x has the images for threads."""
     n, c, h, w = x.shape
     return n >= LEAST_IMAGES and w <= LINE_PIXELS and (h + 2) * (w + 1) * c * x.element_size() <= IMAGE_BYTES

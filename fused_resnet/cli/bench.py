@@ -172,11 +172,10 @@ def _implementations(args: argparse.Namespace, known: tuple[str, ...], on_gpu: b
 
 def _by_default(suite: str, impl: str, on_gpu: bool) -> bool:
     """Whether an implementation is timed though nobody named it."""
-    if impl in IMPLEMENTATIONS and not IMPLEMENTATIONS[impl].installed:
+    how = IMPLEMENTATIONS.get(impl)
+    if how and (not how.installed or how.frozen or how.onnx):  # the last two are of CPUs, and slow to build
         return False
     if suite == "kernels" and impl in kernels.BY_NAME:
-        return False
-    if impl in ("compile_frozen", "onnxruntime"):  # of CPUs, and slow to build
         return False
     return on_gpu or not impl.startswith(("compile", "cudnn"))
 

@@ -1,8 +1,10 @@
 """Data sets in memory, and batches of them on a device:
 
-data = load("fashion-mnist-mini")
-loader = Loader(data, data.train, 128, torch.device("cpu"), augment=True)
-for images, labels in loader.batches(epoch=1): ...
+    data = load("fashion-mnist-mini")
+    loader = Loader(data, data.train, 128, torch.device("cpu"), augment=True)
+    for images, labels in loader.batches(epoch=1): ...
+
+`NAMES` are those that `load` knows.
 """
 
 from .cifar import CIFAR10, CIFAR100
