@@ -51,7 +51,7 @@ help:
 demo: $(READY)
 	$(RUN) -m fused_resnet demo $(if $(OUT),--out $(OUT))
 
-# What runs in which tier: tests/tiers.py. What measures time runs alone.
+# What runs in which tier: tests/support/tiers.py. What measures time runs alone.
 test: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PYTEST_FLAGS) --quick -m "not slow and not alone"
 	$(RUN) -m pytest -q --quick -m "alone and not slow"

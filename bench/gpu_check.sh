@@ -118,7 +118,7 @@ case $part in
     else
       echo "native library: not built, going on without it: $(tail -n 1 "$out/test-native.log")"
     fi
-    for file in tests/test_*.py; do
+    for file in tests/test_*.py tests/*/test_*.py; do
       # Without the settings of pyproject.toml, which ask for plug-ins that may be missing here.
       step "$(basename "$file" .py)" "$python" -m pytest "$file" --maxfail=20 -q -o addopts= -rs
     done
@@ -135,12 +135,12 @@ case $part in
     # has to see every write, is therefore for the program above.
     for tool in memcheck racecheck synccheck; do
       step "operators-$tool" "$(sanitizer)" --tool "$tool" --error-exitcode 9 --target-processes application-only \
-        --kernel-name kns=fused_resnet "$python" -m pytest tests/test_operators.py -x -q -o addopts= -k "passes_cuda and float16 and training"
+        --kernel-name kns=fused_resnet "$python" -m pytest tests/ops/test_operators.py -x -q -o addopts= -k "passes_cuda and float16 and training"
       step "convolutions-$tool" "$(sanitizer)" --tool "$tool" --error-exitcode 9 --target-processes application-only \
-        --kernel-name kns=conv_ "$python" -m pytest tests/test_operators.py -x -q -o addopts= \
+        --kernel-name kns=conv_ "$python" -m pytest tests/ops/test_operators.py -x -q -o addopts= \
         -k "triton and not passes_triton and float16 and training"
       step "inference-$tool" "$(sanitizer)" --tool "$tool" --error-exitcode 9 --target-processes application-only \
-        --kernel-name kns=conv_ "$python" -m pytest tests/test_conv_affine_act.py -x -q -o addopts= -k "test_the_kernel_agrees and float16"
+        --kernel-name kns=conv_ "$python" -m pytest tests/backends/test_conv_affine_act.py -x -q -o addopts= -k "test_the_kernel_agrees and float16"
     done
     ;;
   kernels)
@@ -219,9 +219,9 @@ case $part in
     # Needs nvidia-cudnn-frontend beside PyTorch; its wheel may be carried here: pip install --no-deps WHEEL. The files of the step
     # probe belong into bench/cudnn_graphs, of which `python bench/cudnn_graphs.py table` makes the tables of docs/backends.md.
     step probe "$python" bench/cudnn_graphs.py probe "$out/cudnn_graphs" --commit "$commit"
-    step graphs "$python" -m pytest tests/test_cudnn.py -q -o addopts= -rs
-    step operators "$python" -m pytest tests/test_operators.py -q -o addopts= -rs -k cudnn
-    step backends "$python" -m pytest tests/test_backends.py -q -o addopts= -rs
+    step graphs "$python" -m pytest tests/cudnn/test_cudnn.py -q -o addopts= -rs
+    step operators "$python" -m pytest tests/ops/test_operators.py -q -o addopts= -rs -k cudnn
+    step backends "$python" -m pytest tests/backends/test_backends.py -q -o addopts= -rs
     for batch in 64 256 400; do
       step "shapes-$batch" "$python" bench/cudnn_graphs.py shapes "$out/results" --batch "$batch" --commit "$commit" --limit 20 --repeats 20
     done

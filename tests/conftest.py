@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiers
 import torch
+from support import tiers
 
 CUDA = torch.cuda.is_available()
 if not CUDA:  # before the kernels are imported: Triton's interpreter then runs them on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.pop("FUSED_RESNET_BACKEND", None)
 
-import executed  # noqa: E402
-from emulated import Emulated  # noqa: E402
+from support import executed  # noqa: E402
+from support.emulated import Emulated  # noqa: E402
 
 from fused_resnet import backends, native  # noqa: E402
 
-if path := os.environ.get("FUSED_RESNET_TEST_CPU_LIBRARY"):  # another build of it, before it is loaded: tests/test_sanitized_cpu.py
+if path := os.environ.get("FUSED_RESNET_TEST_CPU_LIBRARY"):  # another build of it, before it is loaded: tests/csrc/test_sanitized_cpu.py
     native.CPU.path = Path(path)
 backends.BACKENDS[Emulated.name] = Emulated()
 if executed.ARCHITECTURE:
@@ -77,8 +77,18 @@ def on_device(device) -> Iterator[torch.device]:
         torch.set_default_device(before)
 
 
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New memory holds NaN, and the largest integer, so that what a kernel leaves unwritten is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 def name(item: pytest.Item) -> str:
-    """Of a test, wherever pytest was called from."""
+    """Of a test, wherever pytest was called from and whatever folder the file is in."""
     return f"{item.path.name}::{item.nodeid.partition('::')[2]}"
 
 
@@ -109,7 +119,7 @@ def answers(monkeypatch):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="few cases of each parametrised test, as `make test` (tests/tiers.py)")
+    parser.addoption("--quick", action="store_true", help="few cases of each parametrised test, as `make test` (tests/support/tiers.py)")
     parser.addoption("--fresh-seeds", action="store_true", help="new seeds in each run, instead of those of the tests' names")
 
 
@@ -122,9 +132,9 @@ def quick(items: list[pytest.Item]) -> Iterator[pytest.Item]:
             # What runs in another tier, or not here, stands for nothing in this one.
             elsewhere = tuple(bool(item.get_closest_marker(marker)) for marker in ("slow", "gpu"))
             rows = dict(enumerate(item.callspec._idlist))  # one for each decorator: arguments that one of them sets together stay together
-            families[item.path, item.nodeid.partition("[")[0], elsewhere][item.nodeid] = rows
+            families[item.path, item.nodeid.partition("[")[0], elsewhere][name(item)] = rows
     chosen = set().union(*map(tiers.each_value, families.values()))
-    return (item for item in items if not hasattr(item, "callspec") or item.nodeid in chosen)
+    return (item for item in items if not hasattr(item, "callspec") or name(item) in chosen)
 
 
 def pytest_collection_modifyitems(config, items):

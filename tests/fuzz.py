@@ -1,7 +1,7 @@
-"""Cases of the operators that Hypothesis draws, by the rule of test_operators.py: `make fuzz MINUTES=10`, or `python tests/fuzz.py --minutes 10`.
+"""Cases of the operators that Hypothesis draws, by the rule of support/rule.py: `make fuzz MINUTES=10`, or `python tests/fuzz.py --minutes 10`.
 
 A case is a closed chain of operators (chains.py), a backend, a dtype, a shape and a seed. One that fails is made as small as Hypothesis can, printed, and kept in
-tests/regressions.json, which tests/test_fuzz.py runs from then on: mend the fault, and commit the file with it.
+tests/regressions.json, which tests/instruments/test_fuzz.py runs from then on: mend the fault, and commit the file with it.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from pathlib import Path
 import conftest  # noqa: F401  Triton's interpreter and the emulated backend, before the operators are imported
 import hypothesis
 import torch
-from chains import CHAINS, DEVICE, Shape
 from hypothesis import strategies as st
-from test_operators import RUNNABLE, refused_of_draws
+from support.chains import CHAINS, DEVICE, Shape
+from support.rule import PAIRS, refused_of_draws
 
 import fused_resnet
 
@@ -40,7 +40,7 @@ class TimeUp(BaseException):
 
 @dataclass(frozen=True)
 class Case:
-    """A chain of tests/chains.py on random tensors; all of it can be written as JSON."""
+    """A chain of tests/support/chains.py on random tensors; all of it can be written as JSON."""
 
     chain: str
     backend: str
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=20, help="of a backend and dtype before it is the next one's turn")
     args = parser.parse_args(arguments)
     until, draws, failures = time.monotonic() + 60 * args.minutes, random.SystemRandom(), 0
-    turns = itertools.cycle(RUNNABLE)
+    turns = itertools.cycle(PAIRS)
     for turn in itertools.count(1):
         if time.monotonic() > until:
             break
@@ -140,8 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
             failures += 1
             keep(case)
             print(f"{case}\n    " + "\n    ".join(reasons), flush=True)
-        if turn % len(RUNNABLE) == 0:
-            print(f"{turn * args.examples} cases of {len(RUNNABLE)} backends and dtypes, {failures} failed", flush=True)
+        if turn % len(PAIRS) == 0:
+            print(f"{turn * args.examples} cases of {len(PAIRS)} backends and dtypes, {failures} failed", flush=True)
     print(f"{failures} failed" + f"; kept in {REGRESSIONS}" * bool(failures))
     return int(failures > 0)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from chains import RUNNABLE
-from small import SIZE, network
+from support.chains import RUNNABLE
+from support.small import SIZE, network
 from torch import nn
 
 import fused_resnet

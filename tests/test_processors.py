@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from support.checkout import ROOT
 
 from fused_resnet import processors
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(

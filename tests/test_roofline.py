@@ -1,9 +1,8 @@
 """The floor's figures, written down, and the rules that they are counted by."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from support.checkout import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -169,7 +168,7 @@ def test_unknown_network_is_named():
 
 
 def test_the_table_of_the_documents_is_what_is_counted(resnet50):
-    document = (Path(__file__).resolve().parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
+    document = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     rows = [[cell.strip(" *") for cell in line.split("|")[2:-1]] for line in document.splitlines() if line.count("|") == 7]
     figures = [row for row in rows if row[0].replace(".", "").isdecimal()]
     expected = []
@@ -208,7 +207,7 @@ def test_every_design_of_inference_computes_the_forward(name):
 
 
 def test_the_table_of_inference_in_the_documents_is_what_is_counted(resnet50):
-    document = (Path(__file__).resolve().parents[1] / "docs" / "drop-in.md").read_text(encoding="utf-8")
+    document = (ROOT / "docs" / "drop-in.md").read_text(encoding="utf-8")
     section = document.partition("\n## Inference")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.count("|") == 6]
     expected = []

@@ -4,14 +4,13 @@ import importlib.metadata
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.checkout import ROOT
 
 from fused_resnet import versions
 from fused_resnet.cli import main
 
-ROOT = Path(__file__).resolve().parents[1]
 NEWEST = ".".join(map(str, versions.NEWEST_TRITON))
 #: Imports the kernels where Triton's metadata name a release that nobody knows yet, and prints each warning's kind and text.
 IMPORT = """

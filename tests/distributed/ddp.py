@@ -6,7 +6,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from common import STRIDES, fused_resnet, labels, local_average, mine, processes, summed_loss, worst
-from small import SIZE, network
+from support.small import SIZE, network
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

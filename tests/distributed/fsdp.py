@@ -4,7 +4,7 @@ import copy
 
 import torch
 from common import fused_resnet, labels, local_average, mine, processes, reference_step, summed_loss, worst
-from small import SIZE, network
+from support.small import SIZE, network
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -5,9 +5,9 @@ import copy
 import torch
 from common import fused_resnet, labels, local_average, mine, processes, summed_loss, worst
 from conftest import TORCHVISION
-from small import SIZE, network
-from structures import PreUnit, Unit, Whole
-from swapped import shake
+from support.small import SIZE, network
+from support.structures import PreUnit, Unit, Whole
+from support.swapped import shake
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy

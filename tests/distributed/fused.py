@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from common import fused_resnet, labels, local_average, mine, processes, reference_step, summed_loss, worst
 from conftest import TORCHVISION
-from swapped import fused_rows, shake
+from support.swapped import fused_rows, shake
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -6,7 +6,7 @@ import sys
 import torch
 from common import fused_resnet, labels, leave, local_average, worst
 from conftest import TORCHVISION
-from recipes import run_recipe
+from support.recipes import run_recipe
 from torchvision.models import resnet18
 
 from fused_resnet.backends import BACKENDS

@@ -5,7 +5,7 @@ import copy
 import torch
 from common import fused_resnet, labels, mine, processes, summed_loss
 from fsdp import sharded
-from small import SIZE, network
+from support.small import SIZE, network
 from sync_bn import shared
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

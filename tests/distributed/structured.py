@@ -5,8 +5,8 @@ import copy
 import torch
 import torch.distributed as dist
 from common import fused_resnet, labels, local_average, mine, processes, reference_step, summed_loss, worst
-from structures import OfLayers, PreUnit, Unit, Whole, conv
-from swapped import shake, unfused
+from support.structures import OfLayers, PreUnit, Unit, Whole, conv
+from support.swapped import shake, unfused
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

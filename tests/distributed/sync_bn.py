@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import fused_resnet, labels, mine, processes, reference_step, summed_loss, worst
-from small import SIZE, network
+from support.small import SIZE, network
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

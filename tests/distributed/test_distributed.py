@@ -1,0 +1,107 @@
+"""Two processes on gloo, by torchrun, against one process with the whole batch. Each script in tests/distributed/ holds its own checks."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CUDA
+from support.checkout import ROOT
+
+from fused_resnet import data
+from fused_resnet.cli import main
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no distributed package")
+
+
+def torchrun(*command: str, processes: int = 2, **environment: str) -> str:
+    """What the processes printed; the test fails with it where one of them did."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *command],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, timeout=500, cwd=ROOT,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-10000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("script", ["ddp", "sync_bn", "recompute", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_processes_train_as_one(script, seed):
+    torchrun(str(ROOT / "tests" / "distributed" / f"{script}.py"), str(seed))
+
+
+@pytest.mark.parametrize("script", ["recipe", "fused", "fsdp1", "structured"])
+def test_networks_of_other_libraries(script, torchvision_models, seed):
+    """The recipe of docs/drop-in.md; what FSDP2 and convert_sync_batchnorm make of a fused network; FSDP1; networks that are known by their
+    structure. On CPUs."""
+    torchrun(str(ROOT / "tests" / "distributed" / f"{script}.py"), str(seed), CUDA_VISIBLE_DEVICES="")
+
+
+TRAIN = (
+    "--model", "resnet20", "--data", "fashion-mnist-mini", "--epochs", "2", "--batch-size", "8", "--limit-train", "8", "--limit-eval", "9",
+    "--warmup-epochs", "0", "--lr", "0.001", "--device", "cpu", "--seed", "3", "--no-progress",
+)  # fmt: skip
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_train_with_shared_norms_is_one_process(tmp_path):
+    """`torchrun -m fused_resnet train --sync-bn`, stopped and resumed, has the losses of one process with the same batches."""
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    command = ("-m", "fused_resnet", "train")
+    out = torchrun(*command, *TRAIN, "--sync-bn", "--backend", "eager", "--out", str(together), "--stop-after", "1")
+    assert "cpu and 1 more, fp32, backend eager" in out and out.count("1 of 2 epochs are done") == 1
+    torchrun(*command, "--resume", str(together), "--backend", "eager", "--device", "cpu", "--no-progress")
+    assert main(["train", *TRAIN, "--backend", "eager", "--out", str(alone)]) == 0
+    ours, expected = metrics(together), metrics(alone)
+    assert [r["epoch"] for r in ours] == [1, 2]
+    for a, b in zip(ours, expected, strict=True):
+        for key in ("step", "lr", "train_accuracy", "eval_accuracy"):
+            assert a[key] == b[key], key
+        for key in ("train_loss", "eval_loss"):
+            assert abs(a[key] - b[key]) < 1e-4, key
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in (together, alone)]
+    for (name, a), b in zip(states[0].items(), states[1].values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_what_processes_can_not_do_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("fused_resnet.cli.train.launched", lambda: True)
+    monkeypatch.setenv("FUSED_RESNET_BACKEND", "off")
+    assert main(["train", *TRAIN, "--sync-bn", "--out", str(tmp_path / "x")]) == 2
+    assert "argument --sync-bn: PyTorch's own modules synchronise on GPUs alone; expected --backend eager" in capsys.readouterr().err
+    monkeypatch.setattr("fused_resnet.train.trainer.world", lambda: 3)
+    assert main(["train", *TRAIN, "--out", str(tmp_path / "x")]) == 2
+    assert "argument --batch-size: expected a multiple of the 3 processes; got 8" in capsys.readouterr().err
+
+
+def test_parts_of_batches_make_the_batches():
+    """The parts of two processes are the halves of one process's batches, augmented alike; evaluation leaves no image out."""
+    images = data.load("fashion-mnist-mini", limit_train=24, limit_eval=9)
+    whole = list(data.Loader(images, images.train, 8, torch.device("cpu"), True, 5).batches(1))
+    parts = [list(data.Loader(images, images.train, 8, torch.device("cpu"), True, 5, (i, 2)).batches(1)) for i in range(2)]
+    for (x, y), *halves in zip(whole, *parts, strict=True):
+        assert torch.equal(x, torch.cat([h[0] for h in halves])) and torch.equal(y, torch.cat([h[1] for h in halves]))
+    counts = [
+        sum(len(y) for _, y in data.Loader(images, images.eval, 8, torch.device("cpu"), False, part=(i, 2)).batches(0)) for i in range(2)
+    ]
+    assert counts == [5, 4]
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, a multiple of the 3 processes; got 8"):
+        data.Loader(images, images.train, 8, torch.device("cpu"), True, part=(0, 3))
+
+
+def test_the_example_trains():
+    out = torchrun(
+        "examples/train_ddp.py", "--model", "resnet20", "--steps", "2", "--batch-size", "4", "--image-size", "16", "--sync-bn" if CUDA else "--lr=0.01",
+        FUSED_RESNET_BACKEND="auto" if CUDA else "eager", processes=torch.cuda.device_count() if CUDA else 2,
+    )  # fmt: skip
+    loss = float(re.fullmatch(r"step 2: loss ([0-9.]+)", out.strip()).group(1))
+    assert 0 < loss < 10

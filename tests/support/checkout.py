@@ -1,0 +1,22 @@
+"""The checkout that the tests stand in."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "tests"
+
+
+def script(path: str) -> ModuleType:
+    """A program of the checkout as a module: script("bench/compare.py")."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def file_of(name: str) -> Path:
+    """Where a file of tests lies."""
+    (path,) = TESTS.rglob(name)
+    return path
