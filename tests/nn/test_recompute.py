@@ -1,21 +1,17 @@
 """`fused_resnet.recompute`: the same bits, less memory, and what happens to it in each training mode."""
 
 import copy
-import gc
 import pickle
 import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.checkout import ROOT
+from support.recomputed import WAYS, held, images, loss_of
 from support.small import SIZE, network
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import save_on_cpu
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import fused_resnet
@@ -26,19 +22,6 @@ from fused_resnet.bench.steps import BlockStep, Subject, TrainingStep
 from fused_resnet.cli import main
 from fused_resnet.models import BasicBlock, Bottleneck, ConvBNAct2d, PreActBlock, plain20
 from fused_resnet.nn import Stage, recompute
-
-#: (backend, dtype): where the framework's convolution or our kernels run, on a CPU. Each gives the same bits every time.
-WAYS = [("eager", torch.float64), ("passes_triton", torch.float32), ("triton", torch.float32)]
-
-
-def images(dtype=torch.float64, size=SIZE):
-    return torch.randn(size, dtype=dtype)
-
-
-def loss_of(model, x, backend):
-    with fused_resnet.backend(backend):
-        out = model(x)
-    return F.cross_entropy(out, torch.arange(len(x)) % 5) if out.dim() == 2 else out.float().square().mean()
 
 
 def results(model, x, backend):
@@ -69,36 +52,6 @@ def made(monkeypatch):
 
     monkeypatch.setattr(recompute, "_as_in_forward", watched)
     return found
-
-
-class Alive(TorchDispatchMode):
-    """Bytes of what was made inside and is still held, but for `known` tensors."""
-
-    sees_fused_operators = True
-
-    def __init__(self, *known):
-        super().__init__()
-        self.known = {t.untyped_storage()._cdata for t in known}
-        self.made = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor):
-                storage = t.untyped_storage()
-                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return result
-
-    def bytes(self):
-        return sum(size for key, (storage, size) in self.made.items() if key not in self.known and not storage.expired())
-
-
-def held(model, x, backend="eager"):
-    """(bytes that the graph holds after a forward, its loss)."""
-    with Alive(x, *model.parameters(), *model.buffers()) as alive:
-        loss = loss_of(model, x, backend)
-    gc.collect()  # the interpreter's own circles
-    return alive.bytes(), loss
 
 
 # ---- the same bits ------------------------------------------------------------------------------------------------------
@@ -161,92 +114,6 @@ def test_the_forwards_kernels_and_tiles_make_it_again():
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("on_device")
-@pytest.mark.parametrize("backend, dtype", WAYS)
-def test_what_is_saved_is_less_by_the_inside_of_the_branches(backend, dtype):
-    """By hand, in values: what a block's convolutions hand on, and where a backend keeps it, the activation behind each.
-
-    No more is held while the graph is kept after a backward, and nothing once the graph is gone, though nobody collects circles.
-    """
-    plain = network(dtype=dtype)
-    again, x = fused_resnet.recompute(copy.deepcopy(plain)), images(dtype)
-    pixels = {"layer1": 5 * 5, "layer2": 3 * 3, "layer3": 3 * 3}
-    inside = 4 * sum(
-        conv.out_channels * (pixels["layer1"] if (name, i) == ("layer2", 1) else pixels[name])
-        for name in pixels
-        for block in getattr(plain, name)
-        for i, (conv, _) in enumerate(block.branch()[:-1], 1)
-    )
-    kinds = 1 if backend == "triton" else 2
-    groups = 4 * 16 * 5 * 5 if backend == "triton" else 0  # the framework's convolution, of an activation that is kept
-    expected = (kinds * inside + groups) * dtype.itemsize
-    assert held(plain, x, backend)[0] - held(again, x, backend)[0] == expected
-    if backend != "eager":  # the interpreter has circles of its own
-        return
-    gc.disable()
-    try:
-        with Alive(x, *again.parameters(), *again.buffers()) as alive:
-            loss = loss_of(again, x, backend)
-            before = alive.bytes()
-            loss.backward(retain_graph=True)
-            again.zero_grad()
-            assert alive.bytes() == before > 0
-            del loss
-            assert alive.bytes() == 0
-    finally:
-        gc.enable()
-
-
-def test_the_memory_test_sees_what_is_not_let_go_of(monkeypatch):
-    """A value that outlives its last reader, and one that its maker holds in a circle."""
-    again, x = fused_resnet.recompute(network()), images()
-
-    def hold(self, keeper):
-        return self.get()
-
-    monkeypatch.setattr(recompute._Again, "handed_to", hold)
-    with Alive(x, *again.parameters(), *again.buffers()) as alive:
-        loss = loss_of(again, x, "eager")
-        before = alive.bytes()
-        loss.backward(retain_graph=True)
-        again.zero_grad()
-        assert alive.bytes() > before
-
-
-def test_a_block_is_made_again_when_its_backward_comes_and_let_go_of_as_it_passes():
-    """While the gradient of a block's first convolution is at hand, nothing of the blocks behind it is there."""
-    again, x = fused_resnet.recompute(network()), images()
-    alive = Alive(x, *again.parameters(), *again.buffers())
-    seen, blocks = [], [block for stage in again.stages() for block in stage]
-    values = []
-    original = recompute._Again.get
-    with pytest.MonkeyPatch.context() as patch, alive:
-        patch.setattr(recompute._Again, "get", lambda self: values.append(self) or original(self))
-        for block in blocks:
-            block.conv1.weight.register_hook(lambda g: seen.append(sum(v._tensor is not None for v in set(values))))
-        loss_of(again, x, "eager").backward()
-    assert seen == [0] * len(blocks) and len(set(values)) == 14
-
-
-@pytest.mark.parametrize("kept", ["conv3", "conv2", "bn3", "late", "fc"])
-def test_frozen_parameters_cost_no_memory(kept):
-    """What no node saves is not held for us: an activation four times as wide as what could be made of it."""
-    plain = network()
-    for name, p in plain.named_parameters():
-        p.requires_grad_(kept in name or (kept == "late" and name.startswith(("layer3", "fc"))))
-    again, x = fused_resnet.recompute(copy.deepcopy(plain)), images()
-    assert held(again, x)[0] <= held(plain, x)[0]
-    a, b = results_of_parameters(plain, x), results_of_parameters(again, x)
-    assert all((p is None) == (q is None) and (p is None or torch.equal(p, q)) for p, q in zip(a, b, strict=True))
-
-
-def results_of_parameters(model, x):
-    """The gradients of parameters, where the images need none."""
-    model.zero_grad()
-    loss_of(model, x, "eager").backward()
-    return [p.grad for p in model.parameters()]
 
 
 # ---- networks and blocks ------------------------------------------------------------------------------------------------

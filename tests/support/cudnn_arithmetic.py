@@ -11,7 +11,7 @@ from fused_resnet.backends import cudnn as backend_cudnn
 from fused_resnet.backends.convolutions import FusedConvolutions
 from fused_resnet.backends.passes_triton import PassesTriton
 from fused_resnet.cudnn.work import problem_of_task, rounded_coefficients
-from fused_resnet.reference import like_weight, unpack_mask
+from fused_resnet.reference import Reference, like_weight, unpack_mask
 from fused_resnet.tuning import CUDNN, heuristics
 from fused_resnet.values import ConvGeometry, Source, nhwc
 
@@ -114,3 +114,18 @@ def put_in_place(monkeypatch) -> list[str]:
     for function in (fprop, dgrad, wgrad):
         monkeypatch.setattr(backend_cudnn.cudnn, function.__name__, counted(function))
     return called
+
+
+def raw(shape, ratio: float, dtype=torch.float16) -> torch.Tensor:
+    """A raw output whose mean is `ratio` deviations away from zero, of either sign by channel."""
+    sign = torch.where(torch.arange(shape[1]) % 2 == 0, 1.0, -1.0)[None, :, None, None]
+    return nhwc((torch.randn(shape) + ratio * sign).to(dtype))
+
+
+def pending(ratio: float, channels: int = 64) -> tuple[Source, torch.Tensor]:
+    """(a source with float32 coefficients, the float64 raw output that its x was rounded from)."""
+    exact = raw((8, channels, 9, 9), ratio, torch.float64)
+    x = exact.half()
+    gamma, beta = torch.rand(channels) + 0.5, torch.randn(channels) * 0.3
+    mean, invstd, _, scale, bias = Reference().batch_stats(x, gamma, beta, 1e-5)
+    return Source(x, mean, invstd, scale, bias), exact
