@@ -256,7 +256,11 @@ class Reference:
         return [self._convolution(act, conv) for conv in convs], act, mask
 
     def _convolution(self, act: Tensor, conv: Conv) -> Pending:
-        return self.with_norm(convolution(act, conv), conv.norm)
+        return self.with_norm(self.conv2d(act, conv.weight, conv.geometry), conv.norm)
+
+    def conv2d(self, act: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
+        """The convolution alone: y [N, K, P, Q] in channels_last."""
+        return nhwc(torch.conv2d(act, weight, None, *geometry))
 
     def convolution_again(self, source: Source, conv: Conv, written: bool) -> Callable[[Source], Tensor]:
         """What makes y of a convolution again, as `convolve` made it: by the same kernel, with the same bits, and without statistics.
@@ -264,7 +268,7 @@ class Reference:
         `source` is what `convolve` read, `written` whether it wrote the activation. What is returned reads that activation, as
         `Source(act)`, or, where none was written, `source` with its x made again. Of `source` only shapes and dtypes are looked at.
         """
-        return lambda read: convolution(read.x, conv)
+        return lambda read: self.conv2d(read.x, conv.weight, conv.geometry)
 
     def with_norm(self, y: Tensor, norm: Norm, parts: tuple[Tensor, Tensor, Tensor] | None = None) -> Pending:
         """y [N, K, P, Q] with the statistics that `norm` asks for: running, of this batch, or of all that a group shares.
@@ -305,7 +309,7 @@ class Reference:
         the rest.
         """
         dtype = accumulate_dtype(x.dtype)
-        y = nhwc(torch.conv2d(x, weight, None, *geometry))
+        y = self.conv2d(x, weight, geometry)
         scale = ones(y.shape[1], dtype, y.device) if scale is None else scale.to(dtype)
         return self.norm_add_act(Source(y, scale=scale, bias=bias.to(dtype), residual=residual), relu, save_mask=False)[0]
 
@@ -357,11 +361,6 @@ class Reference:
         # Running statistics are constants, so the norm is an affine map and nothing else.
         scale = output.invstd if gamma is None else output.invstd * gamma
         return (output.dz * scale[:, None, None]).to(y.dtype)
-
-
-def convolution(act: Tensor, conv: Conv) -> Tensor:
-    """y in channels_last, by the framework."""
-    return nhwc(torch.conv2d(act, conv.weight, None, *conv.geometry))
 
 
 def convolution_backward(act: Tensor, dy: Tensor, output: ConvOutput, need_dx: bool, need_dw: bool) -> tuple[Tensor | None, Tensor | None]:

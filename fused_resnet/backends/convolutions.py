@@ -14,7 +14,7 @@ from .. import cudnn
 from ..cudnn.work import as_cudnn_reads
 from ..policy import pays_to_apply_norm
 from ..problem import ConvProblem
-from ..reference import Reference, allow_tf32, convolution, convolution_backward
+from ..reference import Reference, allow_tf32, convolution_backward
 from ..tuning import CUDNN, Choice, Task
 from ..values import Conv, ConvGeometry, ConvOutput, Norm, Pending, Source, problem_of
 
@@ -117,7 +117,7 @@ class FusedConvolutions(Reference, ABC):
 
         def again(read: Source) -> Tensor:
             if configuration is None:
-                return convolution(read.x, conv)
+                return self.conv2d(read.x, conv.weight, conv.geometry)
             if configuration == CUDNN:
                 return cudnn.fprop(read, conv.weight, conv.geometry)[0]
             from ..kernels.fprop import fprop

@@ -67,16 +67,27 @@ def _added(bias: Tensor, dtype: torch.dtype) -> Tensor | bool:
 
 
 @cache
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which convolutions of `dtype` run on this CPU: float32 where oneDNN has none of `dtype` here, as without AVX-512.
+
+    PyTorch's own loops, which do it then, take ten times as long. A convolution in float32 of the same numbers is rounded once, too.
+    """
+    narrow = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if dtype not in narrow or not torch.backends.mkldnn.is_available():
+        return dtype
+    supported = getattr(_OPERATORS, narrow[dtype], None)
+    return dtype if supported is None or supported() else torch.float32
+
+
+@cache
 def declines(dtype: torch.dtype) -> str | None:
-    """Why no primitive takes `dtype` here; None where one does."""
+    """Why no primitive takes convolutions of `dtype` here; None where one does."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch is built without oneDNN"
     for name in ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight"):
         if not hasattr(_OPERATORS, name):
             return f"this PyTorch has no operator mkldnn::{name}"
-    if dtype == torch.bfloat16:
-        return None if _OPERATORS._is_mkldnn_bf16_supported() else "oneDNN has no bfloat16 on this CPU"
-    return None if dtype == torch.float32 else f"the primitive takes float32 and bfloat16 here, not {dtype}"
+    return None if dtype in (torch.float32, torch.bfloat16) else f"the primitive takes float32 and bfloat16 here, not {dtype}"
 
 
 def _packed(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor | None:
@@ -104,26 +115,28 @@ def conv_affine_act(
     stride, padding, dilation, groups = geometry
     key = x.shape, x.dtype, tuple(stride), tuple(padding), tuple(dilation), groups
     task = *key, weight.shape, residual is None, relu, in_place
-    packed = None if task in _REFUSED else derived(weight, key, lambda: _packed(x, weight, geometry))
-    shift = derived(bias, x.dtype, lambda: _added(bias, x.dtype))
+    dtype = computing_dtype(x.dtype)
+    read, added = x.to(dtype), None if residual is None else residual.to(dtype)
+    packed = None if task in _REFUSED else derived(weight, key, lambda: _packed(read, weight.to(dtype), geometry))
+    shift = derived(bias, dtype, lambda: _added(bias, dtype))
     if packed is None or shift is False:
         return None
     shift = bias if shift is True else shift
     after = "relu" if relu else None
     try:
-        if residual is None:
-            act = _OPERATORS._convolution_pointwise(x, packed, shift, padding, stride, dilation, groups, after or "none", [], None)
-        elif in_place:
+        if added is None:
+            act = _OPERATORS._convolution_pointwise(read, packed, shift, padding, stride, dilation, groups, after or "none", [], None)
+        elif in_place or added is not residual:
             act = _OPERATORS._convolution_pointwise_.binary(
-                residual, x, packed, shift, padding, stride, dilation, groups, "add", None, after, [], None
+                added, read, packed, shift, padding, stride, dilation, groups, "add", None, after, [], None
             )
         else:
             act = _OPERATORS._convolution_pointwise.binary(
-                x, residual, packed, shift, padding, stride, dilation, groups, "add", None, after, [], None
+                read, added, packed, shift, padding, stride, dilation, groups, "add", None, after, [], None
             )
     except RuntimeError:
         _REFUSED.add(task)
         return None
-    act = nhwc(act)
+    act = residual.copy_(act) if in_place and added is not residual else nhwc(act).to(x.dtype)
     _finite.add(act)  # its ReLU leaves no NaN, and without one sums of numbers are numbers
     return act

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import environment, native
-from ..reference import convolution, convolution_backward, like_weight
+from ..reference import convolution_backward, like_weight
 from ..values import Conv, ConvGeometry, ConvOutput, Pending, Source, nhwc, problem_of
 from . import onednn, products
 from .passes_native import PassesNative, float32_vector
@@ -25,7 +25,8 @@ class PassesCpu(PassesNative):
     """The passes on CPUs, by PyTorch's threads; and those convolutions as products of matrices that are faster so.
 
     In inference, a convolution and what follows it is one primitive of oneDNN's. With AMX, in training, 1x1 and 3x3
-    convolutions of bfloat16 run together with the passes around them, part by part of their pixels.
+    convolutions of bfloat16 run together with the passes around them, part by part of their pixels. Where oneDNN has no convolutions
+    of a narrow dtype, those of float32 stand for them.
     """
 
     name = "passes_cpu"
@@ -57,7 +58,17 @@ class PassesCpu(PassesNative):
     def _convolution(self, act, conv):
         if runs_with_passes(act, conv.weight, conv.geometry):
             return self._with_passes(Source(act), conv)[0]
-        return self.with_norm(_convolution(act, conv), conv.norm)
+        return super()._convolution(act, conv)
+
+    def conv2d(self, act, weight, geometry):
+        dtype = onednn.computing_dtype(act.dtype)
+        if dtype != act.dtype:
+            with torch.autocast("cpu", enabled=False):  # which would cast them back
+                return super().conv2d(act.to(dtype), weight.to(dtype), geometry).to(act.dtype)
+        problem = problem_of(act, weight, geometry)
+        if products.as_product("fprop", problem, act.dtype):
+            return products.fprop(act, weight, problem)
+        return super().conv2d(act, weight, geometry)
 
     def conv_affine_act(self, x, weight, geometry, scale, bias, residual, relu):
         act = onednn.conv_affine_act(x, weight, geometry, bias, residual, relu) if scale is None else None
@@ -82,7 +93,7 @@ class PassesCpu(PassesNative):
         if runs_with_passes(source.x, conv.weight, conv.geometry):
             none = (None,) * 5
             return lambda read: self.operators.conv_forward(read.x, *none, nhwc(conv.weight), False, None, None, 0.0)[0]
-        return lambda read: _convolution(read.x, conv)
+        return super().convolution_again(source, conv, written)
 
     def convolve_backward(self, source, act, mask, outputs, dact, need_dx):
         first, *others = outputs
@@ -112,6 +123,11 @@ class PassesCpu(PassesNative):
             (dx, *_), dw = self._with_passes_backward(Source(act), act, None, output, None, need_dx)
             return dx, dw
         dy, weight = self._dy(output), output.weight
+        dtype = onednn.computing_dtype(act.dtype)
+        if dtype != act.dtype:
+            found = convolution_backward(act.to(dtype), dy.to(dtype), output._replace(weight=weight.to(dtype)), need_dx, output.need_dw)
+            dx, dw = (None if gradient is None else gradient.to(act.dtype) for gradient in found)
+            return dx, None if dw is None else like_weight(dw, weight)
         problem, dx, dw = problem_of(act, weight, output.geometry), None, None
         if need_dx and products.as_product("dgrad", problem, act.dtype):
             dx = products.dgrad(dy, weight, problem)
@@ -142,11 +158,3 @@ def _windows_pay(x: Tensor) -> bool:
     """Whether an image of x, with the border that a 3x3 convolution gives it, stays in a core's cache, and x has the images for threads."""
     n, c, h, w = x.shape
     return n >= LEAST_IMAGES and w <= LINE_PIXELS and (h + 2) * (w + 1) * c * x.element_size() <= IMAGE_BYTES
-
-
-def _convolution(act: Tensor, conv: Conv) -> Tensor:
-    """y in channels_last."""
-    problem = problem_of(act, conv.weight, conv.geometry)
-    if products.as_product("fprop", problem, act.dtype):
-        return products.fprop(act, conv.weight, problem)
-    return convolution(act, conv)

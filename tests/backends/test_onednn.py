@@ -74,6 +74,20 @@ def test_the_primitive_agrees(shape, epilogue, dtype):
         check(act, given)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_float32_stands_for_bfloat16_where_onednn_has_none(shape, in_place, monkeypatch):
+    """Rounded once; the weight is cast once, and again after a write."""
+    monkeypatch.setattr(onednn, "computing_dtype", lambda dtype: torch.float32)
+    given = operands(shape, "residual", torch.bfloat16)
+    for factor in (1, 1, 2):
+        given[1].mul_(factor)
+        arguments = [*given[:5], given[5].clone(), True]
+        act = call(arguments, in_place=in_place)
+        assert act.dtype == torch.bfloat16 and (act.data_ptr() == arguments[5].data_ptr()) == in_place
+        check(act, given)
+
+
 @pytest.mark.skipif(bool(onednn.declines(torch.bfloat16)), reason="needs oneDNN's bfloat16")
 def test_a_sum_rounds_once():
     """Eager rounds what it adds to: with a bias of 1024 it has lost what the residual brings back."""

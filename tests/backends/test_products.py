@@ -1,9 +1,10 @@
-"""Convolutions as products of matrices: the rule that picks them, and that their errors are those of PyTorch's convolution."""
+"""Convolutions as products of matrices, and in float32 in place of a narrow dtype: the rules that pick them, and errors at most PyTorch's own."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_resnet.backends import BACKENDS, products
+from fused_resnet.backends import BACKENDS, onednn, products
 from fused_resnet.problem import ConvProblem
 from fused_resnet.values import Conv, ConvGeometry, ConvOutput, Norm, problem_of
 
@@ -68,6 +69,53 @@ def test_the_backend_gives_what_pytorch_gives(case):
             if found is not None:
                 torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
         assert dw is None or dw.stride() == weight.stride()
+
+
+class Convolutions(TorchDispatchMode):
+    """The dtypes in which PyTorch's convolutions run."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "convolution" in func.name():
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_float32_stands_for_a_dtype_that_onednn_does_not_have(case, dtype, autocast, monkeypatch):
+    passes = BACKENDS["passes_cpu"]
+    if reason := passes.declines(torch.device("cpu"), dtype):
+        pytest.skip(reason)
+    monkeypatch.setattr(onednn, "computing_dtype", lambda dtype: torch.float32)
+    monkeypatch.setattr("fused_resnet.backends.passes_cpu.runs_with_passes", lambda *_: False)
+    x, weight, geometry, dy = operands(case)
+    x, weight, dy = (t.to(dtype) for t in (x, weight, dy))
+    k = len(weight)
+    norm = Norm(None, None, torch.zeros(k), torch.ones(k), False, 0.0)
+    exact = [torch.conv2d(x.double(), weight.double(), None, *geometry), *gradients(x.double(), weight.double(), geometry, dy.double())]
+    with torch.autocast("cpu", dtype, enabled=autocast), Convolutions() as seen:
+        pending = passes._convolution(x, Conv(weight, norm, geometry))
+        output = ConvOutput(dy, torch.zeros(k), torch.zeros(k), *pending[:3], weight, None, False, geometry, True)
+        results = pending.y, *passes._convolution_backward(x, output, True)
+    assert seen.dtypes == [torch.float32] * len(seen.dtypes) and len(seen.dtypes) >= 2
+    for found, expected in zip(results, exact, strict=True):
+        assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+        # One rounding, of a sum in float32.
+        torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5 * expected.abs().max().item())
+
+
+def test_float32_stands_for_no_dtype_that_onednn_has():
+    assert onednn.computing_dtype(torch.float32) == torch.float32 and onednn.computing_dtype(torch.float64) == torch.float64
+    for dtype, supported in (
+        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+    ):
+        assert onednn.computing_dtype(dtype) == (dtype if supported else torch.float32)
 
 
 def test_the_rule_looks_at_shapes_and_dtypes():
