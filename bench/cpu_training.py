@@ -7,7 +7,7 @@ import torch
 import fused_resnet
 from fused_resnet import models
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -21,7 +21,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 class Training:
-    """A network of this package in NHWC and SGD with momentum, under autocast where the dtype is bf16.
+    """A network of this package in NHWC and SGD with momentum, under autocast where the dtype is fp16 or bf16.
 
     `args`: as `parser` reads them.
     """
@@ -37,7 +37,7 @@ class Training:
 
     def loss(self) -> torch.Tensor:
         """Forward: a scalar."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
             return torch.nn.functional.cross_entropy(self.model(self.images).float(), self.labels)
 
     def step(self, backend: str) -> None:
