@@ -31,10 +31,11 @@ class CifarResNet(ResidualNetwork):
     """A 3×3 stem of 16 channels, three stages of `blocks` basic blocks with 16, 32, 64 channels, an average pool, `fc`.
 
     depth: 6·blocks + 2. shortcut: "A" pads where channels grow (the paper's choice here), "B" projects, None leaves shortcuts
-    out (the plain network). in_channels: of the images. Raises ValueError for any other value.
+    out (the plain network). in_channels: of the images. width: channels of the stem and the first stage in place of 16; the
+    next stages have twice and four times as many. Raises ValueError for any other value.
     """
 
-    def __init__(self, depth: int, num_classes: int = 10, shortcut: str | None = "A", in_channels: int = 3):
+    def __init__(self, depth: int, num_classes: int = 10, shortcut: str | None = "A", in_channels: int = 3, width: int = 16):
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth: expected 6n + 2 with n of at least 1; got {depth}")
@@ -43,15 +44,17 @@ class CifarResNet(ResidualNetwork):
         for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1; got {value}")
+        if width < 2 or width % 2:  # option A pads on both sides
+            raise ValueError(f"width: expected an even number of at least 2; got {width}")
         blocks = (depth - 2) // 6
-        self.conv1 = conv3x3(in_channels, 16)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.conv1 = conv3x3(in_channels, width)
+        self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _stage(16, 16, blocks, 1, shortcut)
-        self.layer2 = _stage(16, 32, blocks, 2, shortcut)
-        self.layer3 = _stage(32, 64, blocks, 2, shortcut)
+        self.layer1 = _stage(width, width, blocks, 1, shortcut)
+        self.layer2 = _stage(width, 2 * width, blocks, 2, shortcut)
+        self.layer3 = _stage(2 * width, 4 * width, blocks, 2, shortcut)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(64, num_classes)
+        self.fc = nn.Linear(4 * width, num_classes)
         initialise(self)
 
 
@@ -69,14 +72,14 @@ def _stage(inplanes: int, planes: int, blocks: int, stride: int, shortcut: str |
 def _builder(name: str, depth: int) -> Callable[..., CifarResNet]:
     if name.startswith("plain"):
 
-        def build(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
-            return CifarResNet(depth, num_classes, None, in_channels)
+        def build(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+            return CifarResNet(depth, num_classes, None, in_channels, width)
 
         build.__doc__ = f"The plain {depth}-layer network for 32×32 images. See `CifarResNet`."
     else:
 
-        def build(num_classes: int = 10, shortcut: str = "A", in_channels: int = 3) -> CifarResNet:
-            return CifarResNet(depth, num_classes, shortcut, in_channels)
+        def build(num_classes: int = 10, shortcut: str = "A", in_channels: int = 3, width: int = 16) -> CifarResNet:
+            return CifarResNet(depth, num_classes, shortcut, in_channels, width)
 
         build.__doc__ = f"ResNet-{depth} for 32×32 images. See `CifarResNet`."
     build.__name__ = build.__qualname__ = name

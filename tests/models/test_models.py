@@ -175,6 +175,13 @@ def test_cifar_networks_have_the_papers_size(name, millions):
     assert parameters(models.get_model(name)) == pytest.approx(millions, rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["resnet20", "plain20"])
+def test_a_width_is_that_of_the_first_stage(name):
+    narrow = models.get_model(name, width=6, in_channels=1)
+    assert [stage[0].conv1.out_channels for stage in narrow.stages()] == [6, 12, 24]
+    assert narrow(torch.randn(2, 1, 12, 12)).shape == (2, 10)
+
+
 def test_plain_networks_have_no_shortcut():
     """The output of a block whose branch is zero is zero, whatever comes in."""
     for block in (models.plain34().layer2[0], models.plain20().layer2[0]):
@@ -336,6 +343,8 @@ def test_autocast_where_some_norms_are_none_of_ours():
         (lambda: models.resnext50_32x4d(groups=4), ValueError, "groups: expected 32"),
         (lambda: models.resnet20(shortcut="C"), ValueError, 'shortcut: expected "A", "B"'),
         (lambda: models.resnet20(in_channels=0), ValueError, "in_channels: expected at least 1"),
+        (lambda: models.plain20(width=0), ValueError, "width: expected an even number of at least 2; got 0"),
+        (lambda: models.resnet20(width=7), ValueError, "width: expected an even number of at least 2; got 7"),
         (lambda: models.CifarResNet(21), ValueError, "depth: expected 6n"),
         (lambda: models.resnet18(weights="no such weights"), ValueError, "weights: expected"),
         (lambda: models.resnet20()(torch.randn(3, 8, 8)), ValueError, r"x: expected shape \[N, 3, H, W\]; got \[3, 8, 8\]"),
