@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 #: The commands that ask for it.
-COMMANDS = ("train", "demo", "bench")
+COMMANDS = ("train", "demo", "bench", "experiment")
 #: What users say of it: GNU's and Intel's variables.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 #: What is said for them. Of GNU's OpenMP the count goes before the policy, by which it would be 0; by default it is 300,000. Others know

@@ -9,13 +9,14 @@ from .. import environment
 from .._version import __version__
 from ..data import DataError
 from ..train import CheckpointError, SettingError, TrainingDiverged
-from . import bench, demo, info, kernels, profile, roofline, train, tune
+from . import bench, demo, experiment, info, kernels, profile, roofline, train, tune
 from .arguments import Parser, Unavailable, UsageError
 
 EXAMPLES = """example:
   fused-resnet demo
   fused-resnet train --model resnet20 --data fashion-mnist-mini --epochs 8 --out runs/first
   fused-resnet train --resume runs/first
+  fused-resnet experiment degradation --minutes 60
   fused-resnet bench train --model resnet50
   fused-resnet profile --model resnet50 --out runs/profile
   fused-resnet tune --model resnet50 --batch 256
@@ -46,9 +47,10 @@ def _main(argv: Sequence[str] | None) -> int:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"fused_resnet {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (train, demo, bench, profile, tune, roofline, info, kernels):
+    for command in (train, demo, experiment, bench, profile, tune, roofline, info, kernels):
         command.add_parser(commands)
     args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     prog = f"{parser.prog} {args.command}"
     try:
         environment.check()

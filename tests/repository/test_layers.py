@@ -28,7 +28,7 @@ ORDER = [
     ["data"],
     ["train"],
     ["bench"],
-    ["profile"],
+    ["profile", "experiment"],
     ["cli"],
     ["__main__"],
 ]
