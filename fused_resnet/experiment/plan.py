@@ -20,8 +20,10 @@ SMALL, LARGE = (20, 32, 44, 56), (18, 34)
 FAMILIES = ("plain", "resnet")
 WIDTH = 16  # channels of the first stage: the paper's, of the small networks
 NARROWER = (8, 4)
-#: Fewer epochs show no curve: before that, networks become narrower.
+#: Fewer epochs show little of a curve: before that, networks become narrower.
 LEAST_EPOCHS = 10
+#: Where not even the narrowest network has them, a wider one is worth so many times fewer epochs than the most that any has.
+WORTH = 2
 PAPER_STEPS = 64_000  # He et al. 2015, section 4.2
 
 
@@ -130,18 +132,22 @@ def fitted(plan: Plan, minutes: float, steps: int, seconds: Callable[[Plan], flo
 
     steps: of an epoch. seconds: that an epoch of all runs takes here, by what was measured. `picked` says what was done.
     """
-    tried = [plan, *(replace(plan, width=width) for width in NARROWER if plan.has_width and width < plan.width)]
     most = math.ceil(PAPER_STEPS / steps)
-    for candidate in tried:
+    tried: list[tuple[Plan, float, float]] = []  # narrower and narrower: what an epoch takes, how many fit
+    for width in (plan.width, *(width for width in NARROWER if plan.has_width and width < plan.width)):
+        candidate = replace(plan, width=width)
         needed = seconds(candidate)
-        epochs = min(most, int(60 * minutes / needed))
-        if epochs >= LEAST_EPOCHS:
+        tried.append((candidate, needed, min(most, 60 * minutes / needed)))
+        if tried[-1][-1] >= LEAST_EPOCHS:
             break
-    epochs = max(1, epochs)
+    longest = max(epochs for *_, epochs in tried)
+    enough = LEAST_EPOCHS if longest >= LEAST_EPOCHS else longest / WORTH
+    candidate, needed, fit = next(one for one in tried if one[-1] >= enough)
+    epochs = max(1, int(fit))
     words = f"{minutes:g} minutes were asked for. An epoch of all {len(plan.runs)} runs took {_told(needed)} by what a few steps took"
     words += f", so there are {epochs} epochs" + (f", the paper's {PAPER_STEPS:,} steps" if epochs == most else "")
     if candidate.width != plan.width:
-        words += f"; with {plan.width} channels in the first stage there would be fewer than {LEAST_EPOCHS}, so there are {candidate.width}"
+        words += f"; with {plan.width} channels in the first stage there would be {int(tried[0][-1])}, so there are {candidate.width}"
     if epochs * needed > 60 * minutes:
         words += f"; that is {_told(epochs * needed)}, longer than was asked for: fewer --seeds or a --limit-train would take less"
     settings = replace(plan.settings, epochs=epochs, warmup_epochs=warmup(epochs))

@@ -80,10 +80,13 @@ def test_minutes_pick_epochs_then_widths():
     assert wide.picked == ("12 minutes were asked for. An epoch of all 8 runs took 60 s by what a few steps took, so there are 12 epochs.")
     narrow = fitted(plan, 5, 50, lambda p: at[p.width])
     assert (narrow.settings.epochs, narrow.width) == (12, 8)
-    assert "with 16 channels in the first stage there would be fewer than 10, so there are 8" in narrow.picked
+    assert "with 16 channels in the first stage there would be 5, so there are 8" in narrow.picked
+    few = fitted(plan, 3, 50, lambda p: at[p.width])
+    assert (few.settings.epochs, few.width) == (7, 8), "4 channels have 9 epochs, which is less than twice as many"
+    assert fitted(plan, 4, 50, lambda p: 30.0).width == 16, "what gains nothing is left alone"
     late = fitted(plan, 0.1, 50, lambda p: at[p.width])
-    assert (late.settings.epochs, late.width, late.settings.warmup_epochs) == (1, 4, 0.25)
-    assert "that is 20 s, longer than was asked for" in late.picked
+    assert (late.settings.epochs, late.width, late.settings.warmup_epochs) == (1, 8, 0.25)
+    assert "that is 25 s, longer than was asked for" in late.picked
     long = fitted(plan, 10_000, 400, lambda p: at[p.width])
     assert long.settings.epochs == 160 and "so there are 160 epochs, the paper's 64,000 steps" in long.picked
     large = fitted(Plan(SETTINGS, (18, 34)), 3, 50, lambda p: at[p.width])
