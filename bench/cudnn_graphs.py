@@ -45,7 +45,7 @@ def answers(properties: dict | None, commit: str) -> dict:
     if properties is None:
         device = torch.device("cuda")
         name, version = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-        found = {dtype: probe.faults(dtype, device) for dtype in DTYPES}
+        found = {dtype: probe.why_not_graphs(dtype, device) for dtype in DTYPES}
     else:
         name, version = properties["deviceName"], divmod(properties["deviceVer"] // 10, 10)
         found = {dtype: probe.acceptance(dtype, json.dumps(properties), version[0] * 10 + version[1]) for dtype in DTYPES}
@@ -58,7 +58,7 @@ def answers(properties: dict | None, commit: str) -> dict:
 
 def run_probe(args: argparse.Namespace) -> int:
     """Writes a file of answers."""
-    if reason := library.declines():
+    if reason := library.why_not():
         print(f"cudnn_graphs.py: {reason}", file=sys.stderr)
         return 1
     content = answers(json.loads(args.properties.read_bytes()) if args.properties else None, args.commit or current_commit())
@@ -181,7 +181,7 @@ def rows_of(task: Task, device: torch.device, ceilings, repeats: int, limit_s: f
     facts: dict[str, dict] = {impl: {} for impl in ("eager_nhwc", *choices)}
     expected: tuple[Tensor | None, ...] = ()
     for impl, choice in choices.items():
-        if impl == "ours:cudnn" and (reason := trial.cudnn_refusal()):
+        if impl == "ours:cudnn" and (reason := trial.why_not_cudnn()):
             facts[impl]["status"] = f"unsupported: {reason}"
             continue
         call, results = trial.call(choice), []

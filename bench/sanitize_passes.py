@@ -83,7 +83,7 @@ def main() -> int:
     count, bad = 0, 0
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for implementation in LANGUAGES.values():
-            if reason := BACKENDS[implementation].declines(device, dtype):
+            if reason := BACKENDS[implementation].why_not(device, dtype):
                 print(f"{implementation}, {dtype}: {reason}", flush=True)
                 continue
             for shape in SHAPES:

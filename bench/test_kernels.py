@@ -12,7 +12,7 @@ import torch
 
 from fused_resnet.backends import BACKENDS
 from fused_resnet.bench import accuracy, convolutions, passes, schema
-from fused_resnet.bench.kernels import IMPLEMENTATIONS, LANGUAGES, Kernels, declines, peers
+from fused_resnet.bench.kernels import IMPLEMENTATIONS, LANGUAGES, Kernels, peers, why_not
 from fused_resnet.bench.machine import measure_ceilings
 from fused_resnet.bench.schema import read_results
 from fused_resnet.cli import main
@@ -53,7 +53,7 @@ def suite():
 
 
 def check_and_time(benchmark, suite, case, impl):
-    if reason := declines(impl, DEVICE, DTYPE):
+    if reason := why_not(impl, DEVICE, DTYPE):
         pytest.skip(reason)
     calls = peers(case, (impl,), DEVICE, DTYPE)
     if not calls:
@@ -97,7 +97,7 @@ def test_the_program_writes_what_it_measured(tmp_path, capsys):
     case = "norm_act_max_pool"
     assert set(rows) == {("copy", "copy"), ("matmul", "eager"), (case, "eager_nhwc"), *((case, impl) for impl in LANGUAGES)}
     for (_, impl), row in rows.items():
-        reason = declines(impl, torch.device("cpu"), torch.float16)
+        reason = why_not(impl, torch.device("cpu"), torch.float16)
         assert row.status == (f"unsupported: {reason}" if reason else "ok")
     assert rows[case, "ours:passes_triton"].max_rel_error < 1e-3
     assert str(path) in capsys.readouterr().out

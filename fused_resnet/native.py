@@ -1,8 +1,8 @@
 """The native libraries: the passes as operators, in CUDA C++ for GPUs and in C++ for CPUs. Loading one is optional.
 
-Importing this module loads nothing. Once `load()` of a library has returned None, its namespace of `torch.ops` holds the operators; their
-schemas stand in csrc/library.cpp, the contracts of their kernels in csrc/*.cuh and csrc/cpu/*.h. The library for GPUs needs none to be
-loaded, only to be run.
+Importing this module loads nothing. `why_not()` of a library loads it at its first call; where it returns None, the library's namespace of
+`torch.ops` holds the operators. Their schemas stand in csrc/library.cpp, the contracts of their kernels in csrc/*.cuh and csrc/cpu/*.h. The
+library for GPUs loads on a machine without one; only its kernels need one.
 """
 
 import struct
@@ -20,6 +20,10 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
 _in_use = _best = ""
 
 
+class LibraryError(RuntimeError):
+    """A native library can't be used. The message says why, in one sentence."""
+
+
 class Library:
     """A native library beside the package, and the file that the build writes in its place: why there is none."""
 
@@ -34,24 +38,28 @@ class Library:
         return getattr(torch.ops, self.namespace)
 
     @cache  # noqa: B019  (there are two, which live as long as the process)
-    def load(self) -> str | None:
-        """Load the library, once in a process. Returns None where it is loaded, else the reason why not, in one sentence."""
-        return self.try_to_load()
+    def why_not(self) -> str | None:
+        """Why the operators can't be used, in one sentence; None where they can. The first call of a process loads the library."""
+        try:
+            self.load()
+        except LibraryError as error:
+            return str(error)
+        return None
 
-    def try_to_load(self) -> str | None:
-        """As `load`, without remembering."""
+    def load(self) -> None:
+        """Load the library. Raises LibraryError where it is not built or does not load."""
         if not self.path.exists():
             if self.absence.exists():
-                return f"not built: {self.absence.read_text(encoding='utf-8').strip()}"
-            return f"not built: the package holds no {self.path.name}; `pip install --no-build-isolation` builds it or says what is missing"
+                raise LibraryError(f"not built: {self.absence.read_text(encoding='utf-8').strip()}")
+            built = "`pip install --no-build-isolation` builds it or says what is missing"
+            raise LibraryError(f"not built: the package holds no {self.path.name}; {built}")
         if _is_truncated(self.path):
-            return f"does not load: {self.path.name} is cut short"
+            raise LibraryError(f"does not load: {self.path.name} is cut short")
         try:
             torch.ops.load_library(self.path)
         except (OSError, RuntimeError) as error:
             first = str(error).strip().partition("\n")[0]
-            return f"does not load: {first or type(error).__name__}"
-        return None
+            raise LibraryError(f"does not load: {first or type(error).__name__}") from error
 
 
 CUDA = Library("fused_resnet", "fused_resnet_native", "native_absent.txt")

@@ -30,7 +30,7 @@ WORDS = (
 def codes() -> list[binary.Code]:
     """The machine code of every kernel. Raises FileNotFoundError where there is no library, or no cuobjdump."""
     if not native.CUDA.path.exists():
-        raise FileNotFoundError(f"the native library is not built: {native.CUDA.load()}")
+        raise FileNotFoundError(f"the native library is not built: {native.CUDA.why_not()}")
     return _read(native.CUDA.path)
 
 

@@ -93,13 +93,13 @@ class Reference:
 
     name = "eager"
 
-    def declines(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend can't take tensors of `dtype` on `device`; None where it can."""
         if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             return f"{self.name} takes float64, float32, float16 and bfloat16, not {dtype}"
         return None
 
-    def left_by_auto(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def why_not_by_auto(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why the choice "auto" does not take this backend, though it can take such tensors; None where it does."""
         return None
 

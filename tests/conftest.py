@@ -107,15 +107,15 @@ def seed(request) -> int:
 
 @pytest.fixture
 def answers(monkeypatch):
-    """Sets what a backend answers when it is asked whether it declines; forgotten after the test."""
-    backends._declines.cache_clear()
+    """Sets what a backend answers when it is asked why it can't run; forgotten after the test."""
+    backends._remembered.cache_clear()
 
-    def answer(name, declines):
-        monkeypatch.setattr(backends.BACKENDS[name], "declines", declines)
-        backends._declines.cache_clear()
+    def answer(name, why_not):
+        monkeypatch.setattr(backends.BACKENDS[name], "why_not", why_not)
+        backends._remembered.cache_clear()
 
     yield answer
-    backends._declines.cache_clear()
+    backends._remembered.cache_clear()
 
 
 def pytest_addoption(parser):

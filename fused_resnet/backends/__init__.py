@@ -93,18 +93,18 @@ def _force(name: str | None) -> None:
 
 
 @cache  # asked at every call of an operator; what the answer depends on stays as it is while a process runs
-def _declines(name: str, device: torch.device, dtype: torch.dtype, by_auto: bool) -> str | None:
+def _remembered(name: str, device: torch.device, dtype: torch.dtype, by_auto: bool) -> str | None:
     implementation = BACKENDS[name]
-    return implementation.declines(device, dtype) or (implementation.left_by_auto(device, dtype) if by_auto else None)
+    return implementation.why_not(device, dtype) or (implementation.why_not_by_auto(device, dtype) if by_auto else None)
 
 
-def _reason(name: str, device: torch.device, dtype: torch.dtype, by_auto: bool = False) -> str | None:
+def _why_not(name: str, device: torch.device, dtype: torch.dtype, by_auto: bool = False) -> str | None:
     """Why the backend does not take such tensors, or the choice "auto" not this backend; None where it does."""
-    return _declines(name, device, dtype, by_auto)
+    return _remembered(name, device, dtype, by_auto)
 
 
 # A compiler asks, too, and does not look inside. torch.compiler.assume_constant_result does this, and imports the compiler.
-_reason._dynamo_marked_constant = True
+_why_not._dynamo_marked_constant = True
 
 
 def _choice() -> str:
@@ -125,11 +125,11 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
         return choice
     candidates = automatic(device, dtype) if choice == "auto" else FAMILIES.get(choice, (choice,))
     for name in candidates:
-        if _reason(name, device, dtype, choice == "auto") is None:
+        if _why_not(name, device, dtype, choice == "auto") is None:
             return name
     if choice == "auto":
         return "off"
-    reasons = {name: _reason(name, device, dtype) for name in candidates}
+    reasons = {name: _why_not(name, device, dtype) for name in candidates}
     why = next(iter(reasons.values())) if len(reasons) == 1 else "; ".join(f"{name}: {why}" for name, why in reasons.items())
     raise RuntimeError(f"backend {choice!r} was asked for and can't run here: {why}")
 
@@ -141,7 +141,7 @@ def why_off(device: torch.device, dtype: torch.dtype) -> str:
     candidates = automatic(device, dtype)
     if not candidates:
         return f"{str(dtype).removeprefix('torch.')} is left to them; use float32 or less, or force a backend by fused_resnet.backend(...)"
-    return "; ".join(f"{name}: {_reason(name, device, dtype, True)}" for name in candidates)
+    return "; ".join(f"{name}: {_why_not(name, device, dtype, True)}" for name in candidates)
 
 
 def forget_choices() -> None:

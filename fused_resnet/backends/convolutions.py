@@ -30,8 +30,8 @@ class FusedConvolutions(Reference, ABC):
     def __init__(self) -> None:
         self._chosen: dict[tuple, Choice | None] = {}
 
-    def declines(self, device, dtype):
-        reason = super().declines(device, dtype)
+    def why_not(self, device, dtype):
+        reason = super().why_not(device, dtype)
         if reason is None:  # what kernels read beside tensors is made now, and not by the first of them
             from ..kernels.fprop import one
 

@@ -9,14 +9,14 @@ from .convolutions import FusedConvolutions
 from .passes_triton import PassesTriton
 
 
-def machine_refusal(device: torch.device) -> str | None:
+def why_not_device(device: torch.device) -> str | None:
     """Why cuDNN's graphs do nothing at all on a device; None where it may be asked for each."""
-    return cudnn.declines() if device.type == "cuda" else f"cuDNN runs on CUDA GPUs, not on {device.type!r}"
+    return cudnn.why_not() if device.type == "cuda" else f"cuDNN runs on CUDA GPUs, not on {device.type!r}"
 
 
-def refusal(task: Task, device: torch.device) -> str | None:
+def why_not_task(task: Task, device: torch.device) -> str | None:
     """Why cuDNN does not do a task on a device; None where it does. What cuDNN is asked for is built, and tried, once."""
-    return machine_refusal(device) or cudnn.refusal(task, device)
+    return why_not_device(device) or cudnn.why_not_task(task, device)
 
 
 class Cudnn(FusedConvolutions, PassesTriton):
@@ -24,21 +24,21 @@ class Cudnn(FusedConvolutions, PassesTriton):
 
     name = "cudnn"
 
-    def _declines_here(self, device, dtype):
-        return machine_refusal(device) or super()._declines_here(device, dtype) or self._declines_dtype(device, dtype)
+    def _why_not_here(self, device, dtype):
+        return why_not_device(device) or super()._why_not_here(device, dtype) or self._why_not_dtype(device, dtype)
 
-    def _declines_dtype(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def _why_not_dtype(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Which graphs take a dtype on a GPU is never assumed: each is tried on a small problem."""
-        from ..cudnn.probe import faults
+        from ..cudnn.probe import why_not_graphs
 
         name = str(dtype).removeprefix("torch.")
-        found = faults(name, device)
+        found = why_not_graphs(name, device)
         if all(found.values()):
             return f"cuDNN takes no graph of {name} on this GPU: " + "; ".join(f"{graph}: {why}" for graph, why in found.items())
         return None
 
     def choose(self, task, device):
-        return None if refusal(task, device) else CUDNN
+        return None if why_not_task(task, device) else CUDNN
 
     def norm_add_act(self, source, relu, save_mask):
         # Only where the mask is saved: cuDNN may round x·scale before it adds, and a mask that is made again would not know.

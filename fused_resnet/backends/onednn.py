@@ -80,7 +80,7 @@ def computing_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @cache
-def declines(dtype: torch.dtype) -> str | None:
+def why_not(dtype: torch.dtype) -> str | None:
     """Why no primitive takes convolutions of `dtype` here; None where one does."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch is built without oneDNN"
@@ -108,7 +108,7 @@ def conv_affine_act(
 
     `in_place`: act is written over the residual, which saves a trip over memory that is new: in float32, 9 of 64 ms of a ResNet-50.
     """
-    if declines(x.dtype) or not torch._C._get_mkldnn_enabled():
+    if why_not(x.dtype) or not torch._C._get_mkldnn_enabled():
         return None
     if not (_is_finite(x) and (residual is None or _is_finite(residual))):
         return None

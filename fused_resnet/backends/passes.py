@@ -30,11 +30,11 @@ class Passes(Reference, ABC):
     A subclass overrides the passes with kernels of its language; the operators made of them are the reference's.
     """
 
-    def declines(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend can't take tensors of `dtype` on `device`; None where it can."""
         if dtype not in DTYPES:
             return f"{self.name} takes float32, float16 and bfloat16, not {dtype}"
-        if reason := self._declines_here(device, dtype):
+        if reason := self._why_not_here(device, dtype):
             return reason
         if device.type != "cuda":
             return None
@@ -45,5 +45,5 @@ class Passes(Reference, ABC):
         return None
 
     @abstractmethod
-    def _declines_here(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def _why_not_here(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """What the kernels' language has against tensors on `device`."""

@@ -33,13 +33,13 @@ class PassesCpu(PassesNative):
     library = native.CPU
     device_type = "cpu"
 
-    def _declines_here(self, device, dtype):
-        if reason := super()._declines_here(device, dtype):
+    def _why_not_here(self, device, dtype):
+        if reason := super()._why_not_here(device, dtype):
             return reason
         native.cpu_instruction_set()  # chosen before the first kernel runs
         return None
 
-    def left_by_auto(self, device, dtype):
+    def why_not_by_auto(self, device, dtype):
         # The compiler makes each fused multiplication and addition a call of a function there. docs/kernels/cpu.md has its time.
         exempt = environment.cpu_instruction_set() is not None or platform.machine() not in ("x86_64", "AMD64")
         if exempt or native.best_cpu_instruction_set() != "portable":

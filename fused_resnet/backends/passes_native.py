@@ -16,10 +16,10 @@ class PassesNative(Passes):
     library: Library
     device_type: str
 
-    def _declines_here(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def _why_not_here(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != self.device_type:
             return f"{self.name} runs on {self.device_type.upper()} tensors, not on {device.type!r}"
-        if reason := self.library.load():
+        if reason := self.library.why_not():
             return f"native library {reason}"
         return None
 

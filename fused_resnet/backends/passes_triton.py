@@ -14,14 +14,14 @@ class PassesTriton(Passes):
 
     name = "passes_triton"
 
-    def _declines_here(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def _why_not_here(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install triton; Linux only)"
         if device.type == "cpu":
-            return self._declines_cpu(dtype)
+            return self._why_not_on_cpu(dtype)
         return None if device.type == "cuda" else f"{self.name} runs on CUDA GPUs, not on {device.type!r}"
 
-    def _declines_cpu(self, dtype: torch.dtype) -> str | None:
+    def _why_not_on_cpu(self, dtype: torch.dtype) -> str | None:
         wanted = "on a CPU the Triton kernels run in Triton's interpreter alone: set TRITON_INTERPRET=1"
         if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
             return wanted

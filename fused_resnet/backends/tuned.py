@@ -14,7 +14,7 @@ class Tuned(FusedConvolutions):
     def choose(self, task, device):
         entry = measured(device).entry(task)
         choice = entry.configuration if entry else None
-        if choice == CUDNN and cudnn.refusal(task, device):  # measured with another cuDNN than is here
+        if choice == CUDNN and cudnn.why_not_task(task, device):  # measured with another cuDNN than is here
             return None
         return choice
 
@@ -24,8 +24,8 @@ class TunedCuda(Tuned, PassesCuda):
 
     name = "tuned_cuda"
 
-    def _declines_here(self, device, dtype):
-        return super()._declines_here(device, dtype) or PassesTriton().declines(device, dtype)
+    def _why_not_here(self, device, dtype):
+        return super()._why_not_here(device, dtype) or PassesTriton().why_not(device, dtype)
 
 
 class TunedTriton(Tuned, PassesTriton):

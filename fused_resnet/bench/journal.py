@@ -27,7 +27,7 @@ class Journal:
                 lost.discard(line[2:])
         return lost
 
-    def lost(self, work: str) -> str | None:
+    def why_not(self, work: str) -> str | None:
         """Why `work` is not begun again; None where it may be."""
         return f"lost: it ended a run before; remove {self.path} to try it again" if work in self._lost else None
 

@@ -150,7 +150,7 @@ class Kernels:
                 for impl, call in calls.items()}  # fmt: skip
 
     def _facts(self, impl: str, call: Callable[[], tuple[Tensor, ...]], compared: Callable[..., tuple[float, str | None]]) -> dict:
-        if reason := declines(impl, self.device, self.dtype):
+        if reason := why_not(impl, self.device, self.dtype):
             return {"status": f"unsupported: {reason}"}
         results = []
 
@@ -169,13 +169,13 @@ class Kernels:
 def backend_of(impl: str, device: torch.device, dtype: torch.dtype) -> Reference:
     """The backend of this package that an implementation is; `ours` is the first of those with measured choices that runs."""
     names = TUNED if impl == "ours" else (OURS[impl],)
-    return BACKENDS[next((name for name in names if not BACKENDS[name].declines(device, dtype)), names[0])]
+    return BACKENDS[next((name for name in names if not BACKENDS[name].why_not(device, dtype)), names[0])]
 
 
-def declines(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an implementation can't be had on a device, as far as that is known before it is tried; None where it can."""
     if impl.startswith("ours"):
-        return backend_of(impl, device, dtype).declines(device, dtype)
+        return backend_of(impl, device, dtype).why_not(device, dtype)
     if impl == "cudnn" and device.type != "cuda":
         return f"cuDNN runs on CUDA GPUs, not on {device.type!r}"
     return None

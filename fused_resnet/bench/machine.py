@@ -73,7 +73,7 @@ def _isa() -> str:
     found = [torch.backends.cpu.get_cpu_capability()]
     if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
         found.append("AMX")
-    if native.CPU.load() is None:
+    if native.CPU.why_not() is None:
         found.append(f"kernels {native.cpu_instruction_set()}")
     return ", ".join(found)
 

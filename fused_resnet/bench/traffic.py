@@ -138,7 +138,7 @@ def counted(name: str) -> Reference:
     class Counted(type(BACKENDS[name])):
         framework: _Framework
 
-        def declines(self, device, dtype):
+        def why_not(self, device, dtype):
             return None
 
         def choose(self, task, device):

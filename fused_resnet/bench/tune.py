@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..backends import BACKENDS, TUNED, backend
 from ..backends.convolutions import FusedConvolutions
-from ..backends.cudnn import machine_refusal, refusal
+from ..backends.cudnn import why_not_device, why_not_task
 from ..backends.triton import capability
 from ..convert import fuse
 from ..cudnn.work import as_cudnn_reads
@@ -44,7 +44,7 @@ MASK_TOLERANCE = 1e-2
 
 def tuned_class(device: torch.device, dtype: torch.dtype) -> type[FusedConvolutions]:
     """The class of the backend that the choices are for. Raises RuntimeError, with the reasons, where none runs there."""
-    reasons = {name: BACKENDS[name].declines(device, dtype) for name in TUNED}
+    reasons = {name: BACKENDS[name].why_not(device, dtype) for name in TUNED}
     for name, reason in reasons.items():
         if reason is None:
             return type(BACKENDS[name])
@@ -198,7 +198,7 @@ class Trial:
         expected, failed = self._run(Expected()), {}
         for name, choice in choices.items():
             call, results, work = self.call(choice), [], f"{self.task}: {name}"
-            if choice is not None and (lost := self.journal.lost(work)):
+            if choice is not None and (lost := self.journal.why_not(work)):
                 failed[name] = lost
                 continue
 
@@ -216,14 +216,14 @@ class Trial:
                 failed[name] = status
         return failed
 
-    def cudnn_refusal(self) -> str | None:
+    def why_not_cudnn(self) -> str | None:
         """Why cuDNN is no candidate; None where it is."""
         task = self.task
         if (task.kind, task.source) == ("wgrad", "norm"):
             fprop = self._table.entry(replace(task, kind="fprop"))
             if fprop is None or fprop.configuration != CUDNN:
                 return "its fprop is not cuDNN's, which alone rounds the coefficients so"
-        return refusal(task, self.device)
+        return why_not_task(task, self.device)
 
     def _fprop(self) -> Work:
         conv = Conv(self.weight, Norm(*self._vectors(self.task.conv.k), None, None, True, EPS), self.geometry)
@@ -296,8 +296,8 @@ def tune(
     configurations = heuristics.candidates(task, capability(device))[:most]
     choices: dict[str, Choice | None] = {"passes": None} | {str(c): c for c in configurations}
     failed: dict[str, str] = {}
-    if reason := trial.cudnn_refusal():
-        if not machine_refusal(device):  # which is one sentence for all tasks
+    if reason := trial.why_not_cudnn():
+        if not why_not_device(device):  # which is one sentence for all tasks
             failed[CUDNN] = f"unsupported: {reason}"
     else:
         choices[CUDNN] = CUDNN

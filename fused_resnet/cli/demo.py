@@ -152,7 +152,7 @@ def _title(name: str) -> str:
 
 def _agreement(config: TrainConfig, images: data.DataSet, where: torch.device, name: str) -> Agreement:
     # In float64 where the backend takes it: there nothing but a wrong formula makes a difference.
-    dtype = torch.float32 if backends.BACKENDS[name].declines(where, torch.float64) else torch.float64
+    dtype = torch.float32 if backends.BACKENDS[name].why_not(where, torch.float64) else torch.float64
     count = min(COMPARED_BATCH, len(images.train))
     loader = data.Loader(images, images.train, count, where, augment=True, seed=config.seed)
     # The first batch of an epoch each: where the images are limited, an epoch may have no more.

@@ -58,13 +58,13 @@ def collect() -> dict[str, Any]:
         "native_libraries": {name: _library(library) for name, library in (("GPU", native.CUDA), ("CPU", native.CPU))},
         "device": device.type,
         "backends": {
-            name: {str(dtype).removeprefix("torch."): backend.declines(device, dtype) for dtype in DTYPES}
+            name: {str(dtype).removeprefix("torch."): backend.why_not(device, dtype) for dtype in DTYPES}
             for name, backend in backends.BACKENDS.items()
         },
         "left_by_auto": {
             name: reason
             for name, backend in backends.BACKENDS.items()
-            if not backend.declines(device, torch.float32) and (reason := backend.left_by_auto(device, torch.float32))
+            if not backend.why_not(device, torch.float32) and (reason := backend.why_not_by_auto(device, torch.float32))
         },
         "active": {str(dtype).removeprefix("torch."): _active(device, dtype) for dtype in DTYPES},
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FUSED_RESNET_")},
@@ -107,7 +107,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def _library(library: native.Library) -> dict[str, Any]:
-    reason = library.load()
+    reason = library.why_not()
     used = native.cpu_instruction_set() if library is native.CPU and reason is None else None
     return {"loaded": reason is None, "reason": reason, "instruction_set": used}
 

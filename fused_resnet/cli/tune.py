@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import backends
-from ..backends.cudnn import machine_refusal
+from ..backends.cudnn import why_not_device
 from ..bench.journal import Journal
 from ..bench.load import LoadError, builder
 from ..bench.machine import current_commit
 from ..bench.schema import DATE_FORMAT
 from ..bench.table import Column, number, show
 from ..bench.tune import Outcome, in_order, tasks_of, tune
-from ..cudnn.probe import faults
+from ..cudnn.probe import why_not_graphs
 from ..tuning import Entry, Table, Task
 from ..tuning.table import Meta, TableError, add_to_table, path_of, read_table
 from ..tuning.task import KINDS
@@ -104,9 +104,9 @@ def run(args: argparse.Namespace) -> int:
 
 def cudnn_answers(dtype: torch.dtype, where: torch.device) -> str:
     """What cuDNN's fused graphs are good for here, in a dtype: asked and tried before anything is timed, never assumed."""
-    if reason := machine_refusal(where):
+    if reason := why_not_device(where):
         return f"cuDNN's graphs are no candidates: {reason}"
-    found = faults(str(dtype).removeprefix("torch."), where)
+    found = why_not_graphs(str(dtype).removeprefix("torch."), where)
     refused = [f"\n  {graph}: {reason}" for graph, reason in found.items() if reason]
     return f"cuDNN's graphs: {len(found) - len(refused)} of {len(found)} may be candidates" + "".join(refused)
 

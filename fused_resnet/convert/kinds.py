@@ -21,10 +21,10 @@ def keeps(module: nn.Module | None, base: type, *methods: str) -> bool:
 
 def is_conv_like(module: nn.Module | None) -> bool:
     """A convolution that the operators can run: padded with zeros by numbers, with a bias or without."""
-    return isinstance(module, nn.Conv2d) and why_no_conv(module) is None
+    return isinstance(module, nn.Conv2d) and why_not_conv(module) is None
 
 
-def why_no_conv(module: nn.Module) -> str | None:
+def why_not_conv(module: nn.Module) -> str | None:
     """Why the operators can't run a convolution, in words; None where they can."""
     if observed(module):
         return "it has a hook, or is compiled by itself"

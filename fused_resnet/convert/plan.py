@@ -20,7 +20,7 @@ from ..nn.modules import (
     is_nothing,
     observed,
 )
-from .kinds import is_conv_like, is_norm_like, is_relu_like, norm_forward, why_no_conv
+from .kinds import is_conv_like, is_norm_like, is_relu_like, norm_forward, why_not_conv
 from .steps import (
     Pair,
     Ref,
@@ -199,7 +199,7 @@ class Plan:
             return step._replace(run=run_pool)
         if isinstance(module, nn.modules.conv._ConvNd):
             if not is_conv_like(module):
-                self.refused[module] = why_no_conv(module)
+                self.refused[module] = why_not_conv(module)
             elif alone and module.bias is None and self._is_relu(node.args[0]):
                 self.alone.append(module)
                 return step._replace(run=run_conv)

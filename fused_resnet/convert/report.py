@@ -12,7 +12,7 @@ from ..nn import Block, ResidualNetwork, Stage
 from ..nn.chain import conv_norm_act_length, flatten, is_sequence
 from ..nn.folded import conv_act_length
 from ..nn.modules import compute_dtype, observed
-from .kinds import why_no_conv
+from .kinds import why_not_conv
 from .known import LayerGetter, TimmResNet, TorchvisionResNet, is_norm_layer, knowledge_of
 from .recompute import has_inside
 from .sequences import holds_layer, holds_stem, may_hold_layer, stem_length
@@ -86,7 +86,7 @@ def report(model: nn.Module) -> Report:
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     rows, spoken_for = [], set()
     for name, module in model.named_modules():
-        reason = None if module in spoken_for else _why_not(module)
+        reason = None if module in spoken_for else _verdict(module)
         if reason is None:
             continue
         if is_block(module) or knows(module):
@@ -169,13 +169,13 @@ def _of_row(queue: list[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
             yield from _judged(module)
 
 
-def _why_not(module: nn.Module) -> str | None:
+def _verdict(module: nn.Module) -> str | None:
     """Why a module is not fused; "" where it is, None where it is none that the report speaks of."""
     fused = isinstance(module, Fused)
     if is_block(module):
         return module.why_not() or ""
     if isinstance(module, _NETWORKS):
-        return _stem_reason(module)
+        return _stem_verdict(module)
     if isinstance(module, Structured):
         traced, plan = plans_of(module).current()
         if plan is None:
@@ -213,7 +213,7 @@ def knows(module: nn.Module) -> bool:
     return not isinstance(module, Fused) and not is_sequence(module) and knowledge_of(type(module)) is not None
 
 
-def _stem_reason(network: nn.Module) -> str | None:
+def _stem_verdict(network: nn.Module) -> str | None:
     """What keeps the stem of a network from being fused; None for a network without one."""
     if not holds_stem(network):
         return None
@@ -236,7 +236,7 @@ def _why_off(module: nn.Module) -> str:
 
 
 def _why_alone(conv: nn.Module) -> str:
-    return why_no_conv(conv) or "no batch norm and ReLU follow it"
+    return why_not_conv(conv) or "no batch norm and ReLU follow it"
 
 
 def _original(module: nn.Module) -> type[nn.Module]:

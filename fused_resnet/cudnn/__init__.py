@@ -7,7 +7,7 @@
 - `probe`: which graphs cuDNN accepts here, and whether they are right
 """
 
-from .library import declines
-from .work import conv_affine_act, dgrad, fprop, refusal, wgrad
+from .library import why_not
+from .work import conv_affine_act, dgrad, fprop, wgrad, why_not_task
 
-__all__ = ["conv_affine_act", "declines", "dgrad", "fprop", "refusal", "wgrad"]
+__all__ = ["conv_affine_act", "dgrad", "fprop", "wgrad", "why_not", "why_not_task"]

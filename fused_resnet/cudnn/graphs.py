@@ -47,7 +47,7 @@ class GraphProblem:
         if self.dact and self.graph != "dgrad":
             raise ValueError(f"dact: expected nothing to be added in {self.graph}")
 
-    def refusal(self) -> str | None:
+    def why_not(self) -> str | None:
         """What rules the graph out before cuDNN is asked; None where nothing does."""
         c = self.conv
         if c.groups > 1:

@@ -28,7 +28,7 @@ def _words(version: tuple[int, ...]) -> str:
 
 
 @cache
-def missing_package() -> str | None:
+def why_not_package() -> str | None:
     """Why graphs can't be built here; None where they can."""
     try:
         version = importlib.metadata.version(PACKAGE)
@@ -52,9 +52,9 @@ def library_version() -> tuple[int, int, int] | None:
 
 
 @cache
-def declines() -> str | None:
+def why_not() -> str | None:
     """Why no graph can run on this machine; None where cuDNN may be asked for each."""
-    if reason := missing_package():
+    if reason := why_not_package():
         return reason
     version = library_version()
     if version is None:

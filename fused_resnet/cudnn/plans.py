@@ -127,7 +127,7 @@ class Plans:
         self._known[problem] = reason
 
     def _found(self, problem: GraphProblem) -> Plan | str:
-        if reason := problem.refusal():
+        if reason := problem.why_not():
             return reason
         if (refused := self.path(problem, REFUSAL)).exists() and (reason := self._read_refusal(refused)):
             return reason

@@ -42,7 +42,7 @@ def acceptance(dtype: str, device_properties: str, capability: int) -> dict[str,
         properties = frontend().create_device_properties(device_properties)
         problem = small_problem(graph, source, dtype)
         try:
-            if reason := problem.refusal():
+            if reason := problem.why_not():
                 raise Refused(reason)
             proposed(problem, device_property=properties, sm_version=capability)
             answers[f"{graph} {source}"] = None
@@ -52,16 +52,16 @@ def acceptance(dtype: str, device_properties: str, capability: int) -> dict[str,
 
 
 @cache
-def fault(graph: str, source: str, dtype: str, device: torch.device) -> str | None:
+def why_not_graph(graph: str, source: str, dtype: str, device: torch.device) -> str | None:
     """Why a graph is not used for a dtype on a GPU: cuDNN's refusal, or that its results are wrong; None where it may be."""
     with torch.no_grad():
         found = plans_of(device).get(small_problem(graph, source, dtype))
         return found if isinstance(found, str) else _difference(graph, source, dtype, device)
 
 
-def faults(dtype: str, device: torch.device) -> dict[str, str | None]:
-    """`fault` of every graph and source, by "graph source"."""
-    return {f"{graph} {source}": fault(graph, source, dtype, device) for graph, source in CASES}
+def why_not_graphs(dtype: str, device: torch.device) -> dict[str, str | None]:
+    """`why_not_graph` of every graph and source, by "graph source"."""
+    return {f"{graph} {source}": why_not_graph(graph, source, dtype, device) for graph, source in CASES}
 
 
 def _difference(graph: str, source: str, dtype: str, device: torch.device) -> str | None:

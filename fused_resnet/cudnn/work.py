@@ -39,14 +39,14 @@ def fprop_graph(source: str, dtype: str) -> str:
     return "conv_genstats" if dtype == "float16" else "conv_sums"
 
 
-def refusal(task: Task, device: torch.device) -> str | None:
+def why_not_task(task: Task, device: torch.device) -> str | None:
     """Why cuDNN does not do a task on a GPU; None where it does. The plan is built for that, once."""
     problem = problem_of_task(task)
     if isinstance(problem, str):
         return problem
-    from .probe import fault  # which runs graphs by this module
+    from .probe import why_not_graph  # which runs graphs by this module
 
-    if reason := fault(problem.graph, problem.source, problem.dtype, device):
+    if reason := why_not_graph(problem.graph, problem.source, problem.dtype, device):
         return reason
     found = plans_of(device).get(problem)
     return found if isinstance(found, str) else None
@@ -196,12 +196,12 @@ def conv_affine_act(
     tried: bool = False,
 ) -> Tensor | None:
     """As `Reference.conv_affine_act` with a ReLU, in one kernel; None where cuDNN refuses. `tried` as above."""  # fmt: skip
-    from .probe import fault
+    from .probe import why_not_graph
 
     conv = problem_of(x, weight, geometry)
     kind, tf32 = "norm" if residual is None else "norm_add", allow_tf32()
     problem = GraphProblem("conv_scale_bias_add_relu", conv, _name(x), kind, tf32=tf32, deterministic=deterministic())
-    if not tried and fault(problem.graph, kind, problem.dtype, x.device):
+    if not tried and why_not_graph(problem.graph, kind, problem.dtype, x.device):
         return None
     plan = plans_of(x.device).get(problem)
     if isinstance(plan, str):
@@ -224,9 +224,9 @@ def pointwise_problem(graph: str, shape: tuple[int, ...], dtype: str, source: st
 
 
 def _pointwise(graph: str, x: Tensor, source: str, tried: bool) -> Plan | None:
-    from .probe import fault
+    from .probe import why_not_graph
 
-    if not tried and fault(graph, source, _name(x), x.device):
+    if not tried and why_not_graph(graph, source, _name(x), x.device):
         return None
     plan = plans_of(x.device).get(pointwise_problem(graph, tuple(x.shape), _name(x), source))
     return None if isinstance(plan, str) else plan

@@ -22,7 +22,7 @@ def test_auto_is_pytorchs_own_for_float64_and_where_no_kernel_runs(answers):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_auto_takes_the_passes_for_cpus_where_their_library_loads(dtype):
-    reason = native.CPU.load()
+    reason = native.CPU.why_not()
     assert resolve(CPU, dtype) == ("passes_cpu" if reason is None else "off")
 
 
@@ -56,16 +56,16 @@ def test_a_forced_backend_that_cannot_run_says_why():
 def test_every_backend_is_asked_the_same_way():
     for name, backend in BACKENDS.items():
         assert backend.name == name
-        assert backend.declines(CPU, torch.int32)
+        assert backend.why_not(CPU, torch.int32)
 
 
 def test_both_languages_of_the_passes_run_where_the_tests_run(device):
-    """On a GPU; on a CPU by Triton's interpreter and by the SIMT shim: the operator tests take only what is not declined."""
+    """On a GPU; on a CPU by Triton's interpreter and by the SIMT shim: the operator tests take only what can run."""
     gpu = device.type == "cuda"
     floats = [torch.float32, torch.float16, torch.bfloat16]
     runnable = {"passes_triton": floats if gpu else floats[:2], "passes_cuda" if gpu else "emulated": floats}
     for name, dtypes in runnable.items():
-        assert {dtype: BACKENDS[name].declines(device, dtype) for dtype in dtypes} == dict.fromkeys(dtypes), name
+        assert {dtype: BACKENDS[name].why_not(device, dtype) for dtype in dtypes} == dict.fromkeys(dtypes), name
 
 
 def test_a_backend_is_asked_once_for_each_device_and_dtype(answers):
@@ -84,7 +84,7 @@ def test_a_launch_makes_no_constant(device, monkeypatch):
     """A compiler's memory pool, or a CUDA graph, may be what a first launch is in: what kernels read beside tensors was there before."""
     fprop = pytest.importorskip("fused_resnet.kernels.fprop")
     fprop.one.cache_clear()
-    BACKENDS["triton"].declines(device, torch.float32)
+    BACKENDS["triton"].why_not(device, torch.float32)
     x = torch.randn(1, 16, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(16, 16, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
     vectors = torch.rand(4, 16, device=device).unbind()
@@ -109,19 +109,19 @@ def test_passes_is_the_first_language_that_runs(answers):
 def test_passes_says_what_it_lacks(monkeypatch):
     cuda, cpu, triton = (BACKENDS[name] for name in PASSES)
     for backend in (cuda, cpu, triton):
-        assert "not torch.float64" in backend.declines(CPU, torch.float64)
-        assert "'mps'" in backend.declines(torch.device("mps"), torch.float32)
-    assert "'cpu'" in cuda.declines(CPU, torch.float32)
-    assert "'cuda'" in cpu.declines(torch.device("cuda"), torch.float32)
-    monkeypatch.setattr("fused_resnet.native.CUDA.load", lambda: "not built: nvcc was not found")
-    assert cuda.declines(torch.device("cuda"), torch.float32) == "native library not built: nvcc was not found"
-    monkeypatch.setattr("fused_resnet.native.CPU.load", lambda: "not built: no C++ compiler was found")
-    assert cpu.declines(CPU, torch.float32) == "native library not built: no C++ compiler was found"
-    assert "bfloat16" in triton.declines(CPU, torch.bfloat16) or torch.cuda.is_available()
+        assert "not torch.float64" in backend.why_not(CPU, torch.float64)
+        assert "'mps'" in backend.why_not(torch.device("mps"), torch.float32)
+    assert "'cpu'" in cuda.why_not(CPU, torch.float32)
+    assert "'cuda'" in cpu.why_not(torch.device("cuda"), torch.float32)
+    monkeypatch.setattr("fused_resnet.native.CUDA.why_not", lambda: "not built: nvcc was not found")
+    assert cuda.why_not(torch.device("cuda"), torch.float32) == "native library not built: nvcc was not found"
+    monkeypatch.setattr("fused_resnet.native.CPU.why_not", lambda: "not built: no C++ compiler was found")
+    assert cpu.why_not(CPU, torch.float32) == "native library not built: no C++ compiler was found"
+    assert "bfloat16" in triton.why_not(CPU, torch.bfloat16) or torch.cuda.is_available()
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert triton.declines(CPU, torch.float32).endswith("set TRITON_INTERPRET=1")
+    assert triton.why_not(CPU, torch.float32).endswith("set TRITON_INTERPRET=1")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert triton.declines(CPU, torch.float32).startswith("Triton is not installed")
+    assert triton.why_not(CPU, torch.float32).startswith("Triton is not installed")
 
 
 def conv(k=4, c=3, size=3, dtype=torch.float32, norm=None, stride=1, padding=1, dilation=1, groups=1):

@@ -130,7 +130,7 @@ def test_offsets_past_two_to_the_31():
 OF_BACKENDS = list(itertools.product(["3x3 stride 2", "3x3 grouped"], EPILOGUES))
 RUNNABLE_DTYPES = [
     (name, dtype) for name in TESTED for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    if not BACKENDS[name].declines(DEVICE, dtype)
+    if not BACKENDS[name].why_not(DEVICE, dtype)
 ]  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_what_was_measured_for_training_chooses(choice, monkeypatch):
         return call
 
     monkeypatch.setattr(backends.tuned, "measured", lambda device: table)
-    monkeypatch.setattr(backends.tuned.cudnn, "refusal", lambda task, device: None)
+    monkeypatch.setattr(backends.tuned.cudnn, "why_not_task", lambda task, device: None)
     monkeypatch.setattr(module, "fprop_affine_act", note("tiles", expected))
     monkeypatch.setattr(backends.convolutions.cudnn, "conv_affine_act", note("cudnn", None if "refuses" in choice else expected))
     monkeypatch.setattr(backends.TunedTriton, "norm_add_act", note("pass", (expected, None)), raising=True)

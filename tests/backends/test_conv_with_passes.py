@@ -21,7 +21,7 @@ KINDS = ("act", "norm", "norm_add", "norm_add_raw")
 @pytest.fixture(autouse=True, params=["portable", "best"])
 def instruction_set(request, monkeypatch):
     """Plain loops, and the best that this machine has: AMX, or others' plain loops."""
-    if reason := PASSES.declines(torch.device("cpu"), torch.bfloat16):
+    if reason := PASSES.why_not(torch.device("cpu"), torch.bfloat16):
         pytest.skip(reason)
     before = native.cpu_instruction_set()
     monkeypatch.setattr(passes_cpu, "INSTRUCTION_SETS", native.INSTRUCTION_SETS)

@@ -19,7 +19,7 @@ from fused_resnet import derived
 from fused_resnet.backends import BACKENDS
 
 CPU = torch.device("cpu")
-WHY = BACKENDS["passes_cpu"].declines(CPU, torch.float32)
+WHY = BACKENDS["passes_cpu"].why_not(CPU, torch.float32)
 pytestmark = pytest.mark.skipif(WHY is not None, reason=str(WHY))
 PROCESS = Path("/proc/self")
 needs_proc = pytest.mark.skipif(not PROCESS.exists(), reason="reads /proc")

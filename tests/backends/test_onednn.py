@@ -28,12 +28,12 @@ from fused_resnet.values import ConvGeometry
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="for CPUs")
 
 DTYPES = [
-    pytest.param(dtype, marks=pytest.mark.skipif(bool(why := onednn.declines(dtype)), reason=str(why)))
+    pytest.param(dtype, marks=pytest.mark.skipif(bool(why := onednn.why_not(dtype)), reason=str(why)))
     for dtype in (torch.float32, torch.bfloat16)
 ]
 #: Whole networks run it by the backend for CPUs, whose library has to be there.
 needs_the_backend = pytest.mark.skipif(
-    "passes_cpu" not in RUNNABLE or bool(onednn.declines(torch.float32)), reason="needs passes_cpu and oneDNN"
+    "passes_cpu" not in RUNNABLE or bool(onednn.why_not(torch.float32)), reason="needs passes_cpu and oneDNN"
 )
 
 
@@ -88,7 +88,7 @@ def test_float32_stands_for_bfloat16_where_onednn_has_none(shape, in_place, monk
         check(act, given)
 
 
-@pytest.mark.skipif(bool(onednn.declines(torch.bfloat16)), reason="needs oneDNN's bfloat16")
+@pytest.mark.skipif(bool(onednn.why_not(torch.bfloat16)), reason="needs oneDNN's bfloat16")
 def test_a_sum_rounds_once():
     """Eager rounds what it adds to: with a bias of 1024 it has lost what the residual brings back."""
     given = operands("1x1", "residual", torch.bfloat16)
@@ -341,7 +341,7 @@ def test_where_it_can_not_be_had_the_passes_do_the_work(missing, monkeypatch):
             )
         _reorder_convolution_weight = staticmethod(refuse) if missing == "a layout" else torch.ops.mkldnn._reorder_convolution_weight
 
-    onednn.declines.cache_clear()
+    onednn.why_not.cache_clear()
     try:
         with torch.backends.mkldnn.flags(enabled=missing != "oneDNN"):
             monkeypatch.setattr(onednn, "_OPERATORS", Old if missing != "oneDNN" else torch.ops.mkldnn)
@@ -350,11 +350,11 @@ def test_where_it_can_not_be_had_the_passes_do_the_work(missing, monkeypatch):
                 with fused_resnet.backend(name), torch.no_grad():
                     check(fused_resnet.ops.conv_affine_act(*given), given)
     finally:
-        onednn.declines.cache_clear()
+        onednn.why_not.cache_clear()
 
 
 def test_float16_is_left_to_the_passes():
-    assert "float16" in onednn.declines(torch.float16) and call(operands("1x1", "bias", torch.float16)) is None
+    assert "float16" in onednn.why_not(torch.float16) and call(operands("1x1", "bias", torch.float16)) is None
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 #: One tile; no vector load and a part of a mask's byte; several programs, steps and blocks of channels, and more rows than the CUDA
 #: kernels give to one block; many channels, one pixel.
 SHAPES = [(2, 24, 5, 7), (3, 13, 4, 3), (3, 72, 21, 19), (6, 264, 1, 1)]
-CASES = [(name, s, d) for name in LANGUAGES for s in SHAPES for d in DTYPES if not BACKENDS[name].declines(DEVICE, d)]
+CASES = [(name, s, d) for name in LANGUAGES for s in SHAPES for d in DTYPES if not BACKENDS[name].why_not(DEVICE, d)]
 
 
 @pytest.fixture(params=CASES, ids=lambda p: f"{p[0]}-{'x'.join(map(str, p[1]))}-{p[2]}".replace("torch.", ""))

@@ -54,7 +54,7 @@ def test_errors_are_at_most_twice_the_frameworks(case):
 def test_the_backend_gives_what_pytorch_gives(case):
     """With running statistics, so that the norm is an affine map and dy is dz times its scale."""
     passes = BACKENDS["passes_cpu"]
-    if reason := passes.declines(torch.device("cpu"), torch.bfloat16):
+    if reason := passes.why_not(torch.device("cpu"), torch.bfloat16):
         pytest.skip(reason)
     x, weight, geometry, dy = operands(case)
     k = len(weight)
@@ -89,7 +89,7 @@ class Convolutions(TorchDispatchMode):
 @pytest.mark.parametrize("case", CASES)
 def test_float32_stands_for_a_dtype_that_onednn_does_not_have(case, dtype, autocast, monkeypatch):
     passes = BACKENDS["passes_cpu"]
-    if reason := passes.declines(torch.device("cpu"), dtype):
+    if reason := passes.why_not(torch.device("cpu"), dtype):
         pytest.skip(reason)
     monkeypatch.setattr(onednn, "computing_dtype", lambda dtype: torch.float32)
     monkeypatch.setattr("fused_resnet.backends.passes_cpu.runs_with_passes", lambda *_: False)

@@ -323,10 +323,10 @@ def test_ours_is_the_backend_with_measured_choices(monkeypatch):
             ran.append(self.name)
             return super().convolve(*args)
 
-        def declines(self, device, dtype):
+        def why_not(self, device, dtype):
             return None
 
-    monkeypatch.setattr(type(BACKENDS["tuned_cuda"]), "declines", lambda *args: "no native library")
+    monkeypatch.setattr(type(BACKENDS["tuned_cuda"]), "why_not", lambda *args: "no native library")
     monkeypatch.setitem(BACKENDS, "tuned_triton", Spy())
     suite = Kernels(CPU, torch.float16, Ceilings(MS, 1, MS, 10**15), ("ours", "cudnn"), repeats=3)
     (row,) = suite.rows(lambda: made("norm_act_conv"))
@@ -343,7 +343,7 @@ class Late(Reference):
         super().__init__()
         self.fault, self.asked, self.first = fault, 0, {}
 
-    def declines(self, device, dtype):
+    def why_not(self, device, dtype):
         return None
 
     def convolve_backward(self, *args):

@@ -113,7 +113,7 @@ def test_convolutions_that_do_not_fit_or_are_wrong_are_rows_with_the_reason(monk
         return pending._replace(mean=pending.mean + 1) if self is BACKENDS["passes_triton"] else pending
 
     monkeypatch.setattr(Reference, "_convolution", wrong)
-    monkeypatch.setattr(type(BACKENDS["passes_triton"]), "declines", lambda *args: None)
+    monkeypatch.setattr(type(BACKENDS["passes_triton"]), "why_not", lambda *args: None)
     # Its passes by the reference, so that no interpreter is needed.
     monkeypatch.setattr(type(BACKENDS["passes_triton"]), "batch_stats", Reference.batch_stats)
     command = [*SMALL[: SMALL.index("--size")], "--size", "32", "--batch", "4", "--repeats", "3", "--case", "conv_stats"]

@@ -164,7 +164,7 @@ def test_info_as_json(tmp_path):
 
 
 def test_info_for_people(capsys, monkeypatch, answers):
-    monkeypatch.setattr(native.CUDA, "load", lambda: "nvcc was not there")
+    monkeypatch.setattr(native.CUDA, "why_not", lambda: "nvcc was not there")
     monkeypatch.setenv("FUSED_RESNET_BACKEND", "eager")
     monkeypatch.setenv("FUSED_RESNET_BACKENDS", "eager")
     answers("passes_cuda", lambda device, dtype: "it rains")

@@ -19,7 +19,7 @@ MIB = 2**20
 @pytest.fixture(autouse=True)
 def alone():
     """Nothing is kept from before, nor after."""
-    if reason := PASSES.declines(torch.device("cpu"), torch.float32):
+    if reason := PASSES.why_not(torch.device("cpu"), torch.float32):
         pytest.skip(reason)
     gc.collect()
     fused_resnet.release_memory()

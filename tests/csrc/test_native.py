@@ -155,8 +155,8 @@ from pathlib import Path
 from fused_resnet import native
 if len(sys.argv) > 1:
     native.CUDA.path = Path(sys.argv[1])
-print(native.CUDA.load())
-assert native.CUDA.load() == native.CUDA.load()
+print(native.CUDA.why_not())
+assert native.CUDA.why_not() == native.CUDA.why_not()
 """
 CALL_ON_CPU = """
 import torch
@@ -169,7 +169,7 @@ except RuntimeError as error:
 
 
 def loaded(*arguments: Path, then: str = "") -> list[str]:
-    """What `native.CUDA.load()` gives in a process of its own, and what `then` prints after it."""
+    """What `native.CUDA.why_not()` gives in a process of its own, and what `then` prints after it."""
     return output_of(sys.executable, "-c", LOAD + then, *arguments).splitlines()
 
 
@@ -183,9 +183,11 @@ def test_loads_or_says_why_not():
 def test_the_reason_of_the_build_is_shown(monkeypatch, tmp_path):
     monkeypatch.setattr(native.CUDA, "path", tmp_path / "absent.so")
     monkeypatch.setattr(native.CUDA, "absence", tmp_path / "absent.txt")
-    assert "--no-build-isolation" in native.CUDA.try_to_load()
+    with pytest.raises(native.LibraryError, match="--no-build-isolation"):
+        native.CUDA.load()
     (tmp_path / "absent.txt").write_text("nvcc was not found\n")
-    assert native.CUDA.try_to_load() == "not built: nvcc was not found"
+    with pytest.raises(native.LibraryError, match=r"^not built: nvcc was not found$"):
+        native.CUDA.load()
 
 
 def test_loads_without_a_gpu_and_refuses_cpu_tensors_by_name(library):

@@ -23,7 +23,7 @@ from fused_resnet.environment import VariableError
 from fused_resnet.reference import Reference
 from fused_resnet.values import Source
 
-pytestmark = pytest.mark.skipif(native.CPU.load() is not None, reason=f"native library for CPUs: {native.CPU.load()}")
+pytestmark = pytest.mark.skipif(native.CPU.why_not() is not None, reason=f"native library for CPUs: {native.CPU.why_not()}")
 CPU = torch.device("cpu")
 #: No vector of any width, some of it; several parts and tiles; few rows of many channels; one value.
 SHAPES = [(3, 13, 9, 11), (4, 64, 33, 31), (2, 520, 7, 7), (1, 1, 2, 1)]
@@ -109,10 +109,10 @@ def without_fma(monkeypatch):
     monkeypatch.delenv("FUSED_RESNET_CPU_ISA", raising=False)
     monkeypatch.setattr(native, "_best", "portable")
     native.use_instruction_set("portable")
-    backends._declines.cache_clear()
+    backends._remembered.cache_clear()
     yield
     native.use_instruction_set(before)
-    backends._declines.cache_clear()
+    backends._remembered.cache_clear()
 
 
 def test_a_machine_without_fma_keeps_pytorchs_modules_and_says_why(without_fma, monkeypatch):
@@ -133,7 +133,7 @@ def test_whoever_names_the_portable_kernels_gets_them_and_the_same_bits(without_
         assert backends.resolve(CPU, torch.bfloat16) == "passes_cpu"
     found = PASSES.batch_stats(y, None, None, 1e-5)
     monkeypatch.setenv("FUSED_RESNET_CPU_ISA", "portable")
-    backends._declines.cache_clear()
+    backends._remembered.cache_clear()
     assert backends.resolve(CPU, torch.bfloat16) == "passes_cpu"
     native.use_instruction_set(None)
     for ours, best in zip(found, PASSES.batch_stats(y, None, None, 1e-5), strict=True):

@@ -22,7 +22,7 @@ BUILD = ROOT / "build" / "sanitized_cpu"
 TOOLS = ("cmake", "ninja")
 pytestmark = [
     pytest.mark.skipif(bool(simt.missing()), reason=str(simt.missing())),
-    pytest.mark.skipif(native.CPU.load() is not None, reason=f"native library for CPUs: {native.CPU.load()}"),
+    pytest.mark.skipif(native.CPU.why_not() is not None, reason=f"native library for CPUs: {native.CPU.why_not()}"),
     pytest.mark.timeout(1200),
     pytest.mark.full,
 ]

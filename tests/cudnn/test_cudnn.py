@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.chains import CHAINS, DEVICE, Shape
-from support.cudnn_arithmetic import Arithmetic, Mixed, OnlyForward, fprop, pending, put_in_place, refusal
+from support.cudnn_arithmetic import Arithmetic, Mixed, OnlyForward, fprop, pending, put_in_place, why_not_task
 from support.cudnn_problems import CONV
 from support.rule import refused_of_draws
 
@@ -43,7 +43,7 @@ def arithmetic(monkeypatch):
     for kind in (Arithmetic, Mixed, OnlyForward):
         monkeypatch.setitem(BACKENDS, kind.name, kind())
     yield called
-    backends._declines.cache_clear()
+    backends._remembered.cache_clear()
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU cuDNN itself is tested")
@@ -164,7 +164,7 @@ def test_a_choice_of_cudnn_that_is_not_here_runs_as_passes(monkeypatch):
     task = Task("fprop", CONV, "float16", "act")
     monkeypatch.setattr(tuned, "measured", lambda device: Table([Entry(task, CUDNN, 1.0, 2.0)]))
     assert BACKENDS["tuned_triton"].choose(task, torch.device("cpu")) is None
-    monkeypatch.setattr(tuned.cudnn, "refusal", lambda task, device: None)
+    monkeypatch.setattr(tuned.cudnn, "why_not_task", lambda task, device: None)
     assert BACKENDS["tuned_triton"].choose(task, torch.device("cpu")) == CUDNN
 
 
@@ -182,14 +182,14 @@ def test_the_tuner_tries_cudnn_and_checks_it_first(monkeypatch):
     from fused_resnet.bench import tune
 
     put_in_place(monkeypatch)
-    monkeypatch.setattr(tune, "refusal", lambda task, device: refusal(task))
+    monkeypatch.setattr(tune, "why_not_task", lambda task, device: why_not_task(task))
     cpu, conv = torch.device("cpu"), ConvProblem(2, 16, 5, 5, 16, 1, 1)
     fprops = Task("fprop", conv, "float16", "norm")
-    assert tune.Trial(fprops, Table(), cpu).cudnn_refusal() is None
+    assert tune.Trial(fprops, Table(), cpu).why_not_cudnn() is None
     trial = tune.Trial(replace(fprops, kind="wgrad"), Table(), cpu)
-    assert "alone rounds the coefficients" in trial.cudnn_refusal()
+    assert "alone rounds the coefficients" in trial.why_not_cudnn()
     table = Table([Entry(fprops, CUDNN, 1.0, 2.0)])
-    assert tune.Trial(replace(fprops, kind="wgrad"), table, cpu).cudnn_refusal() is None
+    assert tune.Trial(replace(fprops, kind="wgrad"), table, cpu).why_not_cudnn() is None
     outcome = tune.tune(replace(fprops, kind="wgrad"), table, cpu, most=1, repeats=2, limit_s=60)
     assert CUDNN not in outcome.failed
     trial = tune.Trial(fprops, Table(), cpu)

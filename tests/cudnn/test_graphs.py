@@ -111,7 +111,7 @@ def test_a_problem_that_there_is_no_graph_for_is_refused(values, words):
     ],
 )
 def test_some_problems_are_ruled_out_before_cudnn_is_asked(asked, words):
-    assert words in asked.refusal()
+    assert words in asked.why_not()
 
 
 def test_each_task_has_its_graph_or_a_reason():
@@ -132,4 +132,4 @@ def test_each_task_has_its_graph_or_a_reason():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name, source", CASES)
 def test_float16_graphs_are_accepted_and_right(name, source):
-    assert probe.fault(name, source, "float16", DEVICE) is None
+    assert probe.why_not_graph(name, source, "float16", DEVICE) is None

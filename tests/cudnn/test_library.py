@@ -21,9 +21,9 @@ def forgotten():
     """What the package's presence was found to be is asked again, and forgotten afterwards."""
 
     def forget():
-        library.missing_package.cache_clear()
-        library.declines.cache_clear()
-        backends._declines.cache_clear()
+        library.why_not_package.cache_clear()
+        library.why_not.cache_clear()
+        backends._remembered.cache_clear()
 
     forget()
     yield
@@ -41,31 +41,31 @@ def _absent(name):
         (lambda name: "1.18.0", "nvidia-cudnn-frontend is 1.18.0; 1.27 is the least"),
     ],
 )
-def test_a_missing_or_an_old_package_declines_with_a_sentence(version, words, forgotten, monkeypatch):
+def test_a_missing_or_an_old_package_is_a_sentence(version, words, forgotten, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert library.declines() == words
+    assert library.why_not() == words
 
 
-def test_a_package_that_does_not_load_declines_with_its_reason(forgotten, monkeypatch):
+def test_a_package_that_does_not_load_says_why(forgotten, monkeypatch):
     def broken():
         raise ImportError("libstdc++.so.6: version too old")
 
     monkeypatch.setattr(library, "frontend", broken)
-    assert library.declines() == "nvidia-cudnn-frontend does not load: libstdc++.so.6: version too old"
+    assert library.why_not() == "nvidia-cudnn-frontend does not load: libstdc++.so.6: version too old"
 
 
-def test_an_old_library_declines_with_a_sentence(forgotten, monkeypatch):
+def test_an_old_library_is_a_sentence(forgotten, monkeypatch):
     monkeypatch.setattr(library, "library_version", lambda: (9, 7, 1))
-    assert library.declines() == "cuDNN is 9.7.1; 9.8 is the least"
-    library.declines.cache_clear()
+    assert library.why_not() == "cuDNN is 9.7.1; 9.8 is the least"
+    library.why_not.cache_clear()
     monkeypatch.setattr(library, "library_version", lambda: None)
-    assert "finds no cuDNN library" in library.declines()
+    assert "finds no cuDNN library" in library.why_not()
 
 
 @NO_CUDA
 def test_the_backend_says_why_it_does_not_run_on_a_cpu():
     words = "cuDNN runs on CUDA GPUs, not on 'cpu'"
-    assert BACKENDS["cudnn"].declines(torch.device("cpu"), torch.float16) == words
+    assert BACKENDS["cudnn"].why_not(torch.device("cpu"), torch.float16) == words
     x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
     conv = Conv(torch.randn(8, 8, 1, 1), Norm(None, None, None, None, True, 1e-5), ConvGeometry([1, 1], [0, 0], [1, 1], 1))
     with fused_resnet.backend("cudnn"), pytest.raises(RuntimeError, match=f"backend 'cudnn' was asked for and can't run here: {words}"):

@@ -208,4 +208,4 @@ def test_deterministic_algorithms(backend, device):
 
 def test_the_eager_backend_is_where_the_networks_are_compared():
     """What the tests above force is no name for PyTorch's own modules."""
-    assert BACKENDS["eager"].declines(torch.device("cpu"), torch.float16) is None
+    assert BACKENDS["eager"].why_not(torch.device("cpu"), torch.float16) is None

@@ -24,12 +24,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LANGUAGES = [
     name
     for name in ("passes_cuda", "passes_cpu", "emulated", "passes_triton", "executed")
-    if name in BACKENDS and not BACKENDS[name].declines(DEVICE, torch.float32)
+    if name in BACKENDS and not BACKENDS[name].why_not(DEVICE, torch.float32)
 ]
 #: What is tested as a backend. `tuned` is made of others: tests/bench/test_tune.py holds which of them it takes.
 TESTED = [name for name in BACKENDS if name not in TUNED]
 #: Those that run here.
-RUNNABLE = [name for name in TESTED if not BACKENDS[name].declines(DEVICE, torch.float32)]
+RUNNABLE = [name for name in TESTED if not BACKENDS[name].why_not(DEVICE, torch.float32)]
 
 
 @dataclass

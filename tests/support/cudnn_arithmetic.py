@@ -62,10 +62,10 @@ def wgrad(source: Source, dy: Tensor, weight: Tensor, geometry: ConvGeometry) ->
     return like_weight(dw.to(weight.dtype), weight)
 
 
-def refusal(task) -> str | None:
+def why_not_task(task) -> str | None:
     """What rules a task out before cuDNN is asked."""
     problem = problem_of_task(task)
-    return problem if isinstance(problem, str) else problem.refusal()
+    return problem if isinstance(problem, str) else problem.why_not()
 
 
 class Arithmetic(FusedConvolutions, PassesTriton):
@@ -74,7 +74,7 @@ class Arithmetic(FusedConvolutions, PassesTriton):
     name = "cudnn_arithmetic"
 
     def choose(self, task, device):
-        return CUDNN if refusal(task) is None else None
+        return CUDNN if why_not_task(task) is None else None
 
 
 class Mixed(Arithmetic):

@@ -8,7 +8,7 @@ from fused_resnet.cudnn import library
 from fused_resnet.cudnn.graphs import GRAPHS, GraphProblem
 from fused_resnet.problem import ConvProblem
 
-if reason := library.missing_package():
+if reason := library.why_not_package():
     pytest.skip(reason, allow_module_level=True)
 
 CONV = ConvProblem(4, 64, 14, 12, 32, 3, 3, (2, 2), (1, 1))

@@ -44,7 +44,7 @@ class Emulated(PassesCuda):
 
     name = "emulated"
 
-    def declines(self, device, dtype):
+    def why_not(self, device, dtype):
         if dtype not in DTYPES:
             return f"{self.name} takes float32, float16 and bfloat16, not {dtype}"
         return f"{self.name} takes CPU tensors" if device.type != "cpu" else simt.missing()

@@ -26,10 +26,10 @@ class Executed(Triton):
 
     name = "executed"
 
-    def declines(self, device, dtype):
-        return f"{self.name} takes CPU tensors" if device.type != "cpu" else super().declines(device, dtype)
+    def why_not(self, device, dtype):
+        return f"{self.name} takes CPU tensors" if device.type != "cpu" else super().why_not(device, dtype)
 
-    def _declines_cpu(self, dtype):
+    def _why_not_on_cpu(self, dtype):
         return None
 
     def choose(self, task, device):

@@ -12,7 +12,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 #: (backend, dtype) of what can run here; tests/backends/test_backends.py holds that both languages of the passes do.
 PAIRS = [
     (name, dtype) for name in TESTED for dtype in DTYPES
-    if not BACKENDS[name].declines(DEVICE, dtype)
+    if not BACKENDS[name].why_not(DEVICE, dtype)
     # The interpreter takes long for convolutions; tests/kernels/test_fprop.py, test_dgrad.py and test_wgrad.py have the others.
     and (name != "triton" or DEVICE.type == "cuda" or dtype == torch.float16)
 ]  # fmt: skip
