@@ -19,6 +19,7 @@ def conv_bn_act(
     running_var: Tensor | None,
     residual: Tensor | None = None,
     training: bool = True,
+    *,
     momentum: float = 0.1,
     eps: float = 1e-5,
     stride: int | tuple[int, int] = 1,

@@ -151,7 +151,7 @@ class FusedConvolutions(Reference, ABC):
         elif choice is not None and choice != CUDNN:
             from ..kernels.fprop import fprop_affine_act
 
-            act = fprop_affine_act(x, weight, geometry, scale, bias, residual, relu, choice, allow_tf32())
+            act = fprop_affine_act(x, weight, geometry, scale, bias, residual, relu, configuration=choice, allow_tf32=allow_tf32())
         return super().conv_affine_act(x, weight, geometry, scale, bias, residual, relu) if act is None else act
 
     def _inference_choice(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Choice | None:
@@ -212,8 +212,8 @@ class FusedConvolutions(Reference, ABC):
         in_prologue = pays_to_apply_norm(problem_of(source.x, main.weight, main.geometry))
         dy = None if in_prologue else self._dy(main)
         *gradients, written = dgrad(
-            main if in_prologue else main._replace(dz=dy), source, mask, dact, compact, stride, in_prologue,
-            in_prologue and main.need_dw, configuration, allow_tf32(),
+            main if in_prologue else main._replace(dz=dy), source, mask, dact, compact, stride,
+            apply_norm=in_prologue, write_dy=in_prologue and main.need_dw, configuration=configuration, allow_tf32=allow_tf32(),
         )  # fmt: skip
         return tuple(gradients), [written if in_prologue else dy, *dys]
 
@@ -231,8 +231,8 @@ class FusedConvolutions(Reference, ABC):
         in_prologue = pays_to_apply_norm(problem_of(read, plain.weight, plain.geometry))
         dy = None if in_prologue else self._dy(output)
         gradient, *_, written = dgrad(
-            plain if in_prologue else plain._replace(dz=dy), Source(read), None, None, None, 0, in_prologue,
-            in_prologue and output.need_dw, configuration, allow_tf32(),
+            plain if in_prologue else plain._replace(dz=dy), Source(read), None, None, None, 0,
+            apply_norm=in_prologue, write_dy=in_prologue and output.need_dw, configuration=configuration, allow_tf32=allow_tf32(),
         )  # fmt: skip
         return gradient, written if in_prologue else dy
 

@@ -6,7 +6,7 @@ import os
 import torch
 
 from .. import versions
-from .passes import Passes, backward_tensors, forward_tensors
+from .passes import Passes
 
 
 class PassesTriton(Passes):
@@ -50,38 +50,37 @@ class PassesTriton(Passes):
 
         return merge_moments(*args)
 
-    def norm_add_act(self, source, relu, save_mask):
+    def norm_add_act(self, *args, **kwargs):
         from ..kernels.norm_add_act import norm_add_act
 
-        return norm_add_act(*forward_tensors(source), relu, save_mask)
+        return norm_add_act(*args, **kwargs)
 
-    def norm_backward_reduce(self, d, dact, source, mask, relu):
+    def norm_backward_reduce(self, *args, **kwargs):
         from ..kernels.norm_backward import norm_backward_reduce
 
-        return norm_backward_reduce(d, dact, *backward_tensors(source), mask, relu)
+        return norm_backward_reduce(*args, **kwargs)
 
     def norm_backward_apply(self, *args):
         from ..kernels.norm_backward import norm_backward_apply
 
         return norm_backward_apply(*args)
 
-    def norm_act_max_pool(self, source, kernel_size, stride, padding):
+    def norm_act_max_pool(self, *args):
         from ..kernels.max_pool import norm_act_max_pool
 
-        return norm_act_max_pool(source.x, source.scale, source.bias, kernel_size, stride, padding)
+        return norm_act_max_pool(*args)
 
-    def norm_act_max_pool_backward(self, dout, index, source, kernel_size, stride, padding):
+    def norm_act_max_pool_backward(self, *args):
         from ..kernels.max_pool import norm_act_max_pool_backward
 
-        x, mean, invstd, scale, bias, *_ = source
-        return norm_act_max_pool_backward(dout, index, x, mean, invstd, scale, bias, kernel_size, stride, padding)
+        return norm_act_max_pool_backward(*args)
 
-    def norm_add_act_avg_pool(self, source):
+    def norm_add_act_avg_pool(self, *args):
         from ..kernels.avg_pool import norm_add_act_avg_pool
 
-        return norm_add_act_avg_pool(*forward_tensors(source))
+        return norm_add_act_avg_pool(*args)
 
-    def norm_add_act_avg_pool_backward(self, dout, source, mask):
+    def norm_add_act_avg_pool_backward(self, *args):
         from ..kernels.avg_pool import norm_add_act_avg_pool_backward
 
-        return norm_add_act_avg_pool_backward(dout, *backward_tensors(source), mask)
+        return norm_add_act_avg_pool_backward(*args)

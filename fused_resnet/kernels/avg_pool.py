@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..values import Source
 from . import tiling
 from .elements import pack_bits, passes_gradient, preactivation, relu, vector
 from .launch import launch, packed_mask
@@ -67,42 +68,22 @@ def norm_add_act_avg_pool_kernel(
     tl.store(out_ptr + image * C + channels, mean.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def norm_add_act_avg_pool(
-    x: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-    residual_bias: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+def norm_add_act_avg_pool(source: Source) -> tuple[Tensor, Tensor | None]:
     """`Reference.norm_add_act_avg_pool` in one kernel."""
+    x = source.x
     n, channels, height, width = x.shape
     out = torch.empty((n, channels, 1, 1), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    mask = None if residual is None else packed_mask(x)
+    mask = None if source.residual is None else packed_mask(x)
     tile = tiling.per_image(height * width, channels, x.element_size())
     launch(
         norm_add_act_avg_pool_kernel, n * tile.channel_programs, x.device, tile.warps,
-        x_ptr=x, scale_ptr=scale, bias_ptr=bias, residual_ptr=residual, residual_scale_ptr=residual_scale,
-        residual_bias_ptr=residual_bias, out_ptr=out, mask_ptr=mask, pixels=height * width, C=channels,
+        x_ptr=x, scale_ptr=source.scale, bias_ptr=source.bias, residual_ptr=source.residual, residual_scale_ptr=source.residual_scale,
+        residual_bias_ptr=source.residual_bias, out_ptr=out, mask_ptr=mask, pixels=height * width, C=channels,
         BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
     )  # fmt: skip
     return out, mask
 
 
-def norm_add_act_avg_pool_backward(
-    dout: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    residual_mean: Tensor | None,
-    residual_invstd: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def norm_add_act_avg_pool_backward(dout: Tensor, source: Source, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`Reference.norm_add_act_avg_pool_backward` in two kernels."""
-    return norm_backward_reduce(
-        dout, None, x, mean, invstd, scale, bias, residual, residual_mean, residual_invstd, mask,
-        relu=True, pixels=x.shape[2] * x.shape[3],
-    )  # fmt: skip
+    return norm_backward_reduce(dout, None, source, mask, relu=True, pixels=source.x.shape[2] * source.x.shape[3])

@@ -221,6 +221,7 @@ def dgrad(
     dact: Tensor | None,
     compact: Tensor | None,
     compact_stride: int,
+    *,
     apply_norm: bool,
     write_dy: bool,
     configuration: Configuration,

@@ -258,6 +258,7 @@ def fprop_affine_act(
     bias: Tensor,
     residual: Tensor | None,
     relu: bool,
+    *,
     configuration: Configuration,
     allow_tf32: bool,
 ) -> Tensor:

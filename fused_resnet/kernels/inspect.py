@@ -28,6 +28,7 @@ from .. import binary, environment, roofline
 from .._version import __version__
 from ..files import replace_file
 from ..tuning import Configuration, Task, heuristics
+from ..values import Source
 from . import avg_pool, batch_stats, max_pool, networks, norm_add_act, norm_backward, sass, square_sums
 from .bounds import ASSUMED, Bounds, Gpu, bounds
 from .launch import INTERPRETED, OPTIONS, Launch, packed_mask, recording
@@ -71,8 +72,8 @@ def record(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> list[Launch]
     n, c, _, _ = shape
     x, dact, residual = nhwc(*shape), nhwc(*shape), nhwc(*shape)
     mean, invstd, scale, bias, gamma, beta, s1, s2 = _vectors(c, 8)
-    statistics = (mean, invstd, scale, bias)
-    mask, no_raw, raw = packed_mask(x), (None, None, None), (residual, mean, invstd)
+    mask, plain = packed_mask(x), Source(x, mean, invstd, scale, bias)
+    added, raw = plain._replace(residual=residual), Source(*plain[:5], residual, mean, invstd, scale, bias)
     counts, moments = torch.empty(8, dtype=torch.int64, device="meta"), torch.empty((8, c), device="meta")
     with recording() as launches:
         batch_stats.batch_moments(x)
@@ -82,20 +83,18 @@ def record(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> list[Launch]
             square_sums.moments_of_sums(x, s1, s2, *parameters, 1e-5)
             norm_backward.norm_backward_apply(x, x, mean, invstd, parameters[0], s1, s2)
         for relu in (True, False):
-            norm_add_act.norm_add_act(x, scale, bias, None, None, None, relu, False)
-            norm_add_act.norm_add_act(x, scale, bias, residual, None, None, relu, relu)
-            norm_add_act.norm_add_act(x, scale, bias, residual, scale, bias, relu, relu)
+            for read in (plain, added, raw):
+                norm_add_act.norm_add_act(read, relu, save_mask=relu and read is not plain)
         for extra in (None, dact):
-            for options in ((*no_raw, None, True), (*no_raw, mask, True), (*raw, mask, True), (*no_raw, None, False), (*raw, None, False)):
-                norm_backward.norm_backward_reduce(x, extra, x, *statistics, *options)
+            for read, kept, relu in ((plain, None, True), (plain, mask, True), (raw, mask, True), (plain, None, False), (raw, None, False)):
+                norm_backward.norm_backward_reduce(x, extra, read, kept, relu)
         if shape[2] > 1:
-            out, index = max_pool.norm_act_max_pool(x, scale, bias, 3, 2, 1)
-            max_pool.norm_act_max_pool_backward(out, index, x, *statistics, 3, 2, 1)
-        avg_pool.norm_add_act_avg_pool(x, scale, bias, None, None, None)
-        avg_pool.norm_add_act_avg_pool(x, scale, bias, residual, None, None)
-        avg_pool.norm_add_act_avg_pool(x, scale, bias, residual, scale, bias)
-        for options in ((*no_raw, None), (*no_raw, mask), (*raw, mask)):
-            avg_pool.norm_add_act_avg_pool_backward(nhwc(n, c, 1, 1), x, *statistics, *options)
+            out, index = max_pool.norm_act_max_pool(plain, 3, 2, 1)
+            max_pool.norm_act_max_pool_backward(out, index, plain, 3, 2, 1)
+        for read in (plain, added, raw):
+            avg_pool.norm_add_act_avg_pool(read)
+        for read, kept in ((plain, None), (plain, mask), (raw, mask)):
+            avg_pool.norm_add_act_avg_pool_backward(nhwc(n, c, 1, 1), read, kept)
     return launches
 
 

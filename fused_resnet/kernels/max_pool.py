@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..values import Source
 from . import tiling
 from .elements import passes_gradient, relu, vector
 from .launch import launch, matrix_shape, multiprocessors
@@ -139,8 +140,9 @@ def norm_act_max_pool_backward_kernel(
     tl.store(s2_ptr + sums_at, tl.sum(s2, axis=0), mask=inside)
 
 
-def norm_act_max_pool(x: Tensor, scale: Tensor, bias: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+def norm_act_max_pool(source: Source, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     """`Reference.norm_act_max_pool` in one kernel."""
+    x = source.x
     n, channels, height, width = x.shape
     p, q = ((extent + 2 * padding - kernel_size) // stride + 1 for extent in (height, width))
     out = torch.empty((n, channels, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -148,7 +150,7 @@ def norm_act_max_pool(x: Tensor, scale: Tensor, bias: Tensor, kernel_size: int, 
     tile = tiling.elementwise(n * p * q, channels, x.element_size(), loads=1)  # of each of nine taps
     launch(
         norm_act_max_pool_kernel, tile.programs, x.device, tile.warps,
-        x_ptr=x, scale_ptr=scale, bias_ptr=bias, out_ptr=out, index_ptr=index,
+        x_ptr=x, scale_ptr=source.scale, bias_ptr=source.bias, out_ptr=out, index_ptr=index,
         rows=n * p * q, H=height, W=width, P=p, Q=q, C=channels, KERNEL=kernel_size, STRIDE=stride, PADDING=padding,
         BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
     )  # fmt: skip
@@ -156,18 +158,10 @@ def norm_act_max_pool(x: Tensor, scale: Tensor, bias: Tensor, kernel_size: int, 
 
 
 def norm_act_max_pool_backward(
-    dout: Tensor,
-    index: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    kernel_size: int,
-    stride: int,
-    padding: int,
+    dout: Tensor, index: Tensor, source: Source, kernel_size: int, stride: int, padding: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Reference.norm_act_max_pool_backward` in two kernels."""
+    x = source.x
     _, channels, height, width = x.shape
     rows, _ = matrix_shape(x)
     dz = torch.empty_like(x, memory_format=torch.channels_last)
@@ -175,9 +169,9 @@ def norm_act_max_pool_backward(
     sums = PartialSums(tile.row_programs, tile.channels, x.device)
     launch(
         norm_act_max_pool_backward_kernel, tile.programs, x.device, tile.warps,
-        dout_ptr=dout, index_ptr=index, x_ptr=x, mean_ptr=mean, invstd_ptr=invstd, scale_ptr=scale, bias_ptr=bias,
-        dz_ptr=dz, s1_ptr=sums.partial[0], s2_ptr=sums.partial[1], rows=rows, H=height, W=width, P=dout.shape[2], Q=dout.shape[3],
-        C=channels, STEPS=tile.steps, KERNEL=kernel_size, STRIDE=stride, PADDING=padding,
+        dout_ptr=dout, index_ptr=index, x_ptr=x, mean_ptr=source.mean, invstd_ptr=source.invstd, scale_ptr=source.scale,
+        bias_ptr=source.bias, dz_ptr=dz, s1_ptr=sums.partial[0], s2_ptr=sums.partial[1], rows=rows, H=height, W=width,
+        P=dout.shape[2], Q=dout.shape[3], C=channels, STEPS=tile.steps, KERNEL=kernel_size, STRIDE=stride, PADDING=padding,
         BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
     )  # fmt: skip
     return dz, *sums.finalise()[:2]

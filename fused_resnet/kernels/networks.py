@@ -63,7 +63,8 @@ def record(task: Task, configuration: Configuration, allow_tf32: bool = True, st
             compact = [-(-extent // task.compact) for extent in (conv.h, conv.w)] if task.compact else None
             dgrad.dgrad(
                 output, source, packed_mask(source.x) if residual else None, source.x if task.dact else None,
-                _nhwc(dtype, conv.n, conv.c, *compact) if compact else None, task.compact, applies, applies, configuration, allow_tf32,
+                _nhwc(dtype, conv.n, conv.c, *compact) if compact else None, task.compact,
+                apply_norm=applies, write_dy=applies, configuration=configuration, allow_tf32=allow_tf32,
             )  # fmt: skip
     return launches[0]
 
@@ -94,7 +95,7 @@ def record_inference(task: Task, epilogue: Epilogue, configuration: Configuratio
     with recording() as launches:
         fprop.fprop_affine_act(
             _source(task, dtype).x, _nhwc(dtype, conv.k, conv.c, conv.r, conv.s), geometry, None, torch.empty(conv.k, device="meta"),
-            residual, epilogue.relu, configuration, allow_tf32,
+            residual, epilogue.relu, configuration=configuration, allow_tf32=allow_tf32,
         )  # fmt: skip
     return launches[0]
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..values import Source
 from . import tiling
 from .elements import batch_norm_backward, passes_gradient, unpack_bits, vector
 from .launch import launch, matrix_shape, multiprocessors
@@ -207,30 +208,20 @@ class PartialSums:
 
 
 def norm_backward_reduce(
-    d: Tensor,
-    dact: Tensor | None,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    residual_mean: Tensor | None,
-    residual_invstd: Tensor | None,
-    mask: Tensor | None,
-    relu: bool,
-    pixels: int = 0,
+    d: Tensor, dact: Tensor | None, source: Source, mask: Tensor | None, relu: bool, pixels: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`Reference.norm_backward_reduce` in two kernels; with `pixels` = H·W, d is [N, C, 1, 1], of a global average pool."""
+    x = source.x
     rows, channels = matrix_shape(x)
     dz = torch.empty_like(x, memory_format=torch.channels_last)
-    raw = residual_mean is not None
+    raw = source.residual_mean is not None
     tile = tiling.reduction(rows, channels, x.element_size(), multiprocessors(x.device), loads=1)
     sums = PartialSums(tile.row_programs, channels, x.device, raw)
     launch(
         norm_backward_reduce_kernel, tile.programs, x.device, tile.warps,
-        d_ptr=d, dact_ptr=dact, x_ptr=x, mean_ptr=mean, invstd_ptr=invstd, scale_ptr=scale, bias_ptr=bias,
-        residual_ptr=residual if raw else None, residual_mean_ptr=residual_mean, residual_invstd_ptr=residual_invstd,
+        d_ptr=d, dact_ptr=dact, x_ptr=x, mean_ptr=source.mean, invstd_ptr=source.invstd, scale_ptr=source.scale, bias_ptr=source.bias,
+        residual_ptr=source.residual if raw else None, residual_mean_ptr=source.residual_mean,
+        residual_invstd_ptr=source.residual_invstd,
         mask_ptr=mask, dz_ptr=dz, **sums.pointers(), rows=rows, pixels=pixels, C=channels, STEPS=tile.steps,
         RELU=relu, PIXELS=pixels > 0, BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
     )  # fmt: skip

@@ -37,7 +37,7 @@ KERNEL_CASES = [(epilogue, torch.float16) for epilogue in EPILOGUES] + [("all", 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_kernel_agrees(name, epilogue, dtype):
     given = operands(name, epilogue, dtype)
-    check(fprop_affine_act(*given, SMALL, False), given)
+    check(fprop_affine_act(*given, configuration=SMALL, allow_tf32=False), given)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_the_kernel_agrees(name, epilogue, dtype):
 )  # fmt: skip
 def test_the_kernel_agrees_with_any_tiles(name, tiles):
     given = operands(name, "all", torch.float16)
-    check(fprop_affine_act(*given, Configuration(*tiles, warps=4, stages=2), False), given)
+    check(fprop_affine_act(*given, configuration=Configuration(*tiles, warps=4, stages=2), allow_tf32=False), given)
 
 
 def test_the_kernel_rounds_once():
@@ -55,7 +55,7 @@ def test_the_kernel_rounds_once():
     given[4] += 1024.0
     given[5] = (given[5] - 1024.0).contiguous(memory_format=torch.channels_last)
     truth = eager(*(t.double() if torch.is_tensor(t) else t for t in given))
-    act = fprop_affine_act(*given, SMALL, False)
+    act = fprop_affine_act(*given, configuration=SMALL, allow_tf32=False)
     assert relative_error(act, truth) <= floor(torch.float16, act.numel()) < 0.1 * relative_error(eager(*given), truth)
 
 
@@ -63,7 +63,7 @@ def test_the_kernel_rounds_once():
 def test_vectors_of_any_dtype(vector):
     given = operands("3x3", "all", torch.float32)
     given[3], given[4] = (t.to(vector) for t in given[3:5])
-    check(fprop_affine_act(*given, SMALL, False), [*given[:3], given[3].float(), given[4].float(), *given[5:]])
+    check(fprop_affine_act(*given, configuration=SMALL, allow_tf32=False), [*given[:3], given[3].float(), given[4].float(), *given[5:]])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, in the interpreter: as asked for
@@ -74,7 +74,7 @@ def test_nan_passes_the_relu(place):
     given[position][at] = math.nan
     expected = eager(*given).isnan()
     assert expected.any() and not expected.all()
-    assert torch.equal(fprop_affine_act(*given, SMALL, False).isnan(), expected)
+    assert torch.equal(fprop_affine_act(*given, configuration=SMALL, allow_tf32=False).isnan(), expected)
 
 
 #: What is wrong, in the kernel's own words, what is written instead, and the case that must see it. No fault reads outside a tensor.
@@ -98,17 +98,17 @@ FAULTS = {
 def test_a_planted_fault_is_seen(fault, tmp_path):
     right, wrong, epilogue = FAULTS[fault]
     faulty, given = planted(module, right, wrong, tmp_path), operands("1x1", epilogue, torch.float16)
-    check(fprop_affine_act(*given, SMALL, False), given)
+    check(fprop_affine_act(*given, configuration=SMALL, allow_tf32=False), given)
     with pytest.raises(AssertionError):
-        check(faulty.fprop_affine_act(*given, SMALL, False), given)
+        check(faulty.fprop_affine_act(*given, configuration=SMALL, allow_tf32=False), given)
 
 
 def test_what_the_kernel_can_not_do_is_named():
     grouped, plain = operands("3x3 grouped", "bias", torch.float32), operands("3x3", "bias", torch.float32)
     with pytest.raises(ValueError, match="geometry: expected groups = 1; got 3"):
-        fprop_affine_act(*grouped, SMALL, False)
+        fprop_affine_act(*grouped, configuration=SMALL, allow_tf32=False)
     with pytest.raises(ValueError, match="configuration: expected splits = 1"):
-        fprop_affine_act(*plain, replace(SMALL, splits=2), False)
+        fprop_affine_act(*plain, configuration=replace(SMALL, splits=2), allow_tf32=False)
 
 
 @pytest.mark.gpu
@@ -120,7 +120,10 @@ def test_offsets_past_two_to_the_31():
     problem = ConvProblem(n, 16, 112, 112, 64, 1, 1)
     rest = weight_of(problem, torch.float16), geometry_of(problem), None, torch.randn(64, device=DEVICE)
     tiles = Configuration(64, 64, 16, warps=4, stages=2)
-    whole, tail = (fprop_affine_act(x[part], *rest, residual[part], True, tiles, False) for part in (slice(None), slice(-1, None)))
+    whole, tail = (
+        fprop_affine_act(x[part], *rest, residual[part], True, configuration=tiles, allow_tf32=False)
+        for part in (slice(None), slice(-1, None))
+    )
     assert torch.equal(whole[-1:], tail)
 
 

@@ -39,6 +39,8 @@ from fused_resnet.values import ConvOutput, Source
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 ALL = PROBLEMS | STRIDED
+#: How a convolution of a dy that exists is launched.
+ALONE = dict(apply_norm=False, write_dy=False, configuration=SMALL, allow_tf32=False)
 
 
 def check(run, case: Backward, tiles: Configuration = SMALL):
@@ -47,7 +49,16 @@ def check(run, case: Backward, tiles: Configuration = SMALL):
     expected_dy = REFERENCE._dy(case.output)
     output = case.output if in_prologue else case.output._replace(dz=expected_dy)
     dx, s1, s2, residual_s2, dy = run(
-        output, case.source, case.mask, case.dact, case.compact, case.stride, in_prologue, in_prologue, tiles, False
+        output,
+        case.source,
+        case.mask,
+        case.dact,
+        case.compact,
+        case.stride,
+        apply_norm=in_prologue,
+        write_dy=in_prologue,
+        configuration=tiles,
+        allow_tf32=False,
     )
     agree((dy,), (expected_dy if in_prologue else None,))
     dy = expected_dy if dy is None else dy
@@ -106,7 +117,7 @@ def test_agrees_with_any_tiles(name, tiles):
 def test_a_pixel_that_no_window_reads_gets_what_is_added():
     """Three of four pixels of a strided 1x1: their group has no tap."""
     case = Backward(ALL["projection"], "materialised", torch.float32, "dact")
-    dx, *_ = dgrad(case.output, case.source, None, case.dact, None, 0, False, False, SMALL, False)
+    dx, *_ = dgrad(case.output, case.source, None, case.dact, None, 0, **ALONE)
     assert torch.equal(dx[:, :, 1::2], case.dact[:, :, 1::2]) and torch.equal(dx[:, :, :, 1::2], case.dact[:, :, :, 1::2])
     assert not torch.equal(dx[:, :, ::2, ::2], case.dact[:, :, ::2, ::2])
 
@@ -117,15 +128,16 @@ def test_any_strides_of_the_weight(name):
     weight = case.output.weight
     strided = torch.empty(*weight.shape, 2, device=DEVICE)[..., 1].copy_(weight)
     expected, *others = (
-        dgrad(case.output._replace(weight=w), case.source, None, None, None, 0, False, False, SMALL, False)[0]
-        for w in (weight, weight.contiguous(), strided)
+        dgrad(case.output._replace(weight=w), case.source, None, None, None, 0, **ALONE)[0] for w in (weight, weight.contiguous(), strided)
     )
     assert all(torch.equal(expected, other) for other in others)
 
 
 def test_the_same_bits_each_time():
     case = Backward(ALL["1x1"], "raw residual", torch.float16, "dact")
-    runs = [dgrad(case.output, case.source, case.mask, case.dact, None, 0, True, True, SMALL, False) for _ in range(2)]
+    runs = [
+        dgrad(case.output, case.source, case.mask, case.dact, None, 0, **ALONE | dict(apply_norm=True, write_dy=True)) for _ in range(2)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -172,7 +184,7 @@ def test_a_planted_fault_is_seen(fault, tmp_path):
 def test_what_it_can_not_do_is_named(problem, apply_norm, write_dy, tiles, names):
     case = Backward(problem, "materialised", torch.float32)
     with pytest.raises(ValueError, match=names):
-        dgrad(case.output, case.source, None, None, None, 0, apply_norm, write_dy, tiles, False)
+        dgrad(case.output, case.source, None, None, None, 0, **ALONE | dict(apply_norm=apply_norm, write_dy=write_dy, configuration=tiles))
 
 
 def test_too_many_pixels_for_a_tile_are_named():
@@ -184,7 +196,7 @@ def test_too_many_pixels_for_a_tile_are_named():
     weight = torch.empty(1, 2**28, 2, 2, **meta)
     output = ConvOutput(dz, vector, vector, dz, vector, vector, weight, vector, True, geometry_of(problem), True)
     with pytest.raises(ValueError, match="source: expected fewer than"):
-        dgrad(output, Source(x), None, None, None, 0, False, False, SMALL, False)
+        dgrad(output, Source(x), None, None, None, 0, **ALONE)
 
 
 @pytest.mark.gpu
@@ -197,7 +209,7 @@ def test_offsets_past_two_to_the_31(window):
     weight, tiles = weight_of(problem, torch.float16), configuration(problem, 2, torch.cuda.get_device_capability())
     whole, tail = (
         dgrad(ConvOutput(t, None, None, None, None, None, weight, None, True, geometry_of(problem), True), Source(t), None, None,
-              None, 0, False, False, tiles, False)[0]
+              None, 0, **ALONE | dict(configuration=tiles))[0]
         for t in (dz, dz[-1:])
     )  # fmt: skip
     assert torch.equal(whole[-1:], tail)

@@ -179,7 +179,7 @@ def epilogue(name: str, with_scale: bool, with_residual: bool, relu: bool, arith
 
     words = "bias" + ", scale" * with_scale + ", residual" * with_residual + ", ReLU" * relu
     return Case(
-        "fprop", f"{name}, {words}", lambda: (fprop_affine_act(x, weight, geometry, scale, bias, residual, relu, tiles, tf32),),
+        "fprop", f"{name}, {words}", lambda: (fprop_affine_act(x, weight, geometry, scale, bias, residual, relu, configuration=tiles, allow_tf32=tf32),),
         lambda found: {"act": as_exact(found[0], expected(dtype), expected(torch.float64))},
     )  # fmt: skip
 
@@ -197,7 +197,18 @@ def backward(name: str, kind: str, added: str, arithmetic: str, architecture: in
     tiles = tiles_of("dgrad", problem, dtype, WORDS[kind], architecture, **more)
 
     def run() -> tuple[Tensor | None, ...]:
-        return dgrad(output, case.source, case.mask, case.dact, case.compact, case.stride, applies, applies, tiles, tf32)
+        return dgrad(
+            output,
+            case.source,
+            case.mask,
+            case.dact,
+            case.compact,
+            case.stride,
+            apply_norm=applies,
+            write_dy=applies,
+            configuration=tiles,
+            allow_tf32=tf32,
+        )
 
     def judge(found: tuple[Tensor | None, ...]) -> dict[str, float]:
         dx, *sums, dy = found

@@ -66,7 +66,18 @@ def _run(arithmetic: str, architecture: int) -> None:
             wgrad(source, dz, weight, geometry, tiles["wgrad"], tf32)
             if one.c > 3:
                 output = ConvOutput(dz, *vectors(one.k, 2), y, *vectors(one.k, 2), weight, vectors(one.k, 1)[0], True, geometry, True)
-                dgrad(output, source, None, None, None, 0, one.pointwise, one.pointwise, tiles["dgrad"], tf32)
+                dgrad(
+                    output,
+                    source,
+                    None,
+                    None,
+                    None,
+                    0,
+                    apply_norm=one.pointwise,
+                    write_dy=one.pointwise,
+                    configuration=tiles["dgrad"],
+                    allow_tf32=tf32,
+                )
 
 
 def _passes(dtype: torch.dtype) -> None:
@@ -74,14 +85,16 @@ def _passes(dtype: torch.dtype) -> None:
     mean, invstd, scale, bias = vectors(256, 4)
     s1, s2 = vectors(256, 2)
     mask = packed_mask(x).fill_(0x5A)
-    norm_add_act.norm_add_act(x, scale, bias, residual, scale, bias, True, True)
+    plain = Source(x, mean, invstd, scale, bias)
+    added, raw = plain._replace(residual=residual), Source(*plain[:5], residual, mean, invstd, scale, bias)
+    norm_add_act.norm_add_act(raw, True, True)
     batch_stats.batch_stats(x, scale, bias, 1e-5)
-    norm_backward.norm_backward_reduce(d, residual, x, mean, invstd, scale, bias, residual, mean, invstd, mask, True)
+    norm_backward.norm_backward_reduce(d, residual, raw, mask, True)
     norm_backward.norm_backward_apply(d, x, mean, invstd, scale, s1, s2)
-    out, index = max_pool.norm_act_max_pool(x, scale, bias, 3, 2, 1)
+    out, index = max_pool.norm_act_max_pool(plain, 3, 2, 1)
     dout = nhwc(*out.shape, dtype=dtype)
-    max_pool.norm_act_max_pool_backward(dout, torch.zeros_like(index), x, mean, invstd, scale, bias, 3, 2, 1)
-    avg_pool.norm_add_act_avg_pool(x, scale, bias, residual, None, None)
+    max_pool.norm_act_max_pool_backward(dout, torch.zeros_like(index), plain, 3, 2, 1)
+    avg_pool.norm_add_act_avg_pool(added)
 
 
 def measured(arithmetic: str, architecture: int) -> Iterator[Traffic]:
