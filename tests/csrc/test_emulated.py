@@ -10,7 +10,7 @@ from support import emulated
 from support.checkout import ROOT, TESTS, file_of
 from support.simt import compile as simt
 
-pytestmark = pytest.mark.skipif(simt.missing() is not None, reason=simt.missing() or "")
+pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=simt.why_not() or "")
 #: Calls one operator of the library argv[1] on tensors with more rows than one block takes, some of them not aligned to 16 bytes.
 CALL = """
 import sys, torch

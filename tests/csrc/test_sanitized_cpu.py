@@ -21,7 +21,7 @@ CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "sanitized_cpu"
 TOOLS = ("cmake", "ninja")
 pytestmark = [
-    pytest.mark.skipif(bool(simt.missing()), reason=str(simt.missing())),
+    pytest.mark.skipif(bool(simt.why_not()), reason=str(simt.why_not())),
     pytest.mark.skipif(native.CPU.why_not() is not None, reason=f"native library for CPUs: {native.CPU.why_not()}"),
     pytest.mark.timeout(1200),
     pytest.mark.full,

@@ -18,7 +18,7 @@ from support.simt.results import CHECKS
 SIMT = TESTS / "support" / "simt"
 INVALID_VALUE, INVALID_CONFIGURATION, TOO_MANY_RESOURCES = 1, 9, 701
 
-pytestmark = pytest.mark.skipif(simt.missing() is not None, reason=str(simt.missing()))
+pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

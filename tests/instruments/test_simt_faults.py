@@ -13,7 +13,7 @@ from support.simt.kernels import IN_PROCESS, library, run_in
 SIMT = TESTS / "support" / "simt"
 LAUNCH_FAILURE, ILLEGAL_ADDRESS = 719, 700
 
-pytestmark = pytest.mark.skipif(simt.missing() is not None, reason=str(simt.missing()))
+pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
 
 
 def test_orders_differ_and_repeat():

@@ -47,7 +47,7 @@ class Emulated(PassesCuda):
     def why_not(self, device, dtype):
         if dtype not in DTYPES:
             return f"{self.name} takes float32, float16 and bfloat16, not {dtype}"
-        return f"{self.name} takes CPU tensors" if device.type != "cpu" else simt.missing()
+        return f"{self.name} takes CPU tensors" if device.type != "cpu" else simt.why_not()
 
     @property
     def operators(self) -> Any:

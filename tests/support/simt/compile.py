@@ -41,12 +41,13 @@ KERNELS = {
     "ubsan": ("-fsanitize=undefined,bounds,alignment", "-fno-sanitize=vptr"),
     "race": ("-fsanitize=thread",),
 }
+_ENGINE = ("engine.cpp", "reports.cpp", "signals.cpp")
 #: Sources of the engine, with their flags, and flags of the linker. The callbacks of ubsan and race are the engine's own.
 ENGINE = {
-    "plain": (("engine.cpp",), (), ()),
-    "asan": (("engine.cpp",), ("-DSIMT_ASAN",), ("-fsanitize=address",)),
-    "ubsan": (("engine.cpp", "undefined.cpp"), (), ()),
-    "race": (("engine.cpp", "race.cpp"), ("-DSIMT_RACE", "-O2"), ("-Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset",)),
+    "plain": (_ENGINE, (), ()),
+    "asan": (_ENGINE, ("-DSIMT_ASAN",), ("-fsanitize=address",)),
+    "ubsan": ((*_ENGINE, "undefined.cpp"), (), ()),
+    "race": ((*_ENGINE, "race.cpp"), ("-DSIMT_RACE", "-O2"), ("-Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset",)),
 }
 FLAVOURS = tuple(KERNELS)
 #: What a process that loads an asan library begins with. libstdc++ too, since AddressSanitizer looks for __cxa_throw at the start.
@@ -63,7 +64,7 @@ def _runtime(name: str) -> str:
 
 
 @functools.cache
-def missing() -> str | None:
+def why_not() -> str | None:
     """None if `library` can work on this machine, else a sentence that says why not."""
     if sys.platform != "linux" or os.uname().machine != "x86_64":
         return "the engine switches fibers on x86-64 Linux alone"

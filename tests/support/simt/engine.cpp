@@ -1,48 +1,29 @@
 // Runs the threads of a block as fibers of one host thread, a block at a time, and checks how they meet. See docs/simt.md.
-#include <dlfcn.h>
 #include <link.h>
 #include <pthread.h>
-#include <signal.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdarg>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <numeric>
 #include <string>
-#include <vector>
 
-#include "cuda_runtime.h"
-#include "simt_internal.h"
+#include "engine_state.h"
 
-#ifdef __SANITIZE_ADDRESS__
-#error "the engine is compiled without AddressSanitizer; SIMT_ASAN says that the kernels are"
-#endif
 #ifdef SIMT_ASAN
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
 // What kernels see as constants, under the names that the compiler gives them there.
-uint3 simt_thread_index __asm__("threadIdx"), simt_block_index __asm__("blockIdx");
+uint3 simt_thread_index, simt_block_index;
 dim3 simt_block_extent __asm__("blockDim"), simt_grid_extent __asm__("gridDim");
 int simt_warp_size __asm__("warpSize") = 32;
 
-// The array that every `extern __shared__` array of the module names; compile.py defines both ends.
-extern thread_local char simt_dynamic_shared[], simt_dynamic_shared_end[];
-
-extern "C" {
-// Saves the registers that a call preserves and the stack pointer to *save, and goes on where `load` was saved.
-void simt_switch(void** save, void* load);
-// The second half of it: goes on at what the stack pointer points to. Not to be called: a signal handler returns to it.
-void simt_resume();
-}
 __asm__(R"(
   .text
   .globl simt_switch, simt_resume
@@ -69,35 +50,10 @@ simt_resume:
 )");
 
 namespace simt {
-namespace {
-
-constexpr unsigned kMaxThreads = 1024, kLanes = 32;
-constexpr int kDefaultDynamicBytes = 48 << 10;
-constexpr size_t kGuardBytes = 4096;
-#ifdef SIMT_ASAN
-constexpr size_t kStackBytes = 256 << 10;  // red zones around every local variable
-#else
-constexpr size_t kStackBytes = 64 << 10;
-#endif
-
-enum class State : uint8_t { kReady, kAtBlock, kAtWarp, kEnded };
-
-struct Fiber {
-  void* stack_pointer;
-  uint3 index;
-  State state;
-  Kind kind;           // where it waits: with whom, and for what
-  unsigned mask;
-  unsigned source;     // the lane that a shuffle reads
-  uint64_t value;      // what it brings to a meeting of its warp, then what it takes away
-  const void* site;    // the call at which it waits
-};
-
-std::mutex launching;  // one launch at a time; it guards all of the following
+std::mutex launching;
 Fiber fibers[kMaxThreads];
-Fiber* current = nullptr;  // the running one; nullptr outside of a launch
-char* stacks = nullptr;    // kMaxThreads of kGuardBytes and, above them, kStackBytes
-unsigned guarded = 0;      // stacks whose guard is in place
+Fiber* current = nullptr;
+char* stacks = nullptr;
 Launch active;
 unsigned threads;
 uint64_t block;
@@ -106,11 +62,18 @@ void* host_stack_pointer;
 const void* host_stack;
 size_t host_stack_bytes;
 #endif
+Shared shared;
 
-struct Shared {
-  char* begin;
-  size_t bytes;
-} shared;  // all shared variables of this module, as the launching thread has them
+int failure;
+int failed_thread;
+std::string failure_text;
+const void* failure_site;
+MachineFault fault;
+pthread_t launching_thread;
+
+namespace {
+
+unsigned guarded = 0;  // stacks whose guard is in place
 
 struct {
   unsigned arrived, nonzero;
@@ -123,17 +86,6 @@ unsigned ready_begin, ready_count;
 uint64_t random_state = 0;  // 0: first come, first served
 
 std::string message;  // of the last launch that failed
-int failure;          // of the launch that runs: its cudaError_t
-int failed_thread;    // -1: the block as a whole
-std::string failure_text;
-const void* failure_site;
-struct {
-  int signal;  // 0: none
-  bool overflow, general;
-  const void* address;
-} fault;
-pthread_t launching_thread;
-
 int remembered_error = cudaSuccess;
 int multiprocessors = 16;
 unsigned launches = 0;
@@ -143,24 +95,6 @@ std::map<const void*, int>& allowed_dynamic_bytes() {
   return map;
 }
 
-const char* name_of(Kind kind) {
-  switch (kind) {
-    case Kind::kSyncthreads: return "__syncthreads";
-    case Kind::kSyncthreadsCount: return "__syncthreads_count";
-    case Kind::kSyncthreadsAnd: return "__syncthreads_and";
-    case Kind::kSyncthreadsOr: return "__syncthreads_or";
-    case Kind::kSyncwarp: return "__syncwarp";
-    case Kind::kBallot: return "__ballot_sync";
-    case Kind::kAny: return "__any_sync";
-    case Kind::kAll: return "__all_sync";
-    case Kind::kShuffle: return "__shfl_sync";
-    case Kind::kShuffleUp: return "__shfl_up_sync";
-    case Kind::kShuffleDown: return "__shfl_down_sync";
-    case Kind::kShuffleXor: return "__shfl_xor_sync";
-  }
-  return "?";
-}
-
 uint64_t random_below(uint64_t bound) {
   random_state ^= random_state << 13;
   random_state ^= random_state >> 7;
@@ -168,174 +102,7 @@ uint64_t random_below(uint64_t bound) {
   return (random_state >> 11) % bound;
 }
 
-// ---- reports ---------------------------------------------------------------------------------------------------------
-
-std::string index_text(uint3 index, Dimensions extent) {
-  if (extent.y == 1 && extent.z == 1) return std::to_string(index.x);
-  return text("(%u, %u, %u)", index.x, index.y, index.z);
-}
-
-uint3 index_of(uint64_t linear, Dimensions extent) {
-  return {static_cast<unsigned>(linear % extent.x), static_cast<unsigned>(linear / extent.x % extent.y),
-          static_cast<unsigned>(linear / extent.x / extent.y)};
-}
-
-std::vector<std::string> output_of(const std::string& command) {
-  std::vector<std::string> lines;
-  if (FILE* output = popen(("unset LD_PRELOAD; " + command).c_str(), "r")) {
-    char line[4096];
-    while (fgets(line, sizeof line, output)) lines.emplace_back(line, strcspn(line, "\n"));
-    pclose(output);
-  }
-  return lines;
-}
-
-// What addr2line says of an address of this module: the function, or "file:line" of it and of each call that was inlined there.
-std::vector<std::string> lines_of(const void* address, const char* options) {
-  Dl_info module;
-  if (!dladdr(address, &module)) return {};
-  const auto offset = static_cast<const char*>(address) - static_cast<const char*>(module.dli_fbase);
-  return output_of(text("addr2line %s -e '%s' 0x%zx 2>/dev/null", options, module.dli_fname, offset));
-}
-
-// The shared variable that has the given offset in the thread-local segment: "byte 4 of kernel(float*)::partial".
-std::string variable_text(size_t offset) {
-  Dl_info module;
-  if (dladdr(&active, &module)) {
-    for (const std::string& line : output_of(text("readelf -sW '%s' | c++filt", module.dli_fname))) {
-      size_t begin, bytes;
-      int name = 0;
-      if (sscanf(line.c_str(), " %*u: %zx %zu TLS %*s %*s %*s %n", &begin, &bytes, &name) == 2 && name && offset - begin < bytes) {
-        return text("byte %zu of %s", offset - begin, line.c_str() + name);
-      }
-    }
-  }
-  return text("byte %zu of the module's shared variables", offset);
-}
-
-std::string kernel_text() {
-  const auto lines = lines_of(active.kernel, "-Cf");
-  return lines.empty() || lines[0] == "??" ? text("kernel at %p", active.kernel) : lines[0];
-}
-
-}  // namespace
-
-std::string text(const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  char* buffer = nullptr;
-  const int length = vasprintf(&buffer, format, arguments);
-  va_end(arguments);
-  std::string result(buffer, length < 0 ? 0 : length);
-  free(buffer);
-  return result;
-}
-
-std::string site_text(const void* return_address) {
-  // The call, not what follows it; and the caller of what the stand-in headers define.
-  for (const std::string& line : lines_of(static_cast<const char*>(return_address) - 1, "-i")) {
-    if (line.find("/cuda_runtime.h:") == line.npos && line.find("??") == line.npos) return line.substr(0, line.find(" ("));
-  }
-  return text("%p", return_address);
-}
-
-std::string thread_text(uint64_t of_block, unsigned of_thread) {
-  return "block " + index_text(index_of(of_block, active.grid), active.grid) + ", thread " +
-         index_text(index_of(of_thread, active.block), active.block);
-}
-
-std::string memory_text(const void* pointer) {
-  const auto address = static_cast<const char*>(pointer);
-  if (address >= simt_dynamic_shared && address < simt_dynamic_shared_end) {
-    return text("byte %zd of dynamic shared memory", address - simt_dynamic_shared);
-  }
-  if (address >= shared.begin && address < shared.begin + shared.bytes) {
-    return variable_text(address - shared.begin);
-  }
-  // What may be pointers among the arguments, structs too; the nearest at or below the address.
-  const char* nearest = nullptr;
-  size_t argument = 0, offset = 0;
-  for (size_t i = 0; i < active.argument_count; ++i) {
-    for (size_t at = 0; at + sizeof nearest <= active.arguments[i].bytes; at += alignof(char*)) {
-      const char* candidate;
-      std::memcpy(&candidate, static_cast<const char*>(active.arguments[i].value) + at, sizeof candidate);
-      if (candidate > address || candidate <= nearest) continue;
-      nearest = candidate, argument = i, offset = at;
-    }
-  }
-  std::string result = text("global memory at %p", pointer);
-  if (nearest) result += text(", byte %zd past the pointer in argument %zu", address - nearest, argument);
-  if (nearest && active.arguments[argument].bytes > sizeof nearest) result += text(" (at byte %zu of it)", offset);
-  return result;
-}
-
-namespace {
-
-// "threads 0-4, 6, 8-31"
-std::string ranges_text(const std::vector<unsigned>& members) {
-  std::string result = members.size() == 1 ? "thread " : "threads ";
-  for (size_t i = 0; i < members.size();) {
-    size_t end = i + 1;
-    while (end < members.size() && members[end] == members[end - 1] + 1) ++end;
-    if (i) result += ", ";
-    result += std::to_string(members[i]);
-    if (end - i > 1) result += "-" + std::to_string(members[end - 1]);
-    i = end;
-  }
-  return result;
-}
-
-// Who waits where when no thread can go on, those who wait alike together.
-std::string deadlock_text() {
-  struct Group {
-    const Fiber* example;
-    std::vector<unsigned> members;
-  };
-  std::vector<Group> groups;
-  for (unsigned t = 0; t < threads; ++t) {
-    const Fiber& fiber = fibers[t];
-    const auto alike = [&](const Group& group) {
-      const Fiber& other = *group.example;
-      if (fiber.state != other.state) return false;
-      if (fiber.state == State::kEnded) return true;
-      const bool meets = fiber.kind == other.kind && fiber.site == other.site;
-      return meets && (fiber.state == State::kAtBlock || (fiber.mask == other.mask && t / kLanes == group.members[0] / kLanes));
-    };
-    const auto group = std::find_if(groups.begin(), groups.end(), alike);
-    if (group == groups.end()) groups.push_back({&fiber, {t}});
-    else group->members.push_back(t);
-  }
-  constexpr size_t kShown = 12;
-  std::string result = "no thread can go on";
-  for (size_t i = 0; i < std::min(groups.size(), kShown); ++i) {
-    const Fiber& fiber = *groups[i].example;
-    const bool one = groups[i].members.size() == 1;
-    result += "\n  " + ranges_text(groups[i].members);
-    if (fiber.state == State::kEnded) {
-      result += one ? " has ended" : " have ended";
-      continue;
-    }
-    result += text(one ? " waits in %s" : " wait in %s", name_of(fiber.kind));
-    if (fiber.state == State::kAtWarp) {
-      result += text(", mask 0x%08x of warp %u", fiber.mask, groups[i].members[0] / kLanes);
-      std::vector<unsigned> absent;
-      const unsigned first = groups[i].members[0] / kLanes * kLanes;
-      for (unsigned lane = 0; lane < kLanes; ++lane) {
-        const Fiber& other = fibers[first + lane];
-        const bool there = other.state == State::kAtWarp && other.kind == fiber.kind && other.mask == fiber.mask;
-        if ((fiber.mask >> lane & 1) && !there) absent.push_back(first + lane);
-      }
-      result += ", for " + ranges_text(absent);
-    }
-    result += ", at " + site_text(fiber.site);
-  }
-  if (groups.size() > kShown) result += text("\n  and %zu more groups", groups.size() - kShown);
-  return result;
-}
-
 // ---- fibers ----------------------------------------------------------------------------------------------------------
-
-char* stack_of(unsigned thread) { return stacks + thread * (kGuardBytes + kStackBytes) + kGuardBytes; }
 
 void enqueue(Fiber& fiber) {
   fiber.state = State::kReady;
@@ -410,68 +177,6 @@ bool guard_stacks() {
     if (mprotect(stack_of(guarded) - kGuardBytes, kGuardBytes, PROT_NONE) != 0) return false;
   }
   return true;
-}
-
-// ---- faults of the machine -------------------------------------------------------------------------------------------
-
-struct sigaction former_actions[2];
-stack_t former_stack;
-constexpr int kSignals[2] = {SIGSEGV, SIGFPE};
-
-void on_signal(int signal, siginfo_t* info, void* raw_context) {
-  const auto address = static_cast<char*>(info->si_addr);
-  const bool ours = current && pthread_equal(pthread_self(), launching_thread);
-  bool overflow = false;
-  if (ours && signal == SIGSEGV && info->si_code != SI_KERNEL && address >= stacks && address < stack_of(kMaxThreads)) {
-    overflow = static_cast<size_t>(address - stacks) % (kGuardBytes + kStackBytes) < kGuardBytes;
-  }
-#ifdef SIMT_ASAN
-  const bool taken = overflow || (ours && signal == SIGFPE);  // the rest it reports itself
-#else
-  const bool taken = ours;
-#endif
-  if (!taken) {  // as before the launch: the instruction faults again
-    sigaction(signal, &former_actions[signal == SIGFPE], nullptr);
-    return;
-  }
-  auto& registers = static_cast<ucontext_t*>(raw_context)->uc_mcontext.gregs;
-  fault = {signal, overflow, info->si_code == SI_KERNEL, address};
-  failure = signal == SIGSEGV && !overflow ? cudaErrorIllegalAddress : cudaErrorLaunchFailure;
-  failed_thread = static_cast<int>(current_thread());
-  failure_site = reinterpret_cast<const void*>(registers[REG_RIP] + 1);
-  current = nullptr;
-#ifdef SIMT_ASAN
-  __sanitizer_start_switch_fiber(nullptr, host_stack, host_stack_bytes);
-#endif
-  registers[REG_RSP] = reinterpret_cast<greg_t>(host_stack_pointer);
-  registers[REG_RIP] = reinterpret_cast<greg_t>(&simt_resume);
-}
-
-// Catches faults of the machine while it lives.
-class Handlers {
- public:
-  Handlers() {
-    static char memory[64 << 10];
-    stack_t stack = {};
-    stack.ss_sp = memory;
-    stack.ss_size = sizeof memory;
-    sigaltstack(&stack, &former_stack);
-    struct sigaction action = {};
-    action.sa_sigaction = on_signal;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &action, &former_actions[i]);
-  }
-  ~Handlers() {
-    for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &former_actions[i], nullptr);
-    sigaltstack(&former_stack, nullptr);
-  }
-};
-
-std::string fault_text() {
-  if (fault.overflow) return text("stack overflow: a thread has %zu bytes of stack", kStackBytes);
-  if (fault.signal == SIGFPE) return "integer division by zero";
-  if (fault.general) return "access to an address that is misaligned, or that no memory can have";
-  return text("access to %p, which is not mapped: ", fault.address) + memory_text(fault.address);
 }
 
 #ifdef SIMT_ASAN
