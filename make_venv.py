@@ -25,7 +25,7 @@ CUDA_SIZE = "about 3.1 GB to fetch, 5.3 GB on disk"
 TOLD = """
 from fused_resnet.native import CPU, CUDA
 for library in (CUDA, CPU):
-    print(f"native library {library.path.name}: {library.load() or 'built'}")
+    print(f"native library {library.path.name}: {library.why_not() or 'built'}")
 """
 #: Lines of pip's that ask nothing of anybody here.
 NOISE = re.compile(r"WARNING: (Location '.*' is ignored|Running pip as the 'root' user|Cache entry deserialization failed)|\[notice\]")
