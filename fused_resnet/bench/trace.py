@@ -59,12 +59,22 @@ class Trace:
     ops: list[Op]
     batch: int
     itemsize: int  #: bytes of an activation's element
-    parameters: int
+    layer_parameters: dict[str, int]  #: trained numbers of each layer
+    shapes: dict[str, tuple[int, ...]]  #: of each layer, in the order of the forward, what its first operator makes
     sizes: dict[int, int]  #: bytes of each value
     fixed: set[int]  #: the values that are parameters and buffers
     masks: dict[int, int]  #: of a ReLU's result, as its backward reads it: the value of its mask, a bit an element
     covered: dict[int, int]  #: of a convolution's input gradient: the bytes under some window; zeros are elsewhere
     taps: dict[int, int]  #: of a max pool's int64 index: the value of the same in a byte each, which holds a window's tap
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers."""
+        return sum(self.layer_parameters.values())
+
+    def layer_flops(self, layer: str) -> int:
+        """FLOPs of a layer's forward, whole batch."""
+        return sum(op.flops for op in self.ops if op.layer == layer and not op.backward)
 
     @property
     def forward_flops(self) -> int:
@@ -104,6 +114,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.units, self.backward, self.layer = units, False, OUTSIDE
         self.ops: list[Op] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.sizes: dict[int, int] = {}
         self.masks: dict[int, int] = {}
         self.covered: dict[int, int] = {}
@@ -137,6 +148,8 @@ class _Recorder(TorchDispatchMode):
         own = node is None or "AccumulateGrad" not in node.name()  # it copies gradients of parameters into their strides
         if own and inputs and outputs and not function.is_view and any(t.numel() > SCALAR for t in (*inputs, *outputs)):
             self.layer = self._layer_of(node, function, inputs)
+            if not self.backward:
+                self.shapes.setdefault(self.layer, tuple(outputs[0].shape))
             self._record(function, args, reads, outputs, result)
         return result
 
@@ -251,9 +264,8 @@ def trace(make: Callable[[], nn.Module], shape: Sequence[int], dtype: torch.dtyp
             loss = scalar(result, labels)
             recorder.backward = True
             loss.backward()
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    found = recorder.sizes, recorder.fixed, recorder.masks, recorder.covered, recorder.taps
-    return Trace(recorder.ops, shape[0], dtype.itemsize, parameters, *found)
+    found = recorder.shapes, recorder.sizes, recorder.fixed, recorder.masks, recorder.covered, recorder.taps
+    return Trace(recorder.ops, shape[0], dtype.itemsize, units.parameters(), *found)
 
 
 def _faked(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -36,6 +36,16 @@ class Units:
         self.called: list[str] = []
         self.last = OUTSIDE
 
+    def parameters(self) -> dict[str, int]:
+        """Trained numbers of each unit; what several share counts to the first."""
+        found, counted = dict.fromkeys(self._units.values(), 0), set()
+        for module, unit in self._units.items():
+            for p in module.parameters(recurse=False):
+                if p.requires_grad and id(p) not in counted:
+                    found[unit] += p.numel()
+                    counted.add(id(p))
+        return found
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Within, calls of the model's modules are seen.

@@ -9,7 +9,7 @@ from .. import environment
 from .._version import __version__
 from ..data import DataError
 from ..train import CheckpointError, SettingError, TrainingDiverged
-from . import bench, demo, experiment, info, kernels, profile, roofline, train, tune
+from . import bench, demo, experiment, info, kernels, profile, roofline, summary, train, tune
 from .arguments import Parser, Unavailable, UsageError
 
 EXAMPLES = """example:
@@ -21,6 +21,7 @@ EXAMPLES = """example:
   fused-resnet profile --model resnet50 --out runs/profile
   fused-resnet tune --model resnet50 --batch 256
   fused-resnet roofline --model resnet50 --device h100
+  fused-resnet summary resnet50
   fused-resnet info --json
 """
 
@@ -47,7 +48,7 @@ def _main(argv: Sequence[str] | None) -> int:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"fused_resnet {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (train, demo, experiment, bench, profile, tune, roofline, info, kernels):
+    for command in (train, demo, experiment, bench, profile, tune, roofline, summary, info, kernels):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)

@@ -1,7 +1,7 @@
 """How the command line reads its arguments, and how it refuses them: one line, exit code 2."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from typing import NoReturn
@@ -10,6 +10,7 @@ import torch
 
 from .. import backends, fuse, models
 from ..bench.load import OTHERS, LoadError, builder, meant
+from ..bench.trace import Trace, trace
 from ..data import DataSet
 from ..train import AUTOCAST
 from ..train.checkpoint import one_line
@@ -153,6 +154,20 @@ def _checked(model: torch.nn.Module, name: str, data: DataSet) -> torch.nn.Modul
         found = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
         raise UsageError("--model", f"expected scores of shape {expected} of 2 images of {data.name}; {name} makes {found}")
     return model.train()
+
+
+def traced(make: Callable[[], torch.nn.Module], option: str, name: str, shape: Sequence[int], dtype: torch.dtype) -> Trace:
+    """A training step of the network `name` on images of `shape`, [N, C, H, W], traced.
+
+    Raises `UsageError` about the argument `option` where the network can't take such images, `LoadError` where it is none.
+    """
+    try:
+        return trace(make, shape, dtype)
+    except LoadError:
+        raise
+    except Exception as error:  # whatever a user's network raises
+        first = next(iter(str(error).splitlines()), "")
+        raise UsageError(option, f"{name} can't be traced on {list(shape)}: {type(error).__name__}: {first}") from error
 
 
 def chosen_backend(where: torch.device, precision: str, option: str | None) -> str:

@@ -12,7 +12,6 @@ from ..bench.fusion import designs
 from ..bench.load import LoadError, builder
 from ..bench.machine import measure_ceilings
 from ..bench.table import Column, console, show
-from ..bench.trace import trace
 from ..devices import DEVICES
 from ..roofline import (
     DEPTHS,
@@ -27,7 +26,7 @@ from ..roofline import (
     total_flops,
     training_step,
 )
-from .arguments import UsageError, add_form, add_model, blaming, one_of, positive, positive_number
+from .arguments import UsageError, add_form, add_model, blaming, one_of, positive, positive_number, traced
 
 DESCRIPTION = """Counts FLOPs and bytes of every kernel of a training step, in several designs,
 and the floor: the time that no implementation of those kernels can beat. Needs
@@ -108,7 +107,7 @@ def roofline(args: argparse.Namespace) -> int:
             saved = {name: saved_layers(network, design, dtype.itemsize) for name, design in DESIGNS.items()}
             forward = network.forward_flops
         else:
-            step = _traced(make, args, dtype)
+            step = traced(make, "--model", args.model, (args.batch, 3, args.size, args.size), dtype)
             ways = designs(step)
             kernels = {name: step.kernels(ops) for name, ops in ways.items()}
             saved = {name: step.saved_layers(ops) for name, ops in ways.items()}
@@ -161,17 +160,6 @@ def _issue(args: argparse.Namespace, network, dtype: torch.dtype, kernels, flops
     words = "with its instructions: the floor, but a convolution takes at least as long as its warps issue. "
     words += f"{BOUND} {inspect.assumptions(architecture, gpu)}"
     return f"{1e3 * (floor_seconds(kernels['triton'], flops_per_s, bytes_per_s) + more):,.2f}", words
-
-
-def _traced(make, args: argparse.Namespace, dtype: torch.dtype):
-    try:
-        return trace(make, (args.batch, 3, args.size, args.size), dtype)
-    except LoadError:
-        raise
-    except Exception as error:  # whatever a user's network raises
-        first = next(iter(str(error).splitlines()), "")
-        raise UsageError("--model", f"{args.model} can't be traced on [{args.batch}, 3, {args.size}, {args.size}]: "
-                                    f"{type(error).__name__}: {first}") from error  # fmt: skip
 
 
 def _rates(args: argparse.Namespace, dtype: torch.dtype) -> tuple[float, float, str]:

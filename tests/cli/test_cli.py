@@ -29,7 +29,7 @@ def one_thread():
 # ---- help, version, refusals -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["", "train", "demo", "experiment", "info", "kernels"])
+@pytest.mark.parametrize("name", ["", "train", "demo", "experiment", "info", "kernels", "summary"])
 def test_help_has_an_example(capsys, name):
     with pytest.raises(SystemExit) as caught:
         main([*filter(None, [name]), "--help"])
