@@ -5,7 +5,7 @@
 #   make fuzz         drawn cases of the operators for MINUTES=10; what fails is kept, and run by make test from then on
 #   make bench        the benchmarks: small on a CPU, whole on a GPU
 #   make findings     what other libraries do that one would not guess, run anew from pinned packages: findings/README.md
-#   make lint         the style
+#   make lint         the style, and the types that users see
 #   make clean        remove what the above made
 #
 # Each sets up an environment in .venv first, and says what it fetches. To use a PyTorch that is there, and no network:
@@ -72,6 +72,7 @@ bench: $(TEST_READY)
 lint: $(TEST_READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 findings:
 	PYTHON=$(PYTHON) PIP_FLAGS="$(PIP_FLAGS)" bash findings/all.bash

@@ -56,7 +56,7 @@ class Library:
         if _is_truncated(self.path):
             raise LibraryError(f"does not load: {self.path.name} is cut short")
         try:
-            torch.ops.load_library(self.path)
+            torch.ops.load_library(self.path)  # type: ignore[no-untyped-call]
         except (OSError, RuntimeError) as error:
             first = str(error).strip().partition("\n")[0]
             raise LibraryError(f"does not load: {first or type(error).__name__}") from error
@@ -116,4 +116,4 @@ def _is_truncated(path: Path) -> bool:
     if len(header) < 64 or not header.startswith(b"\x7fELF"):
         return False  # the loader says so itself
     (table,), (entry_size, entries) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
-    return path.stat().st_size < table + entry_size * entries
+    return bool(path.stat().st_size < table + entry_size * entries)

@@ -48,7 +48,7 @@ class ConvProblem:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_at_least(1, n=self.n, c=self.c, h=self.h, w=self.w, k=self.k, r=self.r, s=self.s, groups=self.groups)
         for name, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
             pair = getattr(self, name)
@@ -125,7 +125,7 @@ class NormProblem:
     h: int
     w: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_at_least(1, n=self.n, c=self.c, h=self.h, w=self.w)
 
     @property

@@ -61,7 +61,8 @@ def _inherited() -> str | None:
     """The choice in force where backward was called, asked from within it: a checkpoint's second forward runs there."""
     if torch._C._current_graph_task_id() == -1 or not torch._C._is_key_in_tls(_KEY):
         return None
-    return torch._C._get_obj_in_tls(_KEY)
+    name: str | None = torch._C._get_obj_in_tls(_KEY)
+    return name
 
 
 def _checked(name: str, origin: str) -> str:
@@ -104,7 +105,7 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, by_auto: bool 
 
 
 # A compiler asks, too, and does not look inside. torch.compiler.assume_constant_result does this, and imports the compiler.
-_why_not._dynamo_marked_constant = True
+_why_not.__dict__["_dynamo_marked_constant"] = True
 
 
 def _choice() -> str:

@@ -23,7 +23,7 @@ def recompute(model: nn.Module, enabled: bool = True) -> nn.Module:
     check(model)
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled: expected True or False; got {enabled!r}")
-    blocks = [module for module in model.modules() if has_inside(module)]
+    blocks = [module for module in model.modules() if isinstance(module, Block | PreActivation) and has_inside(module)]
     for block in blocks:
         block.recompute = enabled
     if enabled and not blocks:

@@ -161,5 +161,5 @@ class PreActBlock(PreActivation):
 
     def forward_modules(self, x: Tensor) -> Tensor:
         act = self.relu(self.bn1(x))
-        out = self.conv2(self.relu(self.bn2(self.conv1(act))))
+        out: Tensor = self.conv2(self.relu(self.bn2(self.conv1(act))))
         return out + (x if self.downsample is None else self.downsample(act))

@@ -60,7 +60,7 @@ class CifarResNet(ResidualNetwork):
 
 def _stage(inplanes: int, planes: int, blocks: int, stride: int, shortcut: str | None) -> Stage:
     block = PlainBlock if shortcut is None else BasicBlock
-    downsample = None
+    downsample: nn.Module | None = None
     if inplanes != planes and shortcut == "A":
         downsample = PadShortcut(stride, (planes - inplanes) // 2)
     elif inplanes != planes and shortcut == "B":
@@ -70,18 +70,15 @@ def _stage(inplanes: int, planes: int, blocks: int, stride: int, shortcut: str |
 
 
 def _builder(name: str, depth: int) -> Callable[..., CifarResNet]:
-    if name.startswith("plain"):
+    def plain(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+        return CifarResNet(depth, num_classes, None, in_channels, width)
 
-        def build(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
-            return CifarResNet(depth, num_classes, None, in_channels, width)
+    def residual(num_classes: int = 10, shortcut: str = "A", in_channels: int = 3, width: int = 16) -> CifarResNet:
+        return CifarResNet(depth, num_classes, shortcut, in_channels, width)
 
-        build.__doc__ = f"The plain {depth}-layer network for 32×32 images. See `CifarResNet`."
-    else:
-
-        def build(num_classes: int = 10, shortcut: str = "A", in_channels: int = 3, width: int = 16) -> CifarResNet:
-            return CifarResNet(depth, num_classes, shortcut, in_channels, width)
-
-        build.__doc__ = f"ResNet-{depth} for 32×32 images. See `CifarResNet`."
+    build: Callable[..., CifarResNet] = plain if name.startswith("plain") else residual
+    kind = f"The plain {depth}-layer network" if build is plain else f"ResNet-{depth}"
+    build.__doc__ = f"{kind} for 32×32 images. See `CifarResNet`."
     build.__name__ = build.__qualname__ = name
     return build
 

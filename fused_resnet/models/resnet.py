@@ -46,7 +46,7 @@ class ResNet(ResidualNetwork):
         self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = self._norm_layer(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)  # type: ignore[misc]  # nn.Module keeps it, and the property finds it
         self.layer1 = self._make_layer(block, 64, layers[0])
         self.layer2 = self._make_layer(block, 128, layers[1], stride=2, dilate=dilate[0])
         self.layer3 = self._make_layer(block, 256, layers[2], stride=2, dilate=dilate[1])
@@ -57,10 +57,10 @@ class ResNet(ResidualNetwork):
         if zero_init_residual:
             for module in self.modules():
                 if isinstance(module, BasicBlock | Bottleneck):
-                    last_norm = module.branch()[-1][1]
-                    nn.init.zeros_(last_norm.weight)
+                    _, last_norm = module.branch()[-1]
+                    nn.init.zeros_(last_norm.get_parameter("weight"))
 
-    def _make_layer(self, block: type, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> Stage:
+    def _make_layer(self, block: type[BasicBlock | Bottleneck], planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> Stage:
         first_dilation = self.dilation
         if dilate:
             self.dilation *= stride
@@ -86,7 +86,9 @@ def initialise(network: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _resnet(name: str, block: type, layers: Sequence[int], weights: Any, progress: bool, kwargs: dict[str, Any]) -> ResNet:
+def _resnet(
+    name: str, block: type[BasicBlock | Bottleneck], layers: Sequence[int], weights: Any, progress: bool, kwargs: dict[str, Any]
+) -> ResNet:
     state = load_weights(name, weights, progress)
     if state is not None:
         classes = state["fc.weight"].shape[0]
@@ -98,7 +100,7 @@ def _resnet(name: str, block: type, layers: Sequence[int], weights: Any, progres
     return model
 
 
-def _builder(name: str, block: type, layers: Sequence[int], summary: str, **fixed: Any) -> Callable[..., ResNet]:
+def _builder(name: str, block: type[BasicBlock | Bottleneck], layers: Sequence[int], summary: str, **fixed: Any) -> Callable[..., ResNet]:
     def build(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
         for key, value in fixed.items():
             if kwargs.setdefault(key, value) != value:

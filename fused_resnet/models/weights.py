@@ -27,7 +27,8 @@ def load_weights(model: str, weights: Any, progress: bool) -> dict[str, Tensor] 
         ) from error
     try:
         known = get_model_weights(model)
-        return known.verify(weights).get_state_dict(progress=progress, check_hash=True)
+        state: dict[str, Tensor] = known.verify(weights).get_state_dict(progress=progress, check_hash=True)
+        return state
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"weights: expected a file, or torchvision's weights of {model}; got {weights!r} ({error})") from error
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from support.checkout import ROOT, TESTS
 
+import fused_resnet
+
 PACKAGE = ROOT / "fused_resnet"
 LONGEST = 500  # lines of a file
 MOST_POSITIONAL = 8  # arguments of a function, self and cls apart
@@ -77,6 +79,16 @@ def test_no_test_file_imports_another():
 def test_an_import_of_a_test_file_is_seen(line, tmp_path):
     (tmp_path / "test_new.py").write_text(line + "\n")
     assert len([*imported_tests(tmp_path / "test_new.py")]) == 1
+
+
+def test_the_typed_user_uses_every_public_name():
+    tree = ast.parse((ROOT / "tests" / "repository" / "typed_user.py").read_text(encoding="utf-8"))
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {
+        alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "fused_resnet" for alias in node.names
+    }
+    assert set(fused_resnet.__all__) - used == set()
+    assert set(fused_resnet.models.list_models()) < set(fused_resnet.models.__all__)
 
 
 def test_no_function_takes_many_positional_arguments():
