@@ -1,4 +1,4 @@
-"""The scripts of examples/ and the recipes of docs/drop-in.md run: two steps of each."""
+"""The scripts of examples/ run, two steps of each, and so does Lightning's recipe. tests/repository/test_docs.py runs the other recipes."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkout import script
-from support.recipes import recipes, run_recipe
+from support.recipes import run_recipe
 from support.swapped import fused_rows
 
 import fused_resnet
@@ -23,21 +23,6 @@ def test_two_steps(name, model, backend, torchvision_models):
         losses = script(f"examples/{name}.py").main(arguments)
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
     assert losses == pytest.approx(expected, rel=1e-3)
-
-
-RUN = ["A plain loop", "A detection backbone", "A segmentation network", "Features by name", "A network of your own"]
-
-
-def test_every_recipe_is_run():
-    """Lightning's is below, DistributedDataParallel's in test_distributed.py."""
-    assert set(recipes()) == {*RUN, "DistributedDataParallel", "Lightning"}
-
-
-@pytest.mark.parametrize("heading", RUN)
-def test_recipe(heading, torchvision_models):
-    torch.manual_seed(0)
-    with fused_resnet.backend("eager"):
-        run_recipe(heading, images=torch.randn(4, 3, 64, 64), labels=torch.randint(10, (4,)))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ PAGE = ROOT / "docs" / "drop-in.md"
 def recipes() -> dict[str, str]:
     """heading -> code."""
     text = PAGE.read_text(encoding="utf-8").partition("## Recipes")[2].partition("\n## ")[0]
-    return dict(re.findall(r"^### (.+?)\n.*?```python\n(.*?)```", text, re.MULTILINE | re.DOTALL))
+    return dict(re.findall(r"^### (.+?)\n.*?```python[^\n]*\n(.*?)```", text, re.MULTILINE | re.DOTALL))
 
 
 def run_recipe(heading: str, **names) -> dict:
