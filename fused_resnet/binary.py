@@ -1,4 +1,4 @@
-"""What is in a GPU binary, a cubin or a library that holds some: registers, spills, shared memory, width of memory accesses."""
+"""Reads a GPU binary, a cubin or a library that holds some: registers, spills, shared memory, width of memory accesses."""
 
 import re
 import shutil
@@ -37,7 +37,7 @@ def occupancy(registers: int, threads: int) -> float:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a kernel takes, without a look at its instructions."""
+    """Registers, spills and shared memory of a kernel, without a look at its instructions."""
 
     registers: int  #: of a thread
     spilled: int  #: bytes of stack and local memory a thread: what did not fit into registers
@@ -62,7 +62,7 @@ def disassembled(path: Path) -> str:
 
 
 def read(path: Path, listing: str | None = None) -> list[Code]:
-    """Every kernel in a binary, of which `listing` is what `disassembled` says, where that is known. Raises as `usage`."""
+    """Every kernel in a binary. `listing` is what `disassembled` returned, where that is at hand. Raises as `usage`."""
     used, result = usage(path), []
     for architecture, function, text in _functions(listing or disassembled(path), MACHINE_CODE):
         figures = used.get((architecture, function)) or used[None, function]

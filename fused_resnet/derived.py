@@ -1,4 +1,4 @@
-"""What is made of parameters for inference, such as a weight in another layout or dtype: kept, and made anew once a parameter changes."""
+"""Keeps what inference makes of parameters, such as a weight in another layout or dtype, and makes it anew once a parameter changes."""
 
 import weakref
 from collections.abc import Callable, Hashable

@@ -1,4 +1,4 @@
-"""What the compiler made of the native library's kernels, and what they move and compute. Needs no GPU; the library has to be built.
+"""What the compiler made of the native library's kernels, and what they move and compute. Needs the built library, and no GPU.
 
 fused-resnet kernels --language cuda                             # all kernels
 fused-resnet kernels --language cuda --name max_pool             # those whose name holds "max_pool"

@@ -42,7 +42,7 @@ def _command() -> str | None:
 
 
 def busy() -> str | None:
-    """A sentence about other processes that keep this one's processors at work, after `SECONDS` of looking; None where few do."""
+    """A sentence about other processes that keep the processors busy, after looking for `SECONDS`; None where few do."""
     before = _ticks()
     time.sleep(SECONDS)
     idle, all_ticks = (after - then for after, then in zip(_ticks(), before, strict=True))
@@ -53,7 +53,7 @@ def busy() -> str | None:
 
 
 def _ticks() -> tuple[int, int]:
-    """(idle, all) ticks of this process's processors so far; zeros where the system does not tell."""
+    """(idle, all) ticks of this process's processors so far; zeros where the system does not report them."""
     try:
         mine = {f"cpu{i}" for i in os.sched_getaffinity(0)}
         rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]

@@ -7,7 +7,7 @@ OLDEST_TRITON, NEWEST_TRITON = (3, 6), (3, 9)
 
 
 def installed(package: str) -> tuple[int, ...] | None:
-    """(major, minor) of an installed distribution, None where it is not there. Nothing is imported."""
+    """(major, minor) of an installed distribution; None where it is not installed. Imports nothing."""
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -16,7 +16,7 @@ def installed(package: str) -> tuple[int, ...] | None:
 
 
 def untested_triton() -> str | None:
-    """What a user should know where the installed Triton is newer than every tested one, else None."""
+    """A warning where the installed Triton is newer than every tested one; None where it is not."""
     found = installed("triton")
     if found is None or found <= NEWEST_TRITON:
         return None

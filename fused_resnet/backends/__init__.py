@@ -1,9 +1,9 @@
-"""The implementations of the operators, and the one place where one of them is chosen.
+"""The backends, and the choice of one. No other module chooses.
 
-`auto`, the default, takes on a GPU `tuned`, else `passes`; on a CPU `passes_cpu`; and PyTorch's own modules ("off") where these can't run
-and for float64. `passes` is the kernels of the native library for the device where it can be loaded, else the Triton kernels; `tuned` is
-those with the convolutions that were measured to be faster as Triton kernels or as cuDNN's graphs. Any other name forces that backend:
-where it can't run, an error says why.
+`auto` is the default. On a GPU it takes `tuned`, else `passes`; on a CPU `passes_cpu`. Where these can't run, and for float64, it takes
+PyTorch's own modules ("off"). `passes` is the native library's kernels for the device where the library loads, else the Triton kernels.
+`tuned` is `passes` with each convolution that was measured to be faster as a Triton kernel or as cuDNN's graph. Any other name forces that
+backend; where it can't run, an error says why.
 """
 
 import threading
@@ -42,7 +42,7 @@ def automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def choices() -> tuple[str, ...]:
-    """The names that may be asked for: the backends, and what stands for one of them or for none."""
+    """The names that may be asked for: every backend, and "auto", "off", "passes" and "tuned"."""
     return ("auto", "off", "passes", "tuned", *BACKENDS)
 
 
@@ -100,7 +100,7 @@ def _remembered(name: str, device: torch.device, dtype: torch.dtype, by_auto: bo
 
 
 def _why_not(name: str, device: torch.device, dtype: torch.dtype, by_auto: bool = False) -> str | None:
-    """Why the backend does not take such tensors, or the choice "auto" not this backend; None where it does."""
+    """Why the backend can't take such tensors, or why "auto" passes it over; None where it takes them."""
     return _remembered(name, device, dtype, by_auto)
 
 
@@ -136,7 +136,7 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def why_off(device: torch.device, dtype: torch.dtype) -> str:
-    """Why `resolve` answers "off" there, for people: the choice that was made, or why each backend that "auto" asks for does not run."""
+    """Why `resolve` answers "off" there, in words: the choice that was made, or why none of the backends that "auto" asks runs."""
     if (choice := _choice()) != "auto":
         return f"the backend {choice!r} was asked for"
     candidates = automatic(device, dtype)

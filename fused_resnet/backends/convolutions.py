@@ -1,7 +1,7 @@
-"""The convolutions as Triton kernels, or cuDNN's graphs: norm and ReLU before, statistics behind, and backward likewise.
+"""Convolutions as Triton kernels or cuDNN's graphs: norm and ReLU before, statistics behind, and backward likewise.
 
-`FusedConvolutions` puts the kernels together; which of them runs, with which tiles, a subclass chooses for each piece of work.
-What it does not choose runs as in `Reference`: the framework's convolution and the passes of the class that it is mixed into.
+`FusedConvolutions` puts the kernels together. A subclass chooses for each piece of work which kernel runs, and with which tiles. What it
+does not choose runs as in `Reference`: by the framework's convolution, and by the passes of the class that it is mixed into.
 """
 
 from abc import ABC, abstractmethod
@@ -40,11 +40,11 @@ class FusedConvolutions(Reference, ABC):
 
     @abstractmethod
     def choose(self, task: Task, device: torch.device) -> Choice | None:
-        """What does `task`; None where the framework and the passes do the work. Asked once for each task."""
+        """The kernel that does `task`; None where the framework's convolution and the passes do it. Asked once for each task."""
 
     @property
     def fuses(self) -> bool:
-        """Whether any of the work so far was a kernel's."""
+        """Whether a kernel has done any of the work so far."""
         return any(choice is not None for choice in self._chosen.values())
 
     def forget(self) -> None:

@@ -10,17 +10,17 @@ from .passes_triton import PassesTriton
 
 
 def why_not_device(device: torch.device) -> str | None:
-    """Why cuDNN's graphs do nothing at all on a device; None where it may be asked for each."""
+    """Why no graph of cuDNN's runs on a device; None where cuDNN may be asked for each."""
     return cudnn.why_not() if device.type == "cuda" else f"cuDNN runs on CUDA GPUs, not on {device.type!r}"
 
 
 def why_not_task(task: Task, device: torch.device) -> str | None:
-    """Why cuDNN does not do a task on a device; None where it does. What cuDNN is asked for is built, and tried, once."""
+    """Why cuDNN does not do a task on a device; None where it does. The first question builds the plan and tries it."""
     return why_not_device(device) or cudnn.why_not_task(task, device)
 
 
 class Cudnn(FusedConvolutions, PassesTriton):
-    """Convolutions, norms that are applied and batch norm's backward by cuDNN; what it refuses, as passes in Triton."""
+    """cuDNN runs convolutions, applied norms and batch norm's backward. What it refuses runs as passes in Triton."""
 
     name = "cudnn"
 
@@ -28,7 +28,7 @@ class Cudnn(FusedConvolutions, PassesTriton):
         return why_not_device(device) or super()._why_not_here(device, dtype) or self._why_not_dtype(device, dtype)
 
     def _why_not_dtype(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Which graphs take a dtype on a GPU is never assumed: each is tried on a small problem."""
+        """Why cuDNN takes no graph of a dtype on this GPU; None where it takes one. Each graph is tried on a small problem."""
         from ..cudnn.probe import why_not_graphs
 
         name = str(dtype).removeprefix("torch.")

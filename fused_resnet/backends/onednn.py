@@ -1,4 +1,6 @@
-"""A convolution in inference with its bias, residual and ReLU as one primitive of oneDNN's, by operators that PyTorch has for its compiler.
+"""In inference, a convolution with its bias, residual and ReLU as one primitive of oneDNN's.
+
+PyTorch has operators for it, which its compiler uses.
 
 oneDNN's ReLU makes 0 of NaN, which PyTorch's and every backend's here keep. So the primitive is for finite numbers: an input that may
 hold others is summed first, and parameters are once; where a sum is not finite, the passes do the work. What a primitive made of finite
@@ -46,12 +48,12 @@ _finite = _Known()
 
 
 def _writes(t: Tensor) -> int:
-    """How often somebody wrote to it. In inference mode nobody counts."""
+    """How often a tensor was written to. PyTorch does not count in inference mode."""
     return 0 if t.is_inference() else t._version
 
 
 def _is_finite(t: Tensor) -> bool:
-    """Whether all its numbers are, and their sum is."""
+    """Whether every number of a tensor is finite, and their sum is."""
     if t in _finite:
         return True
     if finite := math.isfinite(t.sum().item()):
@@ -60,7 +62,7 @@ def _is_finite(t: Tensor) -> bool:
 
 
 def _added(bias: Tensor, dtype: torch.dtype) -> Tensor | bool:
-    """The bias in `dtype`; True for itself, which must not be kept, and False where it is not finite."""
+    """The bias in `dtype`. True stands for the bias itself, which must not be kept; False says that it is not finite."""
     if not math.isfinite(bias.sum().item()):
         return False
     return True if bias.dtype == dtype else bias.to(dtype)

@@ -1,4 +1,4 @@
-"""What the implementations of the passes share: which tensors and GPUs they take, and which tensors of a source a kernel reads."""
+"""What all implementations of the passes share: the devices and dtypes that they take, and the tensors of a source that a kernel reads."""
 
 from abc import ABC, abstractmethod
 
@@ -25,9 +25,9 @@ def backward_tensors(source: Source) -> tuple[Tensor | None, ...]:
 
 
 class Passes(Reference, ABC):
-    """The framework's convolution, and one trip over memory of ours where eager PyTorch makes three.
+    """The framework's convolution, and one trip over memory where eager PyTorch makes three.
 
-    A subclass overrides the passes with kernels of its language; the operators made of them are the reference's.
+    A subclass overrides the passes with kernels of its language. The operators that are made of them stay the reference's.
     """
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -46,4 +46,4 @@ class Passes(Reference, ABC):
 
     @abstractmethod
     def _why_not_here(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What the kernels' language has against tensors on `device`."""
+        """Why the kernels' language can't take such tensors; None where it can."""

@@ -1,4 +1,4 @@
-"""What the two native backends of the passes share: the calls of a library's operators."""
+"""The calls of a native library's operators, for both native backends."""
 
 import torch
 from torch import Tensor

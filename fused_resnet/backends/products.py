@@ -1,4 +1,4 @@
-"""Convolutions as products of matrices on a CPU, where those were measured to be faster than the framework's convolution.
+"""On a CPU, convolutions as matrix products where those were measured to be faster than the framework's convolution.
 
 An activation [N, C, H, W] in channels_last is a matrix [pixels, channels], so a 1x1 convolution is a product without another trip over
 memory, and one with a stride is that of every stride-th pixel. A 3x3 one needs its windows written out first, which pays where there are

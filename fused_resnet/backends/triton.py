@@ -1,4 +1,4 @@
-"""The backend `triton`: every convolution that there is a Triton kernel for, tiled as was measured or else by rule of thumb."""
+"""The backend `triton`: every convolution that has a Triton kernel, with measured tiles, or else by rule of thumb."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -27,19 +27,19 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def _interpreted(task: Task, rule: Configuration) -> Configuration:
-    """Long steps: the interpreter takes about as long for a step of any length."""
+    """Tiles with long steps: the interpreter takes about as long for a step of any length."""
     conv = task.conv
     axis = {"fprop": conv.c, "dgrad": conv.k, "wgrad": conv.n * conv.p * conv.q}[task.kind]
     return replace(rule, block_k=max(rule.block_k, power_of_two(axis, 256)))
 
 
 class Triton(FusedConvolutions, PassesTriton):
-    """Convolutions and passes in Triton. For grouped convolutions, which have no kernel, the framework's."""
+    """Convolutions and passes in Triton. Grouped convolutions have no kernel, and run as the framework's."""
 
     name = "triton"
 
     def choose(self, task: Task, device: torch.device) -> Configuration | None:
-        """The configuration that was measured for the task, though the passes may have been faster; else the rule of thumb."""
+        """The measured configuration of the task, even where the passes were faster; else that of the rule of thumb."""
         entry = measured(device).entry(task)
         if entry and isinstance(entry.configuration, Configuration):
             return entry.configuration

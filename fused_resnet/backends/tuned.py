@@ -1,4 +1,4 @@
-"""The backends `tuned_cuda` and `tuned_triton`: for each convolution what was measured to be fastest: Triton, cuDNN or the passes."""
+"""The backends `tuned_cuda` and `tuned_triton`: for each convolution the fastest that was measured, of Triton, cuDNN and the passes."""
 
 from ..tuning import CUDNN
 from . import cudnn
@@ -9,7 +9,7 @@ from .triton import measured
 
 
 class Tuned(FusedConvolutions):
-    """What was not measured runs as passes: a kernel that nobody timed takes the place of none that people know to be good."""
+    """A convolution that was not measured runs as passes: no kernel that nobody has timed takes their place."""
 
     def choose(self, task, device):
         entry = measured(device).entry(task)

@@ -60,7 +60,7 @@ def launch(kernel: Any, programs: int, device: torch.device, warps: int, stages:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU. On a CPU as many as make the programs few, which the interpreter runs one after another, but not one."""
+    """The multiprocessors of a GPU. On a CPU 1, since the interpreter runs programs one after another; a recorded launch has a GPU's."""
     if device.type == "cuda":
         return _multiprocessors(device)
     return 1 if _recorded is None else RECORDED_MULTIPROCESSORS

@@ -1,7 +1,7 @@
-"""How many instructions a warp issues, read off a kernel's machine code: outside of its loops, and in each trip through one.
+"""Counts the instructions that a warp issues, from a kernel's machine code: those outside of its loops, and those of each trip through one.
 
-Where a branch may jump over something, the shortest way is counted, so that what comes out is a bound from below. The trips of a loop are
-not in the machine code; who asks has to know them.
+Where a branch may jump over something, the shortest way is counted. So the count is a lower bound. Machine code does not say how many
+trips a loop makes; the caller has to know.
 """
 
 import re

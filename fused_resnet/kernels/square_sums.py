@@ -1,4 +1,4 @@
-"""The norm's statistics from Σ y and Σ y², which is what cuDNN's graphs hand out, without what such sums lose."""
+"""The norm's statistics from Σ y and Σ y², which cuDNN's graphs hand out, without the digits that such sums lose."""
 
 import torch
 import triton

@@ -92,7 +92,7 @@ MOST_STEPS = 8
 
 
 def finalisation(partials: int, channels: int) -> Tiling:
-    """The merge of `partials` rows of partial results: 8 channels a program, 32 bytes a row, as many programs as can be.
+    """Tiles for merging `partials` rows of partial results: 8 channels a program, 32 bytes a row, as many programs as possible.
 
     Where it has more than one row of programs, their results are to be merged in turn.
     """
@@ -102,6 +102,6 @@ def finalisation(partials: int, channels: int) -> Tiling:
 
 
 def finalisation_of_splits(splits: int, elements: int) -> Tiling:
-    """The sum of `splits` rows of partial results, in one kernel: rows side by side, so that few loads wait for each other."""
+    """Tiles for summing `splits` rows of partial results in one kernel. Rows lie side by side, so few loads wait for each other."""
     block_rows = min(max(power_of_two(ceil_div(splits, MOST_STEPS)), min(64, power_of_two(splits))), 1024)
     return Tiling(splits, elements, block_rows, max(8, min(1024, 4096 // block_rows)), ceil_div(splits, block_rows), warps=4)

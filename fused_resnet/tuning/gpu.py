@@ -10,5 +10,5 @@ def architecture(capability: tuple[int, int]) -> int:
 
 
 def power_of_two(value: int, most: int) -> int:
-    """The least that is not below `value`, between 16, the least extent of a tile, and `most`."""
+    """The smallest power of two that is at least `value`, kept between 16, the least extent of a tile, and `most`."""
     return min(max(1 << max(value - 1, 0).bit_length(), 16), most)

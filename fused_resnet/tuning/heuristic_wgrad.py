@@ -34,7 +34,7 @@ ISSUE = 2.0
 
 
 def m_tiles(problem: ConvProblem, block_m: int) -> int:
-    """Along (r, s, c): over the channels of each tap, or, where those are few, over taps and channels alike."""
+    """Tiles along (r, s, c): over the channels of each tap, or over taps and channels together where channels are few."""
     taps = problem.r * problem.s
     if problem.c < FEW_CHANNELS and taps > 1:
         return ceil_div(taps * problem.c, block_m)
@@ -66,7 +66,7 @@ def configuration(problem: ConvProblem, itemsize: int, capability: tuple[int, in
     filling = max(1, min(programs // tiles, most, int(MOST_WORKSPACE * moved / partial)))
 
     def seconds(splits: int) -> float:
-        """Of the busiest multiprocessor, and of the partial results."""
+        """Estimated time: of the busiest multiprocessor, and of the partial results."""
         of_step = ISSUE * 2 * block_m * block_n * block_k * itemsize / 2 / FLOPS_A_SECOND[on]
         busiest = ceil_div(tiles * splits, MULTIPROCESSORS[on]) * ceil_div(steps, splits) * of_step
         awake = min(1, tiles * splits / MULTIPROCESSORS[on])  # the others' part of the bandwidth is lost

@@ -29,7 +29,7 @@ MOST_MS = 1e12  #: a time that is a number
 
 
 class TableError(ValueError):
-    """A file is no table. The message names it, and the place in it."""
+    """A file holds no table. The message names the file, and the place in it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Table:
         return [entry for of_shape in self._found.values() for entry in of_shape.values()]
 
     def entry(self, task: Task, reach: float = REACH) -> Entry | None:
-        """The entry of the same task, at the nearest batch within `reach` times the task's; None where there is none."""
+        """The entry of the same task at the nearest batch within a factor `reach` of the task's; None where no entry is so near."""
         of_shape = self._found.get(_of_any_batch(task), {})
         distances = {n: abs(log(n / task.conv.n)) for n in of_shape}
         near = min(distances, key=distances.get, default=None)
@@ -89,7 +89,7 @@ def path_of(device: str, folder: Path | None = None) -> Path:
 
 
 def write_table(path: Path, meta: Meta, table: Table) -> None:
-    """Write it, whole or not at all."""
+    """Write a table, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = [json.dumps(asdict(entry)) for entry in table.entries]  # a line each, so that a difference can be read
     head = json.dumps({"version": VERSION, **asdict(meta)})[:-1]
@@ -98,9 +98,9 @@ def write_table(path: Path, meta: Meta, table: Table) -> None:
 
 
 def add_to_table(path: Path, meta: Meta, entries: Iterable[Entry]) -> None:
-    """Put entries into the table in a file, which is made where there is none; what other processes put there meanwhile stays.
+    """Put entries into the table of a file, and make the file if need be. Entries that other processes add meanwhile stay.
 
-    Raises TableError where the file is none.
+    Raises TableError where the file holds no table.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f"{path.name}.lock")):
@@ -111,7 +111,7 @@ def add_to_table(path: Path, meta: Meta, entries: Iterable[Entry]) -> None:
 
 
 def read_table(path: Path) -> tuple[Meta, Table]:
-    """The table in a file. Raises FileNotFoundError, and TableError where it is none, or one of a newer version."""
+    """The table in a file. Raises FileNotFoundError; TableError where the file holds no table, or one of a newer version."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and lists in lists in lists
@@ -159,7 +159,7 @@ def shortened(value: Any) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without what is behind the first line."""
+    """The first line of an error."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
