@@ -55,7 +55,7 @@ def _fused(model: nn.Module) -> nn.Module:
 
 
 def foldable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
-    """Whether `fold_norm` can take these two, and nobody watches either."""
+    """Whether `fold_norm` can take these two, and neither has a hook."""
     return keeps(conv, nn.Conv2d, "_conv_forward") and is_norm_like(norm) and norm.running_mean is not None and not observed(conv)
 
 
@@ -104,7 +104,7 @@ def _once(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> list[tuple[nn.Module,
 
 
 def _holders(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """Of each module, who holds it, and by which names."""
+    """For each module the modules that hold it, and the names by which they do."""
     holders: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for holder in model.modules():
         for name, child in holder._modules.items():

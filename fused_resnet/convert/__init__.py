@@ -1,4 +1,4 @@
-"""Networks that exist already, on the fused operators: `fuse`, `unfuse`, `report`, `recompute`."""
+"""Puts networks that exist on the fused operators: `fuse`, `unfuse`, `report`, `recompute`."""
 
 from .recompute import recompute
 from .report import Report, Row, report

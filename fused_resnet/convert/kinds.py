@@ -1,4 +1,4 @@
-"""What modules are, by what their classes do: a subclass that keeps the methods of PyTorch's is as good as PyTorch's own."""
+"""Says what a module is by what its class does. A subclass that keeps the methods of PyTorch's class counts as PyTorch's own."""
 
 import copy
 
@@ -12,7 +12,7 @@ from .trace import is_norm_and_act, type_of
 
 
 def keeps(module: nn.Module | None, base: type, *methods: str) -> bool:
-    """Whether a module is of a class, or of a subclass that keeps these methods and the way it is called."""
+    """Whether a module is of class `base`, or of a subclass that keeps these methods and the way it is called."""
     cls = None if module is None else type_of(module)
     if cls is None or not issubclass(cls, base):
         return False
@@ -36,7 +36,7 @@ def why_not_conv(module: nn.Module) -> str | None:
 
 
 def holds_tensor(module: nn.Module, name: str) -> bool:
-    """Whether a module keeps a tensor, or None, as it is: no parametrization makes it when it is read."""
+    """Whether a module holds a tensor, or None, itself. A parametrization would make the tensor whenever it is read."""
     return name in module._parameters or name in vars(module)
 
 
@@ -53,7 +53,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def frozen_eps(module: nn.Module) -> float | None:
-    """The eps of a norm whose statistics, scale and shift are buffers, as many libraries have one; None for any other module."""
+    """The eps of a frozen norm, as many libraries have one: statistics, scale and shift are buffers. None for any other module."""
     buffers = module._buffers
     if set(buffers) - {"num_batches_tracked"} != _FROZEN or any(buffers[name] is None for name in _FROZEN):
         return None
@@ -67,7 +67,7 @@ _frozen: dict[tuple[type, float], float | None] = {}
 
 
 def _eps_of(cls: type, eps: float, module: nn.Module) -> float | None:
-    """eps, where a copy of the module with other numbers is found to compute (x − mean)·weight/√(var + eps) + bias."""
+    """eps, if a copy of the module with other numbers computes (x − mean)·weight/√(var + eps) + bias."""
     if (cls, eps) not in _frozen:
         probe = copy.deepcopy(module).cpu().double()
         with torch.no_grad():
@@ -96,7 +96,7 @@ def is_relu_like(module: nn.Module | None) -> bool:
 
 
 def norm_forward(norm: nn.Module, x: Tensor) -> Tensor:
-    """The norm alone, of a module that may have an activation behind it."""
+    """The norm of a module that may hold an activation as well."""
     if not is_norm_and_act(norm):
         return norm(x)
     if isinstance(norm, nn.BatchNorm2d):

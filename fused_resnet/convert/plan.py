@@ -64,11 +64,11 @@ class Plan:
 
     @property
     def fuses(self) -> bool:
-        """Whether an operator has anything to do in it."""
+        """Whether an operator runs any of the steps."""
         return self._trains or any(not conv.training for conv in self.affine)
 
     def run(self, args: Sequence[Tensor]) -> Any:
-        """What the forward makes of these tensors."""
+        """The forward's result for these tensors."""
         run = Run(len(self.nodes))
         run.values[: len(args)] = args
         for step in self.steps:
@@ -131,7 +131,7 @@ class Plan:
 
     @staticmethod
     def _only_input(node: Node) -> Node | None:
-        """What a node reads, where that is one value and nothing else."""
+        """The one value that a node reads; None where it reads more."""
         return node.args[0] if len(node.args) == 1 and isinstance(node.args[0], Node) and not node.kwargs else None
 
     def _is_relu(self, node: Node) -> bool:
@@ -150,7 +150,7 @@ class Plan:
         return {one: two for one, two in pairs if not self._writes_between(one, two)}
 
     def _last_reads(self, nodes: list[Node], within: set[Node]) -> dict[Node, list[Node]]:
-        """Of each node, what nobody reads after it. What is within another step reads where that stands."""
+        """For each node the values that nobody reads after it. A node within another step reads where that step stands."""
         last: dict[Node, list[Node]] = {}
         for node in nodes:
             readers = [next(iter(user.users)) if user in within else user for user in node.users]
@@ -257,7 +257,7 @@ class Plan:
 
 
 def drop_identities(traced: Traced) -> None:
-    """Take out the nodes of nn.Identity: who reads them reads what they read."""
+    """Take out the nodes of nn.Identity. Their readers then read what they read."""
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and len(node.args) == 1 and is_nothing(traced.modules[node.target]):
             node.replace_all_uses_with(node.args[0])

@@ -47,7 +47,7 @@ class Convolution(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `report` finds; printed, a table of modules, the convolutions that are left over, and how many are not."""
+    """What `report` finds. Printed, it is a table of modules, the convolutions that are not fused, and a count of those that are."""
 
     rows: tuple[Row, ...]
     convolutions: tuple[Convolution, ...] = ()
@@ -118,7 +118,7 @@ def _convolutions(model: nn.Module) -> list[Convolution]:
 
 
 def _judged(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """(convolution, why it is not fused or "") of those in a module."""
+    """(convolution, why it is not fused, or "") for each convolution in a module."""
     if isinstance(module, _CONVS):
         yield module, NOT_CALLED
     elif is_block(module):
@@ -170,7 +170,7 @@ def _of_row(queue: list[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _verdict(module: nn.Module) -> str | None:
-    """Why a module is not fused; "" where it is, None where it is none that the report speaks of."""
+    """Why a module is not fused; "" where it is fused. None leaves the module out of the report."""
     fused = isinstance(module, Fused)
     if is_block(module):
         return module.why_not() or ""
@@ -214,7 +214,7 @@ def knows(module: nn.Module) -> bool:
 
 
 def _stem_verdict(network: nn.Module) -> str | None:
-    """What keeps the stem of a network from being fused; None for a network without one."""
+    """Why the stem of a network is not fused; "" where it is fused. None for a network without a stem."""
     if not holds_stem(network):
         return None
     if stem_length(network):

@@ -15,7 +15,7 @@ def holds_layer(sequence: nn.Sequential) -> bool:
 
 
 def may_hold_layer(sequence: nn.Sequential) -> bool:
-    """Whether it holds modules of these kinds: hooks come and go."""
+    """Whether a sequence holds modules of these kinds, even where a hook keeps them from being fused for now."""
     queue = flatten(sequence)
     relus = [m for m in queue if isinstance(m, nn.ReLU) or (is_norm_layer(m) and isinstance(getattr(m, "act", None), nn.ReLU))]
     return bool(relus) and any(isinstance(m, nn.Conv2d) for m in queue) and any(is_norm_layer(m) for m in queue)
@@ -29,18 +29,18 @@ def worth_fusing(module: nn.Module) -> bool:
 
 
 def all_known(sequence: nn.Sequential) -> bool:
-    """Whether a sequence runs fused as a row: no convolution is left over but one at the end, whose norm may follow the sequence."""
+    """Whether a sequence runs fused as a row. One convolution at its end may be left over: its norm may follow the sequence."""
     queue = flatten(sequence)
     rows = [conv_norm_act_length(queue, i) or conv_act_length(queue, i) for i in range(len(queue) - 1)]
     return all(length for length, module in zip(rows, queue, strict=False) if isinstance(module, nn.Conv2d))
 
 
 def holds_stem(network: nn.Module) -> bool:
-    """Whether a network that is known begins with a convolution, under the name that they all use."""
+    """Whether a known network begins with a convolution, under the name that all of them use."""
     return "conv1" in network._modules
 
 
 def stem_length(network: nn.Module) -> int:
-    """How many modules at its beginning run fused as a row."""
+    """How many modules at a network's beginning run fused as a row."""
     queue = flatten(network.children())
     return conv_norm_act_length(queue, 0) or conv_act_length(queue, 0)

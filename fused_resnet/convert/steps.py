@@ -1,4 +1,4 @@
-"""What the steps of a plan do: values that are not yet made, and how each kind of step makes its own of them."""
+"""Runs the steps of a plan: values that are not yet made, and one function for each kind of step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -69,7 +69,7 @@ class Run:
         self.statistics: tuple[BatchStatistics, ...] = ()
 
     def tensor(self, index: int) -> Any:
-        """A value, made where it was pending."""
+        """A value as a tensor: made now, if it was pending."""
         value = self.values[index]
         if type(value) is Lazy:
             value = self.values[index] = ops.norm_add_act(*value)
@@ -78,7 +78,7 @@ class Run:
         return value
 
     def make_all(self) -> None:
-        """Make whatever is pending, before somebody may write to what it reads."""
+        """Make every pending value, before a step may write to what it reads."""
         for index in range(len(self.values)):
             self.tensor(index)
 
@@ -113,7 +113,7 @@ def filled(template: Any, run: Run) -> Any:
 
 
 def run_call(step: Step, run: Run) -> Any:
-    """The function, method or module itself, on tensors."""
+    """Calls the function, method or module itself, on tensors."""
     if step.writes:
         run.make_all()
     args, kwargs = filled(step.args, run), filled(step.kwargs, run)
@@ -131,12 +131,12 @@ def run_view(step: Step, run: Run) -> Any:
 
 
 def run_read(step: Step, run: Run) -> Any:
-    """A parameter or buffer."""
+    """Reads a parameter or buffer."""
     return getattr(*step.call)
 
 
 def run_relu(step: Step, run: Run) -> Any:
-    """Left to whoever reads it, if nobody else reads what it reads."""
+    """Leaves a ReLU to its reader, if nothing else reads the ReLU's input."""
     value = run.values[step.args[0].index]
     if step.alone and is_lazy(value) and not value.relu:
         return value._replace(relu=True)
@@ -169,7 +169,7 @@ def like(value: Lazy | LazyConv) -> tuple[torch.Size, torch.dtype, torch.device]
 
 
 def run_norm_act(step: Step, run: Run) -> Any:
-    """A norm of a tensor, and its ReLU."""
+    """Runs a norm of a tensor, and its ReLU."""
     norm, x = step.call, run.tensor(step.args[0].index)
     if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
         return torch.relu(norm_forward(norm, x))  # which raises PyTorch's own errors
@@ -179,7 +179,7 @@ def run_norm_act(step: Step, run: Run) -> Any:
 
 
 def run_pool(step: Step, run: Run) -> Any:
-    """A pool, of an activation that is made on the way."""
+    """Runs a pool, and makes its activation on the way."""
     value = run.values[step.args[0].index]
     if type(value) is Lazy and value.relu:
         return advance(step.call, Activation(value.x, value.residual)).finish()
@@ -187,7 +187,7 @@ def run_pool(step: Step, run: Run) -> Any:
 
 
 def run_advance(step: Step, run: Run) -> Any:
-    """A block, which leaves its output pending."""
+    """Runs a block, which leaves its output pending."""
     index = step.args[0].index
     value = run.values[index]
     pending = step.alone and type(value) is Lazy and value.relu
@@ -197,7 +197,7 @@ def run_advance(step: Step, run: Run) -> Any:
 
 
 def run_conv(step: Step, run: Run) -> Any:
-    """A convolution without a norm, of an activation that is made on the way and that nobody else reads."""
+    """Runs a convolution without a norm. It makes its activation on the way, which nothing else reads."""
     value, conv = run.values[step.args[0].index], step.call
     if not (type(value) is Lazy and value.relu and value.residual is None and takes(value, conv)):
         return run_call(step, run)
@@ -276,7 +276,7 @@ def with_bias(norm: Norm, bias: Tensor) -> Norm:
 
 
 def told(pair: Pair, out: Pending) -> tuple[BatchStatistics, ...]:
-    """What a convolution's output tells its norm's running statistics."""
+    """The statistics of a convolution's output, for its norm's running ones."""
     statistics = () if pair.norm is None else batch_statistics(pair.norm, out)
     bias = pair.conv.bias
     return statistics if bias is None else tuple(s._replace(mean=s.mean + bias.detach()) for s in statistics)

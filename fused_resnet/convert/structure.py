@@ -1,4 +1,4 @@
-"""A module that is known by its structure: fused by what one forward of it calls, in which order, whatever its class is named."""
+"""Fuses a module by its structure: by what one forward of it calls, in which order, whatever its class is named."""
 
 import threading
 from typing import Any
@@ -19,7 +19,7 @@ _CONVS = nn.modules.conv._ConvNd
 
 
 class Plans:
-    """The forwards of one module that are known. A copy of it is empty, since plans name the modules that they are about."""
+    """The known forwards of one module. A copy is empty, since a plan names the modules that it runs."""
 
     def __init__(self, owner: nn.Module | None = None):
         self.owner = owner
@@ -43,7 +43,7 @@ class Plans:
 
 
 def plans_of(module: nn.Module) -> Plans:
-    """Where a module keeps its plans; not among its attributes, which nn.Module would search."""
+    """The plans of a module. They are no attribute of it, which nn.Module would search."""
     plans = vars(module).get("_plans")
     if plans is None or plans.owner is not module:
         plans = vars(module)["_plans"] = Plans(module)
@@ -51,7 +51,7 @@ def plans_of(module: nn.Module) -> Plans:
 
 
 class Structured:
-    """A module that runs by a plan of its forward, where that is known."""
+    """A module that runs by a plan of its forward, where the forward is known."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's."""
@@ -112,7 +112,7 @@ def is_traceable(module: nn.Module) -> bool:
 
 
 def holds_convolution(module: nn.Module) -> bool:
-    """Whether there is a convolution in a module."""
+    """Whether a module holds a convolution."""
     return any(isinstance(m, _CONVS) for m in module.modules())
 
 

@@ -52,7 +52,7 @@ def _new(original: type[nn.Module], structured: bool = False) -> nn.Module:
 
 @cache
 def fused_class(original: type[nn.Module], knowledge: type) -> type[nn.Module]:
-    """The class that stands for `original`, by what is known of it."""
+    """The fused class in place of `original`, made of what is known of it."""
     name = f"Fused{original.__name__}"
     known = ("forward", "_forward_impl", "forward_features")
     methods = tuple((method, getattr(original, method)) for method in known if hasattr(original, method))
@@ -102,7 +102,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def best_knowledge(module: nn.Module) -> type | None:
-    """What fuses most of a module: what is known of its class, or its structure; None where neither does anything."""
+    """The knowledge that fuses most of a module: of its class, or of its structure; None where neither fuses anything."""
     knowledge = knowledge_of(type(module))
     if knowledge is not None and not worth_fusing(module):
         knowledge = None

@@ -45,7 +45,7 @@ _tracing = threading.local()
 
 
 class Untraceable(Exception):
-    """Why a forward can't be known by one run of it, in words."""
+    """One run can't show what a forward does. The message says why."""
 
 
 class Traced(NamedTuple):
@@ -68,7 +68,7 @@ class Traced(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What a trace rests on at one module."""
+    """A condition on one module under which a trace holds."""
 
     module: nn.Module
     cls: type | None  #: None for the root, over whose class others may put theirs
@@ -78,7 +78,7 @@ class Condition(NamedTuple):
     watched: bool | None  #: None for the root, whose hooks run around the trace
 
     def holds(self) -> bool:
-        """Whether it is still so."""
+        """Whether the condition still holds."""
         module, cls, forward, members, read, watched = self
         if cls is not None and module.__class__ is not cls:
             return False
@@ -102,7 +102,7 @@ def forward_of(cls: type) -> Callable:
 
 
 def original_of(cls: type) -> type:
-    """The class that `fuse` has replaced by `cls`; itself where that is none of ours."""
+    """The class that `fuse` has replaced by `cls`; `cls` itself where `fuse` did not make it."""
     return getattr(cls, "fuse_original", cls)
 
 
@@ -277,7 +277,7 @@ class Tracer(TracerBase):
             raise Untraceable("its forward draws random numbers")
 
     def read(self, module: nn.Module, name: str, value: Any) -> None:
-        """Somebody has read an attribute that nn.Module does not give every module."""
+        """Notes that the forward read an attribute that not every nn.Module has."""
         if name in _OWN or name in self.reads.setdefault(module, {}):
             return
         self.reads[module][name] = _snapshot(value, name)

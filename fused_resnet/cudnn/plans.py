@@ -29,7 +29,7 @@ PLAN, REFUSAL = ".plan", ".refused"
 
 
 class Refused(RuntimeError):
-    """cuDNN does not take a graph. The message says why; `lasting` whether asking again would give the same answer."""
+    """cuDNN does not take a graph. The message says why. `lasting` tells whether cuDNN would answer the same again."""
 
     def __init__(self, reason: str, lasting: bool = True):
         super().__init__(reason)
@@ -55,7 +55,7 @@ class Plan:
 
 
 def words(error: Exception) -> str:
-    """What cuDNN says, in a line of bearable length: its first sentence, and the last reason that it gives."""
+    """cuDNN's message, shortened to one line: its first sentence, and the last reason that it gives."""
     text = re.sub(r"\s+", " ", str(error)).strip()
     reasons = re.findall(r"(CUDNN_STATUS_\w+); Reason: (.+?)(?= Warning:| Error:|$)", text)
     if reasons:
@@ -117,7 +117,10 @@ class Plans:
         self._known: dict[GraphProblem, Plan | str] = {}
 
     def get(self, problem: GraphProblem) -> Plan | str:
-        """The plan, or why there is none. Raises RuntimeError where one would have to be built while a CUDA graph is captured."""
+        """The plan, or a sentence that says why there is none.
+
+        Raises RuntimeError where a plan would have to be built while a CUDA graph is captured.
+        """
         if problem not in self._known:
             self._known[problem] = self._found(problem)
         return self._known[problem]
@@ -164,7 +167,7 @@ class Plans:
             return Plan(graph, graph.get_workspace_size(), self.device)
 
     def _restored(self, problem: GraphProblem) -> Plan | None:
-        """A plan from the user's cache; None where there is none, or none that cuDNN takes."""
+        """A plan from the user's cache; None where the cache has none, or cuDNN does not take it."""
         path = self.path(problem, PLAN)
         if not path.exists():
             return None
@@ -179,7 +182,7 @@ class Plans:
             return None
 
     def _write(self, path: Path, content: bytes) -> None:
-        """Into the user's cache, which may be read-only: a plan is worth no error."""
+        """Write to the user's cache. It may be read-only, and that is no error."""
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, lambda file: file.write(content))

@@ -1,4 +1,4 @@
-"""Which graphs cuDNN accepts on a GPU, and whether what they compute is right: each is run once on a small problem.
+"""Tries each graph once on a small problem: whether cuDNN accepts it on this GPU, and whether its results are right.
 
 Nothing is assumed of a dtype, a GPU or a version. A graph that is refused here, or wrong, is not used in this process.
 """
@@ -25,7 +25,7 @@ CASES = [(name, source) for name, graph in GRAPHS.items() for source in graph.so
 
 
 def small_problem(graph: str, source: str, dtype: str) -> GraphProblem:
-    """What a graph is tried on."""
+    """The small problem that a graph is tried on."""
     c, options = PROBLEM, {"tf32": allow_tf32(), "deterministic": work.deterministic()}
     if graph in work.POINTWISE:
         return work.pointwise_problem(graph, (c.n, c.c, c.h, c.w), dtype, source)

@@ -1,4 +1,4 @@
-"""What a convolution's task asks of a graph, and how it is called. Tensors as in `reference`: NHWC activations, float32 vectors."""
+"""Turns a convolution's task into a graph of cuDNN's, and runs it. Tensors as in `reference`: NHWC activations, float32 vectors."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ def deterministic() -> bool:
 
 
 def problem_of_task(task: Task) -> GraphProblem | str:
-    """The graph that does a task's work, or why none does."""
+    """The graph that does a task's work, or a sentence that says why none does."""
     options = {"tf32": allow_tf32(), "deterministic": deterministic()}
     if task.kind == "dgrad":
         dact = task.dact or bool(task.compact)  # a projection's gradient is one of the whole activation here
