@@ -1,4 +1,4 @@
-"""When a result is right: the one rule by which the suite `kernels` and the tuner call an implementation wrong.
+"""The rule by which the suite `kernels` and the tuner call a result wrong.
 
 Right implementations differ in where they round, and in the order in which they add. So a result may be off by what rounding its terms
 costs, wherever that is done:
@@ -48,7 +48,7 @@ class Terms(NamedTuple):
         return cls(norm, total, precision)
 
     def scale(self, truth: Tensor) -> Tensor:
-        """What an error of a result is measured by, against `TOLERANCES`: [C]."""
+        """The scale of a result's error, [C]; `TOLERANCES` are in units of it."""
         roundoff = torch.finfo(accumulate_dtype(truth.dtype)).eps / 2
         return self.norm + ADDITIONS * roundoff / TOLERANCES[self.precision] * torch.maximum(self.total, truth.abs())
 

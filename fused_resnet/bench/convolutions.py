@@ -35,7 +35,7 @@ NAMES = (*FORWARD, *(name + SUFFIX for name in FORWARD))
 
 @dataclass(frozen=True)
 class Place:
-    """Where a network has an operator."""
+    """A place of an operator in a network."""
 
     operator: str  #: of `FORWARD`
     convs: tuple[ConvProblem, ...]  #: that read the activation
@@ -43,13 +43,13 @@ class Place:
 
     @property
     def read(self) -> NormProblem:
-        """What it reads."""
+        """What the operator reads."""
         conv = self.convs[0]
         return NormProblem(conv.n, conv.c, conv.h, conv.w)
 
     @property
     def pending(self) -> bool:
-        """Whether it reads a raw output, with its norm."""
+        """Whether the operator reads a raw output, with its norm."""
         return self.operator.startswith("norm")
 
     @property
@@ -97,7 +97,7 @@ class Place:
 
 
 def places(network: Network) -> Iterator[Place]:
-    """The operators of a network, in order; a place may come again."""
+    """The operators of a network, in order. The same place may occur more than once."""
     yield Place("conv_stats", (network.stem.conv,), images=True)
     before = None
     for block in network.blocks:

@@ -1,4 +1,4 @@
-"""Fewer kernels for the operators of a traced step: what fusion could save of any network's bytes.
+"""Estimates the bytes that fusion could save in any network's traced step.
 
 `designs` makes kernels of a trace in three ways:
 
@@ -97,7 +97,7 @@ def _merge(trace: Trace, group: list[int], readers: dict[int, list[int]], makers
 
 
 def _large(values: dict[int, int], mask: int) -> list[int]:
-    """Those of the values that are as large as an activation, whose mask has that many bytes."""
+    """The values that are as large as an activation, whose mask has that many bytes."""
     return [value for value, size in values.items() if size > mask]
 
 
@@ -116,7 +116,7 @@ def _absorb(trace: Trace, passes: list[Op]) -> list[Op]:
 
 
 def _into_epilogue(op: Op, ops: list[Op], covered: dict[int, int]) -> bool:
-    """Let the last heavy operator that `op` waits for do its work before it writes its result; whether that can be.
+    """Move `op` into the epilogue of the last heavy operator that it waits for. Returns whether that is possible.
 
     Another gradient that is added there need not exist where it is zero, between the windows of a strided 1x1 convolution.
     """
@@ -139,7 +139,7 @@ def _into_epilogue(op: Op, ops: list[Op], covered: dict[int, int]) -> bool:
 
 
 def _into_prologue(op: Op, ops: list[Op]) -> bool:
-    """Let the heavy operators that read a result of `op` make it of the operands of `op`; whether there is one."""
+    """Move `op` into the prologues of the heavy operators that read its result. Returns whether there is such an operator."""
     users = [other for other in ops if other.kind == HEAVY and set(other.reads) & set(op.writes)]
     others = [other for other in ops if other is not op and other.kind != HEAVY and set(other.reads) & set(op.writes)]
     if not users:

@@ -1,4 +1,4 @@
-"""When a step of a network or a block is right: what stands before every figure of the suites `train`, `inference` and `blocks`.
+"""The rule by which a step of a network or a block is right. The suites `train`, `inference` and `blocks` give no figure before it holds.
 
 A step is compared with the same step of PyTorch's own modules in float64, tensor by tensor: outputs, the gradient of every parameter (of a
 block also that of its input), the change of every running statistic. Each may be at most twice as far away as eager in the same dtype is
@@ -38,7 +38,7 @@ MOST_IMAGES, FEWEST_IMAGES = 64, 16
 
 
 def distinct_images(batch: int) -> int:
-    """How many images of a batch are different: its largest divisor up to `MOST_IMAGES`, or all where that is small."""
+    """The number of different images in a batch: its largest divisor up to `MOST_IMAGES`, or all where that divisor is small."""
     most = max(n for n in range(1, min(batch, MOST_IMAGES) + 1) if batch % n == 0)
     return most if most >= min(batch, FEWEST_IMAGES) else batch
 
@@ -88,7 +88,7 @@ def condition(subject: Subject, device: torch.device, batch: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Truth:
-    """What an answer about a batch of images is compared with."""
+    """The truth that an answer about a batch of images is compared with."""
 
     images: Tensor  #: different ones
     answer: Answer  #: of eager in float64
@@ -130,11 +130,11 @@ class Truth:
         return cls(images.cpu(), answer, scales, bounds, variances)
 
     def of_batch(self, batch: int) -> Tensor:
-        """As many images: the different ones, again and again."""
+        """The truth for as many images, which repeat the different ones."""
         return self.images.repeat(batch // len(self.images), 1, 1, 1)
 
     def errors(self, answer: Answer, batch: int) -> dict[str, float]:
-        """How far each tensor of an answer about `of_batch(batch)` is away, over its scale. What is missing, or NaN, is infinitely far."""
+        """The distance of each tensor of an answer about `of_batch(batch)`, over its scale. A missing tensor, or NaN, is infinitely far."""
         copies = batch // len(self.images)
         found = {name: self._error(name, answer.get(name), copies) for name in self.answer}
         return {name: error if error == error else float("inf") for name, error in found.items()}
@@ -180,7 +180,7 @@ def _scales(answer: Answer) -> dict[str, float]:
 
 
 class Gate:
-    """What all implementations of a subject are judged by. Made once for a subject and a batch size."""
+    """Judges all implementations of a subject. Made once for a subject and a batch size."""
 
     def __init__(self, kind: type[Step], subject: Subject, dtype: torch.dtype, batch: int, device: torch.device):
         """`kind`: of the step. The subject is made and conditioned here; `subject` is made of it."""

@@ -1,4 +1,4 @@
-"""What was begun and never came back: a kernel that takes the GPU or the process down with it is met once, and passed over from then on."""
+"""Remembers work that ended a run. A kernel that takes the GPU or the process down does so once, and is passed over from then on."""
 
 import os
 from pathlib import Path

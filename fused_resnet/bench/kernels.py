@@ -40,7 +40,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernels:
-    """What is the same for all cases of a run."""
+    """Settings that all cases of a run share."""
 
     device: torch.device
     dtype: torch.dtype
@@ -111,13 +111,13 @@ class Kernels:
         return [self._row(name, norm, impl, facts[impl]) for impl in facts]
 
     def _again(self, build: Callable[[], Case], timed: Iterable[str]) -> dict[str, str]:
-        """The status of each of these implementations that is wrong, or fails, with other operands."""
+        """The implementations that are wrong, or fail, with other operands, and the status of each."""
         case = build()
         calls = {impl: call for impl, call in peers(case, self.implementations, self.device, self.dtype).items() if impl in timed}
         return {impl: facts["status"] for impl, facts in self.check(case, calls).items() if "status" in facts}
 
     def least_seconds(self, case: Work) -> float:
-        """What a case can't be done in. A GPU's cache was written over before: its operands come from memory, though results may stay."""
+        """A lower bound of a case's time. A GPU's cache was overwritten before: operands come from memory, results may stay in it."""
         moved = case.bytes / 2 / self.ceilings.bytes_per_s if self.device.type == "cuda" else 0.0
         return POSSIBLE * max(total_flops(case.kernels) / self.ceilings.flops_per_s, moved)
 
@@ -167,13 +167,13 @@ class Kernels:
 
 
 def backend_of(impl: str, device: torch.device, dtype: torch.dtype) -> Reference:
-    """The backend of this package that an implementation is; `ours` is the first of those with measured choices that runs."""
+    """The backend that an implementation names. `ours` is the first backend with measured choices that runs."""
     names = TUNED if impl == "ours" else (OURS[impl],)
     return BACKENDS[next((name for name in names if not BACKENDS[name].why_not(device, dtype)), names[0])]
 
 
 def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why an implementation can't be had on a device, as far as that is known before it is tried; None where it can."""
+    """Why an implementation can't run on a device, as far as that is known before a try; None where it may run."""
     if impl.startswith("ours"):
         return backend_of(impl, device, dtype).why_not(device, dtype)
     if impl == "cudnn" and device.type != "cuda":
@@ -184,7 +184,7 @@ def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
 def peers(
     case: Case, implementations: tuple[str, ...], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """The implementations that there are of a case."""
+    """The implementations of a case."""
     ours = ("ours", *OURS) if case.kernels else LANGUAGES
     calls = {impl: partial(case.ours, backend_of(impl, device, dtype)) for impl in ours}
     if case.eager is not None:

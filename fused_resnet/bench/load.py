@@ -20,7 +20,7 @@ NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
 class LoadError(ValueError):
-    """A name stands for no network. The message says why."""
+    """A name names no network. The message says why."""
 
 
 def builder(name: str, num_classes: int | None = None, in_channels: int | None = None) -> Callable[[], nn.Module]:
@@ -53,7 +53,7 @@ def builder(name: str, num_classes: int | None = None, in_channels: int | None =
 
 
 def meant(text: str, known: Sequence[str]) -> str:
-    """What an error says of a word that is nearly a known one: "; did you mean resnet50?", or nothing."""
+    """The end of an error for a word that is nearly a known one: "; did you mean resnet50?". Empty for any other word."""
     close = difflib.get_close_matches(text.lower(), known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -73,7 +73,7 @@ def _function(module: str, name: str, known: Callable[[Any], Sequence[str]]) -> 
 
 
 def _taken(function: Callable, options: dict[str, int]) -> dict[str, int]:
-    """Those of `options` that a function has a parameter for."""
+    """The `options` that a function has parameters for."""
     try:
         named = {p.name for p in signature(function).parameters.values() if p.kind in NAMED}
     except (TypeError, ValueError):  # of what is written in C there may be none

@@ -1,4 +1,4 @@
-"""What a file of figures says of the machine: `collect_meta`. And its ceilings, measured: `measure_ceilings`."""
+"""The machine in a file of figures: `collect_meta`. And its measured ceilings: `measure_ceilings`."""
 
 import importlib.metadata
 import os
@@ -49,7 +49,7 @@ def collect_meta(device: torch.device, commit: str, load: float | None = None) -
 
 
 def load_average() -> float | None:
-    """Of the last minute; None where the system does not tell."""
+    """The load average of the last minute; None where the system does not report it."""
     try:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):
@@ -84,7 +84,7 @@ def _onednn() -> str | None:
 
 
 def current_commit() -> str:
-    """What the package's code is: its commit, "-dirty" behind it where tracked files were changed; else its version, as "v0.1.0".
+    """The package's commit, with "-dirty" where tracked files were changed. Without a commit its version, as "v0.1.0".
 
     The commit is that of the checkout whose own files these are, and of no other that an installed package happens to lie in.
     """
@@ -95,7 +95,7 @@ def current_commit() -> str:
 
 
 def _git(root: Path, *command: str) -> str:
-    """What git prints; nothing where it fails or is missing."""
+    """The output of git; empty where git fails or is missing."""
     try:
         return subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -123,7 +123,7 @@ def _nvidia_smi(uuid: str) -> tuple[str | None, dict[str, int] | None]:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device at hand reaches: a large copy, a large matrix product.
+    """The device's measured ceilings: a large copy, a large matrix product.
 
     The rates are those of the fastest tenth of many calls: what else a machine does only makes a call slower, and a ceiling that a layer
     passes is none.
@@ -145,7 +145,7 @@ class Ceilings:
         return self.matmul_flops / (self.matmul.p10_ms * 1e-3)
 
     def best(self, other: "Ceilings") -> "Ceilings":
-        """Of each measurement the faster: the one before the suite and the one behind it, say."""
+        """The faster of two measurements each, such as the one before a suite and the one behind it."""
         faster, quicker = (max((self, other), key=rate) for rate in (lambda c: c.bytes_per_s, lambda c: c.flops_per_s))
         return Ceilings(faster.copy, faster.copy_bytes, quicker.matmul, quicker.matmul_flops)
 

@@ -36,7 +36,7 @@ BATCH_STEP = 8  #: to which the largest batch is found
 
 @dataclass(frozen=True)
 class Networks:
-    """What is the same for all cases of a run."""
+    """Settings that all cases of a run share."""
 
     suite: str  #: a key of `STEPS`
     device: torch.device
@@ -110,11 +110,11 @@ class Networks:
         return outcome
 
     def _least_ms(self, subject: Subject, batch: int, ceilings: Ceilings) -> float:
-        """In less than that nothing does the case's products."""
+        """A lower bound of the case's time: that of its products."""
         return POSSIBLE * 1e3 * self._flops(subject, batch) / ceilings.flops_per_s
 
     def _flops(self, subject: Subject, batch: int) -> int:
-        """Of the case; 0 where it can't be traced."""
+        """The FLOPs of the case; 0 where it can't be traced."""
         key = subject.name, batch
         if key not in self.counted:
             found: list[Trace] = []

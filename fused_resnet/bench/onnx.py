@@ -1,4 +1,4 @@
-"""A network as ONNX Runtime runs it, a peer in inference. Nothing of it is imported before it is asked for."""
+"""Runs a network by ONNX Runtime, a peer in inference. Imports ONNX Runtime only when asked."""
 
 import tempfile
 from pathlib import Path

@@ -203,7 +203,7 @@ def convolutions(
 
 
 def _launches(network: roofline.Network, dtype: str, capability: tuple[int, int]) -> Iterator[tuple[Launch, str]]:
-    """Of a training step's convolutions, then of inference's."""
+    """The launches of a training step's convolutions, then those of inference's."""
     for task in networks.tasks(network, dtype):
         configuration = heuristics.configuration(task, capability)
         yield networks.record(task, configuration), f"{task}; {configuration}"

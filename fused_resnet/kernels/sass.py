@@ -52,7 +52,7 @@ class _Ways:
         return self.place.get(int(found[1], 16)) if found else None
 
     def loops(self) -> list[tuple[int, int]]:
-        """(first, last) of each loop, in order. What lies behind the last EXIT, calls and rare ways, has none that matter."""
+        """(first, last) of each loop, in order. Code behind the last EXIT, of calls and rare ways, has no loop that matters."""
         branches = [(self.target(i), i) for i in range(self.ends[-1]) if re.search(r"\bBRA\b", self.text[i])]
         return sorted((to, i) for to, i in branches if to is not None and to < i)
 
@@ -83,7 +83,7 @@ class _Ways:
 
 
 def read(listing: str) -> Issued:
-    """Of the one kernel in cuobjdump's listing. Of loops with matrix instructions, which are versions of one, the shortest counts.
+    """Counts the one kernel in cuobjdump's listing. Loops with matrix instructions are versions of one loop; the shortest counts.
 
     Raises ValueError for what is no machine code, and for loops that lie in one another.
     """

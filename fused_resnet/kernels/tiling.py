@@ -1,4 +1,4 @@
-"""How much of a [rows, channels] matrix a program takes. Pure functions; nothing here asks a device.
+"""The part of a [rows, channels] matrix that a program takes. Pure functions; they ask no device.
 
 The figures in the code are first guesses from the arithmetic in each comment. Tuning by measurement: not done.
 """

@@ -143,7 +143,7 @@ def busy_ms(recording: Recording) -> float:
 
 
 def typical(recordings: Sequence[Recording]) -> Recording:
-    """The one whose sum of all work is the median."""
+    """The recording whose sum of all work is the median."""
     return sorted(recordings, key=busy_ms)[len(recordings) // 2]
 
 
@@ -201,7 +201,7 @@ def write_profile(profile: Profile, path: Path) -> None:
 
 
 def read_profile(path: Path) -> Profile:
-    """The profile in a file. Raises FileNotFoundError, and ProfileError where it is none, or one of a newer version."""
+    """The profile in a file. Raises FileNotFoundError; ProfileError where the file holds no profile, or one of a newer version."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and lists in lists in lists

@@ -1,4 +1,4 @@
-"""A page of one profile, or of two side by side: one file of HTML that asks nobody for anything."""
+"""Writes a page of one profile, or of two side by side: one HTML file that loads nothing from elsewhere."""
 
 from collections.abc import Iterable, Sequence
 from html import escape

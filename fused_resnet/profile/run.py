@@ -1,4 +1,4 @@
-"""A profile from nothing: build the model, measure the ceilings and the step, record it, count it."""
+"""Makes a profile: builds the model, measures the ceilings and the step, records it, counts it."""
 
 import statistics
 from collections.abc import Callable

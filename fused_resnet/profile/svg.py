@@ -1,4 +1,4 @@
-"""Drawings as SVG inside a page: axes with units, and marks that tell their numbers to who points at them."""
+"""Draws plots as SVG inside a page: axes with units, and marks that show their numbers under the pointer."""
 
 from collections.abc import Sequence
 from html import escape
