@@ -11,7 +11,7 @@ import torch
 from .. import backends, fuse, models
 from ..bench.load import OTHERS, LoadError, builder, meant
 from ..bench.trace import Trace, trace
-from ..data import DataSet
+from ..data import NAMES, SCHEME, DataSet, FolderDataSet
 from ..train import AUTOCAST
 from ..train.checkpoint import one_line
 
@@ -94,6 +94,11 @@ def model_name(text: str) -> str:
     return text if ":" in text else one_of(*models.list_models(), *OTHERS)(text)
 
 
+def data_name(text: str) -> str:
+    """The type of an argument: a data set, by its name or as a folder of images."""
+    return text if text.startswith(SCHEME) else one_of(*NAMES, f"{SCHEME}PATH")(text)
+
+
 def add_model(parser: argparse.ArgumentParser, default: str | list[str]) -> None:
     """Adds `--model`: one network, or several where the default is a list."""
     several = isinstance(default, list)
@@ -126,7 +131,7 @@ def device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_model(name: str, data: DataSet) -> torch.nn.Module:
+def build_model(name: str, data: DataSet | FolderDataSet) -> torch.nn.Module:
     """An untrained network for the classes and channels of a data set; another library's, or a user's, is fused.
 
     Raises `UsageError` where there is none of that name, and where it does not make scores of such images.
@@ -141,9 +146,9 @@ def build_model(name: str, data: DataSet) -> torch.nn.Module:
     return _checked(fuse(model), name, data) if ":" in name else model
 
 
-def _checked(model: torch.nn.Module, name: str, data: DataSet) -> torch.nn.Module:
+def _checked(model: torch.nn.Module, name: str, data: DataSet | FolderDataSet) -> torch.nn.Module:
     """The network, once it has been seen to make scores of two images."""
-    images = data.eval.images[:1].permute(0, 3, 1, 2).float().expand(2, -1, -1, -1)
+    images = torch.zeros(2, *data.image_shape)
     try:
         with torch.no_grad():
             scores = model.eval()(images.contiguous(memory_format=torch.channels_last))

@@ -33,6 +33,7 @@ from .arguments import (
     blaming,
     build_model,
     chosen_backend,
+    data_name,
     device,
     model_name,
     number,
@@ -49,6 +50,7 @@ EXAMPLES = """example:
   fused-resnet train --resume runs/first
   fused-resnet train --resume runs/first --epochs 20
   fused-resnet train --model resnet56 --data cifar10 --epochs 160 --precision bf16 --out runs/cifar
+  fused-resnet train --model resnet50 --data imagefolder:/data/flowers --corrupt skip --epochs 90
   fused-resnet train --model resnet50 --data synthetic --precision fp16 --batch-size 64 --epochs 2
   torchrun --nproc-per-node 8 -m fused_resnet train --model resnet50 --data synthetic --sync-bn
 """
@@ -68,7 +70,7 @@ def add_parser(commands) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text + shown)
 
     option("model", model_name, f"one of {', '.join(models.list_models())}; or torchvision:NAME, timm:NAME, MODULE:FUNCTION", "MODEL")
-    option("data", one_of(*data.NAMES), "one of " + ", ".join(data.NAMES), "DATA")
+    option("data", data_name, f"one of {', '.join(data.NAMES)}; or {data.SCHEME}PATH", "DATA")
     option("epochs", whole_number, "passes over the training split", "N")
     option("batch_size", whole_number, "images a step", "N")
     option("lr", number, "highest learning rate", "RATE")
@@ -81,7 +83,9 @@ def add_parser(commands) -> None:
     option("seed", whole_number, "seed of the weights, the order and the augmentation", "N")
     option("limit_train", whole_number, "use only the first N training images", "N")
     option("limit_eval", whole_number, "use only the first N evaluation images", "N")
-    option("image_size", whole_number, "pixels of a side, for synthetic images (default: 224)", "N")
+    option("image_size", whole_number, "pixels of a side, for synthetic images and folders (default: 224)", "N")
+    option("corrupt", one_of(*data.CORRUPT), "what becomes of a folder's image that can't be decoded: refuse, skip", "WHAT")
+    option("workers", whole_number, "processes that decode a folder's images (default: one a processor, 8 at most)", "N")
     parser.add_argument("--sync-bn", action="store_true", help="batch norms over the whole batch of all processes (torchrun)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run (default: runs/MODEL-DATA, or the resumed one)")
     parser.add_argument("--resume", type=Path, metavar="PATH", help="go on with the run in this folder, or with this checkpoint")
@@ -119,7 +123,10 @@ def _train(args: argparse.Namespace, where: torch.device) -> int:
     if config.recompute and chosen == "off":
         raise UsageError("--recompute", "PyTorch's own modules keep what they need; expected another --backend beside it, or a GPU")
     with blaming("--data", data.DataError):
-        images = data.load(config.data, limit_train=config.limit_train, limit_eval=config.limit_eval, image_size=config.image_size)
+        images = data.load(
+            config.data, limit_train=config.limit_train, limit_eval=config.limit_eval, image_size=config.image_size,
+            corrupt=config.corrupt, workers=config.workers,
+        )  # fmt: skip
     torch.backends.cudnn.benchmark = True  # shapes do not change
     torch.manual_seed(config.seed)
     trainer = Trainer(build_model(config.model, images), images, config, where)
@@ -136,7 +143,10 @@ def _train(args: argparse.Namespace, where: torch.device) -> int:
         if note:
             say(note)
     try:
-        with blaming("--out" if "out" in options or state is None else "--resume", FolderError, CheckpointError):
+        with (
+            blaming("--data", data.DataError),
+            blaming("--out" if "out" in options or state is None else "--resume", FolderError, CheckpointError),
+        ):
             run(trainer, folder, options.get("stop_after"), "no_progress" not in options)
     except KeyboardInterrupt:
         done = (folder / CHECKPOINT).exists()

@@ -48,6 +48,11 @@ class DataSet:
         """Channels of an image: 1 for grey, 3 for colour."""
         return self.train.images.shape[3]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image."""
+        return self.channels, *self.train.images.shape[1:3]
+
     def limited(self, train: int | None, eval: int | None) -> "DataSet":
         """The same data set with at most `train` and `eval` images. The statistics stay those of the whole split."""
         return replace(self, train=self.train.first(train), eval=self.eval.first(eval))

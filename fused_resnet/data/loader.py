@@ -48,7 +48,7 @@ class Loader:
                 yield self._normalised(images), labels
             return
         device, count = self.images.device, len(self.images)
-        generator = torch.Generator().manual_seed(_mixed(self.seed, epoch))
+        generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
         order = torch.randperm(count, generator=generator).to(device)
         offsets = torch.randint(2 * self.padding + 1, (count, 2), generator=generator).to(device)
         flips = (torch.rand(count, generator=generator) < 0.5 if self.flip else torch.zeros(count).bool()).to(device)
@@ -58,6 +58,10 @@ class Loader:
             pick = slice(start, start + size)
             images = crop_and_flip(self.images[order[pick]], offsets[pick], flips[pick], self.padding)
             yield self._normalised(images), self.labels[order[pick]]
+
+    def notes(self) -> list[str]:
+        """What there is to say after an epoch: nothing of images in memory."""
+        return []
 
     def _normalised(self, images: Tensor) -> Tensor:
         return (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
@@ -78,6 +82,6 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) 
     return padded[which, rows[:, :, None], columns[:, None, :]]
 
 
-def _mixed(seed: int, epoch: int) -> int:
+def mixed(seed: int, epoch: int) -> int:
     """One seed for a generator from two numbers, so that neighbouring seeds and epochs do not meet."""
     return (seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03) % (1 << 63)

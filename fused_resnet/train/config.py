@@ -3,10 +3,11 @@
 from dataclasses import dataclass, fields
 
 from .. import backends
+from ..data import CORRUPT, SCHEME
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-#: What a resumed run may change: how it computes, and how long.
-CHANGEABLE = ("epochs", "backend", "recompute")
+#: What a resumed run may change: how it computes, how long, and how images get to it.
+CHANGEABLE = ("epochs", "backend", "recompute", "corrupt", "workers")
 #: A type of a field -> what is said of it.
 KINDS = {
     str: "text", str | None: "text or None", int: "a whole number", int | None: "a whole number or None", float: "a number",
@@ -40,7 +41,9 @@ class TrainConfig:
     seed: int = 0
     limit_train: int | None = None  #: use only so many images of the training split
     limit_eval: int | None = None
-    image_size: int | None = None  #: pixels; for synthetic data only
+    image_size: int | None = None  #: pixels; for synthetic data and folders only
+    corrupt: str = "refuse"  #: what becomes of an image of a folder that can't be decoded; of `data.CORRUPT`
+    workers: int | None = None  #: processes that decode a folder's images; None: one a processor, eight at most
     sync_bn: bool = False  #: whether the processes of a run share the statistics of batch norms
     backend: str | None = None  #: one of `backends.choices()`; None: the choice in force when the run goes on
     recompute: bool = False  #: whether blocks make again in backward what they would keep
@@ -54,8 +57,16 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(name, f"expected a whole number of at least 1; got {value}")
-        if self.image_size is not None and self.data != "synthetic":
-            raise SettingError("image_size", f"expected none, since only synthetic images have one to choose, not {self.data}")
+        of_folder = self.data.startswith(SCHEME)
+        if self.image_size is not None and self.data != "synthetic" and not of_folder:
+            raise SettingError("image_size", f"expected none, since only synthetic images and folders have one to choose, not {self.data}")
+        if self.corrupt not in CORRUPT:
+            raise SettingError("corrupt", f"expected one of {', '.join(CORRUPT)}; got {self.corrupt!r}")
+        if self.workers is not None and self.workers < 0:
+            raise SettingError("workers", f"expected a whole number of at least 0; got {self.workers}")
+        for name in ("corrupt", "workers"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default and not of_folder:
+                raise SettingError(name, f"expected none, since only {SCHEME}PATH is decoded while it trains, not {self.data}")
         if not 0 < self.lr < float("inf"):
             raise SettingError("lr", f"expected a number above 0; got {self.lr}")
         if not 0 <= self.warmup_epochs <= self.epochs:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend, recompute
-from ..data import DataSet, Loader
+from ..data import DataError, DataSet, FolderDataSet, make_loader
 from ..files import Locked, locked, replace_file
 from .checkpoint import (
     CheckpointError,
@@ -58,7 +58,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 class Trainer:
     """A model, its data and its optimizer, between two epochs."""
 
-    def __init__(self, model: nn.Module, data: DataSet, config: TrainConfig, device: torch.device):
+    def __init__(self, model: nn.Module, data: DataSet | FolderDataSet, config: TrainConfig, device: torch.device):
         """`model` takes float32 [B, data.channels, H, W] and returns logits; it is moved to `device`, in place.
 
         Among several `processes` each trains on its part of a batch; with `config.sync_bn` `model` gets synchronised batch norms.
@@ -78,8 +78,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         part = rank(), world()
-        self.train_loader = Loader(data, data.train, config.batch_size, device, True, config.seed, part)
-        self.eval_loader = Loader(data, data.eval, config.batch_size, device, False, part=part)
+        self.train_loader = make_loader(data, data.train, config.batch_size, device, True, config.seed, part)
+        self.eval_loader = make_loader(data, data.eval, config.batch_size, device, False, part=part)
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
 
@@ -142,18 +142,24 @@ class Trainer:
         """Loss and accuracy on the evaluation split, with the running statistics."""
         self.model.eval()
         agree_on_buffers(self.model)
-        loss_sum, correct = (torch.zeros((), device=self.device, dtype=torch.float64) for _ in range(2))
+        loss_sum, correct, count = (torch.zeros((), device=self.device, dtype=torch.float64) for _ in range(3))
         for images, labels in self.eval_loader.batches(0):
             with self.backend(), autocast(self.device, self.config.precision):
                 logits = self.model(images)
             loss_sum += nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()
-        total(loss_sum, correct)
-        count = len(self.data.eval)
-        mean_loss = loss_sum.item() / count
+            count += len(labels)  # a folder's corrupt images are not among them
+        total(loss_sum, correct, count)
+        if not count:
+            raise DataError(f"{self.data.name}: expected images to evaluate on; all of them are corrupt")
+        mean_loss = loss_sum.item() / count.item()
         if not math.isfinite(mean_loss):
             raise TrainingDiverged(f"the evaluation's loss after epoch {self.epoch} is {mean_loss}")
-        return {"eval_loss": mean_loss, "eval_accuracy": correct.item() / count}
+        return {"eval_loss": mean_loss, "eval_accuracy": correct.item() / count.item()}
+
+    def notes(self) -> list[str]:
+        """What the loaders have to say of the epoch before: corrupt images, and waiting."""
+        return [*self.train_loader.notes(), *self.eval_loader.notes()]
 
     def state(self) -> dict[str, Any]:
         """What `save_checkpoint` takes."""
@@ -247,6 +253,8 @@ def run(
         say(EPOCH_HEADER)
     for record in epochs(trainer, folder, last, progress):
         say(epoch_line(record, trainer.config.epochs))
+        for note in trainer.notes():
+            say(note)
     return trainer.history
 
 

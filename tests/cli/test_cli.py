@@ -49,7 +49,7 @@ def test_version(capsys):
     ("option", "value", "known"),
     [
         ("--model", "resnet19", [*models.list_models(), "torchvision:NAME", "timm:NAME", "MODULE:FUNCTION"]),
-        ("--data", "mnist", NAMES),
+        ("--data", "mnist", [*NAMES, "imagefolder:PATH"]),
         ("--backend", "fastest", backends.choices()),
         ("--precision", "fp8", ("fp32", "bf16", "fp16")),
         ("--device", "tpu", ("auto", "cpu", "cuda")),

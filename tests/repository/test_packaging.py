@@ -100,7 +100,7 @@ def test_wheel_without_compilers_says_what_is_missing(source):
     assert extras == {
         "numpy<2.4", "nvidia-cudnn-frontend<1.29,>=1.27", "nvidia-cudnn-frontend>=1.27", "pytest", "pytest-benchmark", "pytest-timeout",
         "pytest-xdist", "hypothesis", "ruff", "huggingface_hub", "safetensors", "pyyaml", "onnx", "onnxruntime", "onnxscript",
-        "pytorch-lightning",
+        "pytorch-lightning", "torchvision",
     }  # fmt: skip
 
 
