@@ -156,21 +156,19 @@ def _run(plan: Plan, images: data.DataSet, folder: Path, where: torch.device, op
     from ..experiment.reports import PAGE, write_degradation  # loads matplotlib
 
     commit, progress = options.get("commit") or current_commit(), "no_progress" not in options
-    outcomes = {run: degradation.read_outcome(plan, folder, run) for run in plan.runs}
-    lines = None
+    ran = degradation.run_plan(plan, images, folder, where, commit, progress, partial(print, flush=True))
     try:
-        with (
-            blaming("--resume" if "resume" in options else "--out", FolderError, CheckpointError),
-            closing(degradation.run_plan(plan, images, folder, where, commit, progress, partial(print, flush=True))) as ended,
-        ):
-            for outcome in ended:
+        with blaming("--resume" if "resume" in options else "--out", FolderError, CheckpointError), closing(ran):
+            outcomes = {run: degradation.read_outcome(plan, folder, run) for run in plan.runs}
+            lines = None
+            for outcome in ran:
                 outcomes[outcome.run] = outcome
+                lines = write_degradation(plan, list(outcomes.values()), images, folder)
+            if lines is None:  # nothing was left to run
                 lines = write_degradation(plan, list(outcomes.values()), images, folder)
     except KeyboardInterrupt:
         again = f"fused-resnet experiment degradation --resume {shlex.quote(str(folder))}"
         raise KeyboardInterrupt(f"interrupted; go on with: {again}") from None
-    if lines is None:  # nothing was left to run
-        lines = write_degradation(plan, list(outcomes.values()), images, folder)
     print("", *lines, sep="\n")
     print(f"{folder}: {PAGE}, errors.png, gradients.png, responses.png")
     return 0

@@ -153,9 +153,12 @@ def _note_machine(folder: Path, device: torch.device, commit: str) -> None:
 
 
 def read_machines(folder: Path) -> list[dict[str, Any]]:
-    """Where the experiment ran: `FACTS` of each machine."""
+    """Where the experiment ran: `FACTS` of each machine. Raises `FolderError` where the file is damaged."""
     path = folder / MACHINES
-    return json.loads(path.read_bytes()) if path.exists() else []
+    try:
+        return json.loads(path.read_bytes()) if path.exists() else []
+    except ValueError as error:
+        raise FolderError(f"{path}: the file is damaged ({error}); without it the page does not say where the experiment ran") from error
 
 
 def _write(path: Path, content: Any) -> None:

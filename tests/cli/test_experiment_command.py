@@ -1,6 +1,7 @@
 """`fused-resnet experiment`: its pages, what it refuses, and how it goes on."""
 
 import json
+import shutil
 
 import pytest
 from support import browser
@@ -106,6 +107,18 @@ def test_a_folder_that_is_used_is_refused(pages, capsys):
     for option in (("--epochs", "2"), ("--minutes", "2"), ("--depths", "20", "56")):
         assert f"argument {option[0]}: expected none beside --resume" in refused(capsys, "degradation", "--resume", folder, *option)
     assert "argument --out: expected none beside --resume" in refused(capsys, "degradation", "--resume", folder, "--out", "other")
+
+
+@pytest.mark.parametrize(
+    "name", ["machines.json", "plain20-seed0/probe-1.json", "plain20-seed0/metrics.jsonl", "resnet32-seed0/checkpoint.pt"]
+)
+def test_a_damaged_file_of_an_experiment_is_named(pages, tmp_path, capsys, name):
+    folder = shutil.copytree(pages / "degradation", tmp_path / "copy")
+    (folder / name).write_bytes(b'{"layers": \n')
+    if name.endswith(".pt"):  # of a finished run it is not read
+        (folder / name).with_name("probe-1.json").unlink()
+    line = refused(capsys, "degradation", "--resume", folder, "--device", "cpu")
+    assert "argument --resume: " in line and str((folder / name).parent) in line
 
 
 def test_gradients_refuses_depths_that_there_are_not(capsys, tmp_path):
