@@ -219,7 +219,7 @@ case $part in
     # Needs nvidia-cudnn-frontend beside PyTorch; its wheel may be carried here: pip install --no-deps WHEEL. The files of the step
     # probe belong into bench/cudnn_graphs, of which `python bench/cudnn_graphs.py table` makes the tables of docs/backends.md.
     step probe "$python" bench/cudnn_graphs.py probe "$out/cudnn_graphs" --commit "$commit"
-    step graphs "$python" -m pytest tests/cudnn/test_cudnn.py -q -o addopts= -rs
+    step graphs "$python" -m pytest tests/cudnn -q -o addopts= -rs
     step operators "$python" -m pytest tests/ops/test_operators.py -q -o addopts= -rs -k cudnn
     step backends "$python" -m pytest tests/backends/test_backends.py -q -o addopts= -rs
     for batch in 64 256 400; do

@@ -208,7 +208,7 @@ def test_the_cudnn_part_probes_tests_times_and_tunes(tmp_path, python):
             kinds.append((words[2], None))
     expected = [
         ("probe", None),
-        *((f"tests/{name}.py", None) for name in ("cudnn/test_cudnn", "ops/test_operators", "backends/test_backends")),
+        *((path, None) for path in ("tests/cudnn", "tests/ops/test_operators.py", "tests/backends/test_backends.py")),
     ]
     expected += [("shapes", [batch]) for batch in (64, 256, 400)]
     for batch in (64, 256, 400):

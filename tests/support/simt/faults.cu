@@ -1,4 +1,4 @@
-// Kernels with a planted fault, and the same kernels mended: what tests/instruments/test_simt.py expects to be reported, and not.
+// Kernels with a planted fault, and the same kernels mended: what tests/instruments/test_simt_faults.py expects to be reported, and not.
 #include <cuda_runtime.h>
 
 #include <cstring>
