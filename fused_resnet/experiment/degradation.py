@@ -53,9 +53,9 @@ def run_plan(plan: Plan, data: DataSet, folder: Path, device: torch.device, comm
     """
     try:
         with locked(folder / LOCK, wait=False):
-            _note_machine(folder, device, commit)
             for number, run in enumerate(plan.runs, start=1):
                 if not read_outcome(plan, folder, run).finished(plan):
+                    _note_machine(folder, device, commit)
                     say(f"\n{run.network}, seed {run.seed}: run {number} of {len(plan.runs)}")
                     _finish(plan, data, folder / run.folder, run, device, progress, say)
                     yield read_outcome(plan, folder, run)

@@ -59,7 +59,7 @@ def draw_errors(found: Ended) -> Figure:
             axes.tick_params(labelleft=True, labelbottom=True)
             _finish(axes, "epoch")
         panels[row][0].set_ylim(bottom=0)  # once all curves are there: the row shares its scale
-    return figure
+    return _explained(figure, [panels[0][0], panels[0][1]])
 
 
 def draw_gradients(found: Ended) -> Figure:
@@ -75,7 +75,7 @@ def draw_gradients(found: Ended) -> Figure:
         axes.set_ylabel("norm of the weight's gradient")
         axes.tick_params(labelleft=True)
         _finish(axes, "convolution, from the images on")
-    return figure
+    return _explained(figure, panels[0][:1])
 
 
 def draw_responses(found: Ended) -> Figure:
@@ -91,7 +91,7 @@ def draw_responses(found: Ended) -> Figure:
         axes.tick_params(labelleft=True)
         _finish(axes, "convolution, from the images on" if arranged is list else "rank, the largest first")
     panels[0][0].set_ylim(bottom=0)
-    return figure
+    return _explained(figure, panels[0][:1])
 
 
 def _falling(values: Sequence[float]) -> list[float]:
@@ -127,7 +127,7 @@ def draw_vanishing(seen: Sequence[Seen], init: str) -> Figure:
             axes.set_ylabel(words)
             axes.tick_params(labelbottom=True)
             _finish(axes, "convolution, from the images on")
-    return figure
+    return _explained(figure, panels[0][:1])
 
 
 def _bundle(axes, at: Sequence[float] | None, curves: Sequence[Sequence[float]], colour: str, style: str, label: str) -> None:
@@ -146,5 +146,11 @@ def _finish(axes, words: str) -> None:
     axes.set_xlabel(words)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+
+
+def _explained(figure: Figure, panels: Sequence) -> Figure:
+    """The figure with one legend below, where it hides no curve, of the lines in these panels."""
+    lines = [line for axes in panels for line in axes.get_legend_handles_labels()[0]]
+    if lines:
+        figure.legend(handles=lines, loc="outside lower center", ncols=4)
+    return figure

@@ -17,8 +17,8 @@ SETTINGS = TrainConfig(data="tiny", epochs=3, batch_size=16, lr=0.05, warmup_epo
 PLAN_OF_TWO = Plan(SETTINGS, (20, 32), seeds=1, width=2)
 
 
-def all_runs(folder, plan=PLAN_OF_TWO, said=None):
-    return list(run_plan(plan, tiny_data(), folder, CPU, "c0ffee", False, [].append if said is None else said.append))
+def all_runs(folder, plan=PLAN_OF_TWO, said=None, commit="c0ffee"):
+    return list(run_plan(plan, tiny_data(), folder, CPU, commit, False, [].append if said is None else said.append))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_an_experiment_goes_on_with_the_same_bits(tmp_path, monkeypatch, straigh
 
 def test_what_is_done_is_not_done_again(straight):
     before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
-    assert all_runs(straight) == []
+    assert all_runs(straight, commit="another") == []
     assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
 
 
