@@ -140,8 +140,9 @@ def _vanishing(found: Ended, network: str) -> Finding:
     """He et al. 2015, section 4.1: "neither forward nor backward signals vanish"."""
     ratios = {moment: found.of_probes(network, moment, lambda seen: seen.passed) for moment in found.plan.moments}
     words = "; ".join(f"at the {moment} {ratio.told('.3g')}" for moment, ratio in ratios.items())
-    ways = {passing(ratio) for ratio in ratios.values()}
-    seen = "Seen" if "vanishes" in ways else "Not seen: it explodes" if "explodes" in ways else "Not seen"
+    at = {way: ", ".join(moment for moment, ratio in ratios.items() if passing(ratio) == way) for way in ("vanishes", "explodes")}
+    seen = f"Seen at the {at['vanishes']}" if at["vanishes"] else "Not seen"
+    seen += f"; at the {at['explodes']} it explodes" if at["explodes"] else ""
     lasting = "times as large in the first layer's response as in the last one's"
     return Finding(f"Do gradients vanish in {network}, in spite of its batch norms?", f"{seen}. The loss's gradient is {words} {lasting}.")
 

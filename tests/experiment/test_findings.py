@@ -68,7 +68,12 @@ def test_what_has_not_run_is_not_spoken_of():
 
 @pytest.mark.parametrize(
     ("passed", "expected"),
-    [(1e-5, "Seen. "), (1.0, "Not seen. "), (1e5, "Not seen: it explodes. "), (float("nan"), "Not seen. ")],
+    [
+        (1e-5, "Seen at the start, middle, end. "),
+        (1.0, "Not seen. "),
+        (1e5, "Not seen; at the start, middle, end it explodes. "),
+        (float("nan"), "Not seen. "),
+    ],
 )
 def test_gradients_that_vanish_are_told_from_those_that_do_not(passed, expected):
     answers = seen({name: [5.0] for name in Plan(SETTINGS).networks}, passed=passed)
