@@ -81,8 +81,8 @@ def test_a_kernel_agrees_with_the_passes_and_a_wrong_one_is_refused(name, device
     module = __import__(f"fused_resnet.kernels.{task.kind}", fromlist=[task.kind])
     right = getattr(module, task.kind)
 
-    def wrong(*args):
-        result = right(*args)
+    def wrong(*args, **options):
+        result = right(*args, **options)
         first, *rest = result if isinstance(result, tuple) else (result,)
         first = first.clone()
         first[0, 0] += first.abs().max()
@@ -139,9 +139,9 @@ def launched(monkeypatch):
     for name in ("fprop", "dgrad", "wgrad"):
         module = __import__(f"fused_resnet.kernels.{name}", fromlist=[name])
 
-        def counted(*args, right=getattr(module, name), name=name):
+        def counted(*args, right=getattr(module, name), name=name, **options):
             calls.append(name)
-            return right(*args)
+            return right(*args, **options)
 
         monkeypatch.setattr(module, name, counted)
     return calls

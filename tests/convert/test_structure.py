@@ -62,7 +62,7 @@ def test_they_are_folded(name, images):
     with torch.no_grad():
         torch.testing.assert_close(folded(images), model(images), rtol=1e-9, atol=1e-9)
     plain = fused_resnet.unfuse(folded)
-    assert all(type(m).__module__.startswith(("torch.nn", "structures")) for m in plain.modules())
+    assert all(type(m).__module__.startswith(("torch.nn", "support.structures")) for m in plain.modules())
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

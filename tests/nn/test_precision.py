@@ -1,6 +1,7 @@
 """Autocast with and without a gradient scaler, parameters of mixed dtypes, TF32, deterministic algorithms."""
 
 import copy
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -168,7 +169,13 @@ def test_tf32_of_convolutions_is_honoured(interface, allowed, tf32_settings, mon
 
     told = []
     for module, name in ((fprop, "fprop"), (dgrad, "dgrad"), (wgrad, "wgrad")):
-        monkeypatch.setattr(module, name, lambda *a, _f=getattr(module, name), _name=name: told.append((_name, a[-1])) or _f(*a))
+        right = getattr(module, name)
+
+        def noted(*args, right=right, name=name, **options):
+            told.append((name, inspect.signature(right).bind(*args, **options).arguments["allow_tf32"]))
+            return right(*args, **options)
+
+        monkeypatch.setattr(module, name, noted)
     if interface == "allow_tf32":
         torch.backends.cudnn.allow_tf32 = allowed
     else:
