@@ -101,6 +101,8 @@ def test_it_learns_and_every_epoch_has_one_line(tmp_path):
     assert lines(tmp_path) == history
     assert [record["epoch"] for record in history] == [1, 2, 3, 4]
     assert [record["step"] for record in history] == [4, 8, 12, 16]
+    for record in history:  # all of an epoch, over the time that they took
+        assert record["images_per_second"] * record["train_seconds"] == pytest.approx(4 * 8)
     assert len(said) == 1 + 4, "a header, and a line an epoch"
     assert all(len(line) == len(said[0]) < 80 for line in said)
     assert set(history[0]) == {
