@@ -81,6 +81,12 @@ def test_an_import_of_a_test_file_is_seen(line, tmp_path):
     assert len([*imported_tests(tmp_path / "test_new.py")]) == 1
 
 
+def test_every_test_file_has_a_name_of_its_own():
+    """pytest imports them by it, seeds follow from it, and so do the steps of bench/gpu_check.sh."""
+    names = [path.name for path in TESTS.rglob("test_*.py")]
+    assert [name for name in names if names.count(name) > 1] == []
+
+
 def test_the_typed_user_uses_every_public_name():
     tree = ast.parse((ROOT / "tests" / "repository" / "typed_user.py").read_text(encoding="utf-8"))
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
