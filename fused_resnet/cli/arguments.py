@@ -191,4 +191,5 @@ def slow_precision(where: torch.device, precision: str) -> str | None:
     # oneDNN's answer, which PyTorch itself asks for; a build without oneDNN has neither.
     if torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")():
         return None
-    return f"This CPU has no instructions for {precision}: expect a small part of the speed of --precision fp32."
+    of_ours = "fused convolutions run in fp32, at its speed"
+    return f"This CPU has no instructions for {precision}: {of_ours}; PyTorch's own modules have a small part of it."

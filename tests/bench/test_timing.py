@@ -65,3 +65,7 @@ def test_an_alarm_that_rings_when_the_call_has_ended_is_a_timeout(monkeypatch):
 
     monkeypatch.setattr(timing, "deadline", late)
     assert timing.attempt(lambda: None, 3) == "timeout: not done in 3 s"
+
+
+def test_a_summary_is_of_medians_and_percentiles():
+    assert timing.summary([5.0, 1.0, 11.0, *range(2, 5), *range(6, 11)]) == timing.Times(6.0, 2.0, 10.0)
