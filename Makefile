@@ -3,6 +3,7 @@
 #   make test-all     every case of every test, as CI runs them
 #   make slow         the tests that are too slow for every day: hours
 #   make fuzz         drawn cases of the operators for MINUTES=10; what fails is kept, and run by make test from then on
+#   make mutants      plant small faults, one at a time, and say which test sees each: half an hour
 #   make bench        the benchmarks: small on a CPU, whole on a GPU
 #   make findings     what other libraries do that one would not guess, run anew from pinned packages: findings/README.md
 #   make lint         the style, and the types that users see
@@ -43,7 +44,7 @@ READY = $(VENV)/installed.stamp
 TEST_READY = $(VENV)/tests.stamp
 endif
 
-.PHONY: help demo test test-all slow fuzz bench lint findings clean
+.PHONY: help demo test test-all slow fuzz mutants bench lint findings clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,3\}//p' Makefile
@@ -65,6 +66,9 @@ slow: $(TEST_READY)
 
 fuzz: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(RUN) tests/fuzz.py --minutes $(MINUTES)
+
+mutants: $(TEST_READY)
+	$(RUN) tests/mutants.py
 
 bench: $(TEST_READY)
 	$(RUN) -m pytest -q bench

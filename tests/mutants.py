@@ -1,0 +1,151 @@
+"""Small faults, planted one at a time, and the test that sees each: `python tests/mutants.py`, which writes the table of docs/reliability.md.
+
+A mutant is a line of the package that is made wrong in a copy of the checkout; the tests that should see it run there until the first fails.
+One that no test sees survives, and the exit code is 1. At the end the tests that failed run unharmed, so that a failure is the mutant's. The
+list is tests/support/mutations.py; tests/instruments/test_mutants.py holds that each still fits the code.
+
+    python tests/mutants.py                       # all: half an hour on two cores (`make mutants`)
+    python tests/mutants.py --only "fsync" "eps"  # those whose name holds one of these words; the page stays as it is
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from support.checkout import ROOT
+from support.mutations import MUTANTS, Mutant
+
+PAGE = ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- made by: python tests/mutants.py -->", "<!-- end -->"
+LIMIT_S = 900  #: of one mutant's tests: one that hangs is seen, too
+
+
+class Outcome(NamedTuple):
+    """What became of a mutant."""
+
+    mutant: Mutant
+    seen_by: str | None  #: the first test that failed; None where none did
+    seconds: float
+
+
+def copied(folder: Path) -> Path:
+    """The files of the checkout that git knows or would take, and the native libraries, in `folder`."""
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    libraries = [path.relative_to(ROOT).as_posix() for path in (ROOT / "fused_resnet").glob("*.so")]
+    for name in [*filter(None, names.split("\0")), *libraries]:
+        if (ROOT / name).is_file():
+            to = folder / name
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to)
+    return folder
+
+
+def build(copy: Path) -> None:
+    """Make the native library for CPUs of a copy; the second time only what has changed. Raises CalledProcessError where it does not compile."""
+    package, into = Path(torch.__file__).parent, copy / "build" / "cpu"
+    include = f"{package / 'include'};{package / 'include/torch/csrc/api/include'}"
+    commands = [["cmake", "--build", str(into)]]
+    if not into.exists():
+        settings = [f"-DTORCH_INCLUDE_DIRS={include}", f"-DTORCH_LIBRARY_DIR={package / 'lib'}"]
+        commands.insert(0, ["cmake", "-S", str(copy / "csrc" / "cpu"), "-B", str(into), "-G", "Ninja", *settings])
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # of cmake and ninja, which pip installs
+    for command in commands:
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PATH": path})
+    library = "libfused_resnet_cpu.so"
+    shutil.copy2(into / library, copy / "fused_resnet" / library)
+
+
+def first_failure(copy: Path, tests: list[str]) -> str | None:
+    """The first of the tests that fails in a copy; None where none does. Raises RuntimeError where they can't be run at all."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--quick", "-p", "no:cacheprovider", "--tb=no", "-rfE", *tests]
+    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return f"{' '.join(tests)} (not done in {LIMIT_S} s)"
+    if done.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or found is None:
+        raise RuntimeError(f"{' '.join(tests)} could not be run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return found[1]
+
+
+@contextmanager
+def planted(copy: Path, mutant: Mutant) -> Iterator[None]:
+    """The copy with the mutant in it; without it afterwards."""
+    path = copy / mutant.path
+    text = path.read_text(encoding="utf-8")
+    path.write_text(mutant.applied(text), encoding="utf-8")
+    try:
+        if mutant.is_native:
+            build(copy)
+        yield
+    finally:
+        path.write_text(text, encoding="utf-8")
+
+
+def run(mutants: list[Mutant]) -> Iterator[Outcome]:
+    """Each mutant's outcome. Raises RuntimeError where a test that saw one fails without it, too."""
+    with tempfile.TemporaryDirectory() as name:
+        copy, saw = copied(Path(name)), {}
+        for mutant in mutants:  # before the first of them takes its time
+            mutant.applied((copy / mutant.path).read_text(encoding="utf-8"))
+        # Those of the library last: it stays a mutant's until the next is built.
+        for mutant in sorted(mutants, key=lambda mutant: mutant.is_native):
+            start = time.perf_counter()
+            with planted(copy, mutant):
+                seen_by = first_failure(copy, shlex.split(mutant.tests))
+            saw |= {seen_by: mutant} if seen_by else {}
+            yield Outcome(mutant, seen_by, time.perf_counter() - start)
+        if any(mutant.is_native for mutant in mutants):
+            build(copy)
+        if saw and (failed := first_failure(copy, list(saw))):
+            raise RuntimeError(f"{failed} fails without a mutant")
+
+
+def section(outcomes: list[Outcome]) -> str:
+    """The page's table."""
+    seen = sum(outcome.seen_by is not None for outcome in outcomes)
+    lines = [BEGIN, f"{len(outcomes)} mutants, {seen} seen.", "", "| mutant | file | first test that fails |", "|---|---|---|"]
+    for mutant, seen_by, _ in outcomes:
+        lines.append(f"| {mutant.name} | `{mutant.path}` | " + (f"`{seen_by}` |".replace("tests/", "") if seen_by else "**none** |"))
+    return "\n".join([*lines, END])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORDS", help="mutants whose name holds one of these")
+    args = parser.parse_args()
+    mutants = [mutant for mutant in MUTANTS if not args.only or any(words in mutant.name for words in args.only)]
+    if not mutants:
+        parser.error(f"argument --only: expected a part of a mutant's name, such as {MUTANTS[0].name!r}; got {args.only}")
+    outcomes = []
+    for outcome in run(mutants):
+        outcomes.append(outcome)
+        print(f"{outcome.seconds:4.0f} s  {outcome.mutant.name}: {outcome.seen_by or 'SURVIVED'}", flush=True)
+    if not args.only:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        PAGE.write_text(
+            before + section(sorted(outcomes, key=lambda o: MUTANTS.index(o.mutant))) + rest.partition(END)[2], encoding="utf-8"
+        )
+    survivors = [outcome.mutant.name for outcome in outcomes if outcome.seen_by is None]
+    print(f"{len(outcomes)} mutants, {len(survivors)} survived" + "".join(f"\n  {name}" for name in survivors))
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
