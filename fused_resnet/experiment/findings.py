@@ -169,7 +169,9 @@ def _responses(found: Ended) -> Finding:
     words = _verdict(plain, deep, "Seen", "Not seen on this data")
     told = ", ".join(f"{network} {size.told('.3f')}" for network, size in sizes.items())
     if shallow := sizes.get(f"resnet{depths[0]}"):
-        deeper = "smaller" if shallow.beyond(deep) else "not smaller"
-        told += f"; the deeper residual network's are {deeper} than the shallower one's"
+        deeper = "smaller than" if shallow.beyond(deep) else "not smaller than"
+        if _lonely(shallow, deep):  # a mean over layers of one seed differs from any other
+            deeper = "by one seed not told from"
+        told += f"; the deeper residual network's are {deeper} the shallower one's"
     question = "Are responses of residual networks smaller than those of plain ones, and the deeper the smaller?"
     return Finding(question, f"{words}: means over layers of the standard deviation at the end, {told}.")

@@ -80,6 +80,12 @@ def test_gradients_that_vanish_are_told_from_those_that_do_not(passed, expected)
     assert answers["Do gradients vanish in plain56, in spite of its batch norms?"].startswith(expected)
 
 
+def test_one_seed_does_not_tell_the_deeper_residual_networks_responses():
+    question = "Are responses of residual networks smaller than those of plain ones, and the deeper the smaller?"
+    for seeds, expected in ((1, "by one seed not told from the shallower"), (2, "not smaller than the shallower")):
+        assert expected in seen({name: [5.0] * seeds for name in Plan(SETTINGS).networks})[question]
+
+
 def test_a_spread_tells_its_range():
     assert Spread((1.0, 2.0, 6.0)).told(".1f", "%") == "3.0% (1.0% to 6.0%, 3 seeds)"
     assert Spread((3.0, 4.0)).beyond(Spread((1.0, 2.0))) and not Spread((2.0, 4.0)).beyond(Spread((1.0, 2.0)))
