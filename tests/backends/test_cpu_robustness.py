@@ -5,12 +5,15 @@ Each by the backend `passes_cpu`; what it computes is other tests' business.
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from support.checkout import ROOT, TESTS
 from support.small import SIZE, network
 from torch.utils.data import DataLoader, Dataset
 
@@ -184,29 +187,32 @@ def test_forked_workers_go_on(kind):
         torch.set_num_threads(before)
 
 
+def train_forked() -> None:
+    """Forked behind the first step, with one thread and the parent's state, a child makes the parent's second step."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    training = Training(torch.bfloat16)
+    training.step()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.write(writer, training.step().hex().encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        answer = file.read()
+    assert os.waitpid(child, 0)[1] == 0
+    assert float.fromhex(answer) == training.step()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_forked_process_trains_with_the_same_bits():
-    """Forked behind the first step, with one thread and the parent's state; it answers by its exit status."""
-    torch.manual_seed(0)
-    training = Training(torch.bfloat16)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        training.step()
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                loss = training.step()
-                os.write(writer, loss.hex().encode())
-                status = 0
-            finally:
-                os._exit(status)
-        os.close(writer)
-        with os.fdopen(reader) as file:
-            answer = file.read()
-        assert os.waitpid(child, 0)[1] == 0
-        assert float.fromhex(answer) == training.step()
-    finally:
-        torch.set_num_threads(before)
+    """In a process of its own: PyTorch refuses a backward in a fork of one in which autograd has had threads, as other tests let it."""
+    paths = os.pathsep.join(map(str, (Path(__file__).parent, TESTS, ROOT)))
+    command = [sys.executable, "-c", "import test_cpu_robustness; test_cpu_robustness.train_forked()"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
