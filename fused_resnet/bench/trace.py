@@ -6,7 +6,9 @@ fewer kernels of them.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -248,7 +250,7 @@ def trace(make: Callable[[], nn.Module], shape: Sequence[int], dtype: torch.dtyp
     as it is.
     """
     before = torch.get_default_dtype()
-    with FakeTensorMode(), backend("off"):
+    with FakeTensorMode(), backend("off"), _unlogged():
         try:
             torch.set_default_dtype(dtype)
             model = _faked(make(), dtype).train()
@@ -266,6 +268,17 @@ def trace(make: Callable[[], nn.Module], shape: Sequence[int], dtype: torch.dtyp
             loss.backward()
     found = recorder.shapes, recorder.sizes, recorder.fixed, recorder.masks, recorder.covered, recorder.taps
     return Trace(recorder.ops, shape[0], dtype.itemsize, units.parameters(), *found)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """From 2.14 on PyTorch logs what fails on fake tensors, with a traceback, beside raising the error that the caller tells."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _faked(module: nn.Module, dtype: torch.dtype) -> nn.Module:
