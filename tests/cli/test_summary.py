@@ -54,7 +54,7 @@ def test_the_papers_table_stands_beside_the_counts(capsys):
 
 def test_what_no_count_rounds_to_is_named(capsys):
     assert main(["summary", "resnet50"]) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())  # however wide the lines are
     assert "25,557,032 parameters; an image 4.089 billion multiply-adds, 8.178 billion FLOPs" in out
     assert "Each figure of the paper is one of these counts, rounded, but resnet50's 3.8 (by the paper's strides 3.86)." in out
 
