@@ -118,13 +118,13 @@ def conv_affine_act(
     key = x.shape, x.dtype, tuple(stride), tuple(padding), tuple(dilation), groups
     task = *key, weight.shape, residual is None, relu, in_place
     dtype = computing_dtype(x.dtype)
-    read, added = x.to(dtype), None if residual is None else residual.to(dtype)
-    packed = None if task in _REFUSED else derived(weight, key, lambda: _packed(read, weight.to(dtype), geometry))
+    packed = None if task in _REFUSED else derived(weight, key, lambda: _packed(x, weight.to(dtype), geometry))
     shift = derived(bias, dtype, lambda: _added(bias, dtype))
     if packed is None or shift is False:
         return None
     shift = bias if shift is True else shift
     after = "relu" if relu else None
+    read, added = x.to(dtype), None if residual is None else residual.to(dtype)
     try:
         if added is None:
             act = _OPERATORS._convolution_pointwise(read, packed, shift, padding, stride, dilation, groups, after or "none", [], None)

@@ -50,37 +50,37 @@ class PassesTriton(Passes):
 
         return merge_moments(*args)
 
-    def norm_add_act(self, *args, **kwargs):
+    def norm_add_act(self, source, relu, save_mask):
         from ..kernels.norm_add_act import norm_add_act
 
-        return norm_add_act(*args, **kwargs)
+        return norm_add_act(source, relu, save_mask)
 
-    def norm_backward_reduce(self, *args, **kwargs):
+    def norm_backward_reduce(self, d, dact, source, mask, relu):
         from ..kernels.norm_backward import norm_backward_reduce
 
-        return norm_backward_reduce(*args, **kwargs)
+        return norm_backward_reduce(d, dact, source, mask, relu)
 
     def norm_backward_apply(self, *args):
         from ..kernels.norm_backward import norm_backward_apply
 
         return norm_backward_apply(*args)
 
-    def norm_act_max_pool(self, *args):
+    def norm_act_max_pool(self, source, kernel_size, stride, padding):
         from ..kernels.max_pool import norm_act_max_pool
 
-        return norm_act_max_pool(*args)
+        return norm_act_max_pool(source, kernel_size, stride, padding)
 
-    def norm_act_max_pool_backward(self, *args):
+    def norm_act_max_pool_backward(self, dout, index, source, kernel_size, stride, padding):
         from ..kernels.max_pool import norm_act_max_pool_backward
 
-        return norm_act_max_pool_backward(*args)
+        return norm_act_max_pool_backward(dout, index, source, kernel_size, stride, padding)
 
-    def norm_add_act_avg_pool(self, *args):
+    def norm_add_act_avg_pool(self, source):
         from ..kernels.avg_pool import norm_add_act_avg_pool
 
-        return norm_add_act_avg_pool(*args)
+        return norm_add_act_avg_pool(source)
 
-    def norm_add_act_avg_pool_backward(self, *args):
+    def norm_add_act_avg_pool_backward(self, dout, source, mask):
         from ..kernels.avg_pool import norm_add_act_avg_pool_backward
 
-        return norm_add_act_avg_pool_backward(*args)
+        return norm_add_act_avg_pool_backward(dout, source, mask)
