@@ -4,6 +4,7 @@ A FLOP is one addition or one multiplication, so a multiply-add counts two. Byte
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -62,22 +63,22 @@ class ConvProblem:
                 f"padding {self.padding} and dilation {self.dilation}"
             )
 
-    @property
+    @cached_property
     def pointwise(self) -> bool:
         """Whether output pixels are input pixels, so that each is read once: 1x1, stride 1, no padding."""
         return self.reads_pixels and self.stride == (1, 1)
 
-    @property
+    @cached_property
     def reads_pixels(self) -> bool:
         """Whether each output pixel is made of one input pixel: 1x1 without padding."""
         return self.r * self.s == 1 and self.padding == (0, 0)
 
-    @property
+    @cached_property
     def p(self) -> int:
         """Height of the output."""
         return output_size(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0])
 
-    @property
+    @cached_property
     def q(self) -> int:
         """Width of the output."""
         return output_size(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1])

@@ -5,6 +5,7 @@ in the accumulate dtype, which is float64 for float64 tensors and float32 for al
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -26,10 +27,15 @@ def values_per_channel(t: Tensor) -> int:
 
 
 def problem_of(x: Tensor, weight: Tensor, geometry: "ConvGeometry") -> ConvProblem:
-    """The convolution of x by `weight` in numbers."""
-    (n, c, h, w), (k, _, r, s) = x.shape, weight.shape
+    """The convolution of x by `weight` in numbers: the same object for the same shapes."""
     stride, padding, dilation, groups = geometry
-    return ConvProblem(n, c, h, w, k, r, s, tuple(stride), tuple(padding), tuple(dilation), groups)
+    return _problem(x.shape, weight.shape, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+@lru_cache(4096)  # asked several times a convolution, and what is asked is checked
+def _problem(x: torch.Size, weight: torch.Size, stride: tuple, padding: tuple, dilation: tuple, groups: int) -> ConvProblem:
+    (n, c, h, w), (k, _, r, s) = x, weight
+    return ConvProblem(n, c, h, w, k, r, s, stride, padding, dilation, groups)
 
 
 def nhwc(t: Tensor) -> Tensor:

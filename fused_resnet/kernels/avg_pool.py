@@ -1,5 +1,7 @@
 """norm + residual + ReLU + global average pool: the tail of a ResNet. Its backward is that of `norm_add_act`, from [N, C, 1, 1]."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -8,7 +10,7 @@ from torch import Tensor
 from ..values import Source
 from . import tiling
 from .elements import pack_bits, passes_gradient, preactivation, relu, vector
-from .launch import launch, packed_mask
+from .launch import SHAPES, PreparedLaunch, packed_mask
 from .norm_backward import norm_backward_reduce
 
 
@@ -68,18 +70,24 @@ def norm_add_act_avg_pool_kernel(
     tl.store(out_ptr + image * C + channels, mean.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@lru_cache(SHAPES)
+def _prepared(images: int, channels: int, pixels: int, itemsize: int) -> PreparedLaunch:
+    tile = tiling.per_image(pixels, channels, itemsize)
+    return PreparedLaunch(
+        norm_add_act_avg_pool_kernel, images * tile.channel_programs, tile.warps,
+        pixels=pixels, C=channels, BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
+    )  # fmt: skip
+
+
 def norm_add_act_avg_pool(source: Source) -> tuple[Tensor, Tensor | None]:
     """`Reference.norm_add_act_avg_pool` in one kernel."""
     x = source.x
     n, channels, height, width = x.shape
     out = torch.empty((n, channels, 1, 1), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     mask = None if source.residual is None else packed_mask(x)
-    tile = tiling.per_image(height * width, channels, x.element_size())
-    launch(
-        norm_add_act_avg_pool_kernel, n * tile.channel_programs, x.device, tile.warps,
-        x_ptr=x, scale_ptr=source.scale, bias_ptr=source.bias, residual_ptr=source.residual, residual_scale_ptr=source.residual_scale,
-        residual_bias_ptr=source.residual_bias, out_ptr=out, mask_ptr=mask, pixels=height * width, C=channels,
-        BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
+    _prepared(n, channels, height * width, x.element_size())(
+        x.device, x_ptr=x, scale_ptr=source.scale, bias_ptr=source.bias, residual_ptr=source.residual,
+        residual_scale_ptr=source.residual_scale, residual_bias_ptr=source.residual_bias, out_ptr=out, mask_ptr=mask,
     )  # fmt: skip
     return out, mask
 

@@ -1,5 +1,7 @@
 """Statistics of a raw convolution output, and the affine map that normalises it."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from . import tiling
 from .elements import vector
-from .launch import launch, matrix_shape, multiprocessors
+from .launch import SHAPES, PreparedLaunch, matrix_shape, multiprocessors
 
 
 @triton.jit
@@ -143,6 +145,22 @@ def merge_moments_kernel(
         tl.store(bias_ptr + channels, bias, mask=inside)
 
 
+#: What merging gives: all, of a norm that is to be applied; else what is merged again.
+MOMENTS, COEFFICIENTS = ("mean", "m2"), ("mean", "invstd", "var", "scale", "bias")
+
+
+@lru_cache(SHAPES)
+def _prepared_merge(partials: int, channels: int, rows: int, rows_per_partial: int, eps: float) -> tuple[PreparedLaunch, int]:
+    """The launch, and how many results of each channel it makes."""
+    merge = tiling.finalisation(partials, channels)
+    launch = PreparedLaunch(
+        merge_moments_kernel, merge.programs, merge.warps,
+        partials=partials, rows=rows, rows_per_partial=rows_per_partial, C=channels, eps=eps, STEPS=merge.steps,
+        BLOCK_M=merge.block_rows, BLOCK_C=merge.block_channels,
+    )  # fmt: skip
+    return launch, merge.row_programs
+
+
 def _merge(
     means: Tensor,
     m2s: Tensor,
@@ -155,34 +173,38 @@ def _merge(
 ) -> tuple[Tensor, ...]:
     """(mean, M2), or with `eps` (mean, invstd, var, scale, bias), of partial results [partials, C]."""
     partials, channels = means.shape
-    merge = tiling.finalisation(partials, channels)
-    groups = merge.row_programs
-    last = groups == 1
-    names = ("mean", "m2") if eps is None or not last else ("mean", "invstd", "var", "scale", "bias")
+    launch, groups = _prepared_merge(partials, channels, rows, rows_per_partial, eps or 0.0)
+    device, last = means.device, groups == 1
     shape = channels if last else (groups, channels)
-    results = {name: torch.empty(shape, dtype=torch.float32, device=means.device) for name in names}
-    count = None if last else torch.empty(groups, dtype=torch.int64, device=means.device)
-    launch(
-        merge_moments_kernel, merge.programs, means.device, merge.warps,
-        partial_mean_ptr=means, partial_m2_ptr=m2s, counts_ptr=counts, gamma_ptr=gamma if last else None, beta_ptr=beta if last else None,
-        count_ptr=count, **{f"{name}_ptr": results.get(name) for name in ("mean", "m2", "invstd", "var", "scale", "bias")},
-        partials=partials, rows=rows, rows_per_partial=rows_per_partial, C=channels, eps=eps or 0.0, STEPS=merge.steps,
-        BLOCK_M=merge.block_rows, BLOCK_C=merge.block_channels,
+    names = MOMENTS if eps is None or not last else COEFFICIENTS
+    results = {f"{name}_ptr": torch.empty(shape, dtype=torch.float32, device=device) for name in names}
+    if last:
+        launch(device, partial_mean_ptr=means, partial_m2_ptr=m2s, counts_ptr=counts, gamma_ptr=gamma, beta_ptr=beta, **results)
+        return tuple(results.values())
+    count = torch.empty(groups, dtype=torch.int64, device=device)
+    launch(device, partial_mean_ptr=means, partial_m2_ptr=m2s, counts_ptr=counts, count_ptr=count, **results)
+    return _merge(*results.values(), count, gamma=gamma, beta=beta, eps=eps)
+
+
+@lru_cache(SHAPES)
+def _prepared_partial(rows: int, channels: int, itemsize: int, multiprocessors: int) -> tuple[PreparedLaunch, int, int]:
+    """The launch, how many partial results it makes, and of how many rows each."""
+    tile = tiling.reduction(rows, channels, itemsize, multiprocessors, loads=2)
+    launch = PreparedLaunch(
+        batch_stats_partial_kernel, tile.programs, tile.warps,
+        rows=rows, C=channels, STEPS=tile.steps, BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
     )  # fmt: skip
-    return tuple(results.values()) if last else _merge(results["mean"], results["m2"], count, gamma=gamma, beta=beta, eps=eps)
+    return launch, tile.row_programs, tile.rows_per_program
 
 
 def _reduce(y: Tensor, **coefficients: Tensor | float | None) -> tuple[Tensor, ...]:
     """The partial results of y, merged."""
     rows, channels = matrix_shape(y)
-    tile = tiling.reduction(rows, channels, y.element_size(), multiprocessors(y.device), loads=2)
-    partial = torch.empty((2, tile.row_programs, channels), dtype=torch.float32, device=y.device)
-    launch(
-        batch_stats_partial_kernel, tile.programs, y.device, tile.warps,
-        y_ptr=y, mean_ptr=partial[0], m2_ptr=partial[1], rows=rows, C=channels, STEPS=tile.steps,
-        BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
-    )  # fmt: skip
-    return _merge(partial[0], partial[1], rows=rows, rows_per_partial=tile.rows_per_program, **coefficients)
+    launch, partials, rows_per_partial = _prepared_partial(rows, channels, y.element_size(), multiprocessors(y.device))
+    means = torch.empty((partials, channels), dtype=torch.float32, device=y.device)
+    m2s = torch.empty_like(means)
+    launch(y.device, y_ptr=y, mean_ptr=means, m2_ptr=m2s)
+    return _merge(means, m2s, rows=rows, rows_per_partial=rows_per_partial, **coefficients)
 
 
 def batch_stats(y: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, ...]:

@@ -1,5 +1,6 @@
 """Gradient of a convolution's input: batch norm's backward on load, and what the input's own norm needs before it leaves."""
 
+from functools import lru_cache
 from math import gcd
 
 import torch
@@ -7,12 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import ceil_div
+from ..problem import ConvProblem, ceil_div
 from ..tuning import Configuration
 from ..values import ConvOutput, Source, problem_of
 from .elements import batch_norm_backward, passes_gradient, unpack_bits, vector
 from .implicit_gemm import pixel, tile
-from .launch import launch
+from .launch import SHAPES, PreparedLaunch
 from .norm_backward import PartialSums
 
 
@@ -214,6 +215,46 @@ def conv_dgrad_norm_backward_kernel(
             tl.store(residual_s2_ptr + part_at, tl.sum(tl.where(valid, dz * xhat, 0.0), axis=0), mask=channels < C)
 
 
+@lru_cache(SHAPES)
+def _prepared(
+    problem: ConvProblem, weight_stride: tuple[int, ...], configuration: Configuration, compact_stride: int, allow_tf32: bool
+) -> tuple[PreparedLaunch, int]:
+    """The launch, and its M tiles, of each of which there are partial sums. Raises ValueError for what the kernel can't take."""
+    (n, c, h, w), (k, r, s), (p, q) = (
+        (problem.n, problem.c, problem.h, problem.w),
+        (problem.k, problem.r, problem.s),
+        (problem.p, problem.q),
+    )
+    (stride_h, stride_w), padding, dilation = problem.stride, problem.padding, problem.dilation
+    if problem.groups != 1:
+        raise ValueError(f"output.geometry: expected groups = 1; got {problem.groups}")
+    if configuration.splits != 1:
+        raise ValueError(f"configuration: expected splits = 1, since the mask is of whole sums; got {configuration.splits}")
+    # A tile's pixels lie in a few images; those of a group with the fewest pixels in the most.
+    images = min(n, configuration.block_m // max(1, h // stride_h * (w // stride_w)) + 2)
+    spanned = 0 if problem.pointwise else images * max(h * w * c, p * q * k)
+    if max(spanned, n * h * w + configuration.block_m, n * p * q) >= 2**31:
+        raise ValueError(f"source: expected fewer than 2**31 elements in the images of a tile, and pixels; got {spanned} and {n * h * w}")
+    rows = n * ceil_div(h, stride_h) * ceil_div(w, stride_w)  # of the largest group of pixels
+    parts = stride_h * stride_w * ceil_div(rows, configuration.block_m)
+    weight_k, weight_c, weight_r, weight_s = weight_stride
+    # What divides pixels; of a projection's grid the image's extents alone.
+    known = {"H": h, "W": w} if not problem.pointwise or compact_stride > 1 else {}
+    known |= {} if problem.pointwise else {"P": p, "Q": q, "K_STEPS": ceil_div(k, configuration.block_k)}
+    extents = dict.fromkeys(("H", "W", "P", "Q", "K_STEPS"), 0) | known
+    launch = PreparedLaunch(
+        conv_dgrad_norm_backward_kernel, parts * ceil_div(c, configuration.block_n), configuration.warps, configuration.stages,
+        pixels=n * h * w, inverse_outputs=1 / (n * p * q), C=c, K=k, weight_k=weight_k, weight_c=weight_c, weight_r=weight_r,
+        weight_s=weight_s, N=1 if problem.pointwise else n, **extents, WHOLE_STEPS=k % configuration.block_k == 0,
+        R=r, S=s, STRIDE_H=stride_h, STRIDE_W=stride_w, PADDING_H=padding[0], PADDING_W=padding[1],
+        DILATION_H=dilation[0], DILATION_W=dilation[1], NEXT_R=stride_h // gcd(stride_h, dilation[0]),
+        NEXT_S=stride_w // gcd(stride_w, dilation[1]), COMPACT=compact_stride or 1,
+        PRECISION="tf32" if allow_tf32 else "ieee",
+        BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
+    )  # fmt: skip
+    return launch, parts
+
+
 def dgrad(
     output: ConvOutput,
     source: Source,
@@ -240,56 +281,32 @@ def dgrad(
     unless the convolution is 1x1 with stride 1 and no padding (others read each pixel of dy again and again), and for sizes that 32 bits
     can't count within a tile.
     """
-    (n, c, h, w), (k, _, r, s) = source.x.shape, output.weight.shape
-    (stride_h, stride_w), padding, dilation, groups = output.geometry
-    pointwise = problem_of(source.x, output.weight, output.geometry).pointwise
-    if groups != 1:
-        raise ValueError(f"output.geometry: expected groups = 1; got {groups}")
-    if configuration.splits != 1:
-        raise ValueError(f"configuration: expected splits = 1, since the mask is of whole sums; got {configuration.splits}")
-    if apply_norm and not pointwise:
+    x, dz, weight = source.x, output.dz, output.weight
+    problem = problem_of(x, weight, output.geometry)
+    launch, parts = _prepared(problem, weight.stride(), configuration, compact_stride, allow_tf32)
+    if apply_norm and not problem.pointwise:
         raise ValueError(
-            f"apply_norm: expected False, unless the convolution is 1x1 with stride 1 and no padding; got {r}x{s}, {output.geometry}"
+            f"apply_norm: expected False, unless the convolution is 1x1 with stride 1 and no padding; got {problem.r}x{problem.s}, "
+            f"{output.geometry}"
         )
     if write_dy and not apply_norm:
         raise ValueError("write_dy: expected False where apply_norm is, since dy is there")
-    p, q = output.dz.shape[2:]
-    # A tile's pixels lie in a few images; those of a group with the fewest pixels in the most.
-    images = min(n, configuration.block_m // max(1, h // stride_h * (w // stride_w)) + 2)
-    spanned = 0 if pointwise else images * max(h * w * c, p * q * k)
-    if max(spanned, n * h * w + configuration.block_m, n * p * q) >= 2**31:
-        raise ValueError(f"source: expected fewer than 2**31 elements in the images of a tile, and pixels; got {spanned} and {n * h * w}")
-    groups_of_pixels = stride_h * stride_w
-    rows = n * ceil_div(h, stride_h) * ceil_div(w, stride_w)  # of the largest group
-    parts = groups_of_pixels * ceil_div(rows, configuration.block_m)
-    dx = torch.empty((n, c, h, w), dtype=output.dz.dtype, device=output.dz.device, memory_format=torch.channels_last)
-    dy = torch.empty_like(output.dz, memory_format=torch.channels_last) if write_dy else None
+    dx = torch.empty(x.shape, dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last)
+    dy = torch.empty_like(dz, memory_format=torch.channels_last) if write_dy else None
+    tensors = {"dz_ptr": dz, "weight_ptr": weight, "dact_ptr": dact, "compact_ptr": compact, "dx_ptr": dx, "dy_ptr": dy}
+    if apply_norm:
+        tensors |= {"y_ptr": output.y, "y_invstd_ptr": output.invstd, "gamma_ptr": output.gamma}
+        if output.training:
+            tensors |= {"y_mean_ptr": output.mean, "s1_ptr": output.s1, "s2_ptr": output.s2}
+    if not source.pending:
+        launch(dx.device, **tensors)
+        return dx, None, None, None, dy
     raw = source.residual_mean is not None
-    sums = PartialSums(parts, c, dx.device, raw) if source.pending else None
-    pointers = sums.pointers() if sums else {"s1_ptr": None, "s2_ptr": None, "residual_s2_ptr": None}
-    weight_k, weight_c, weight_r, weight_s = output.weight.stride()
-    normed = apply_norm and output.training
-    # What divides pixels; of a projection's grid the image's extents alone.
-    known = {"H": h, "W": w} if not pointwise or compact_stride > 1 else {}
-    known |= {} if pointwise else {"P": p, "Q": q, "K_STEPS": ceil_div(k, configuration.block_k)}
-    extents = dict.fromkeys(("H", "W", "P", "Q", "K_STEPS"), 0) | known
+    sums = PartialSums(parts, x.shape[1], dx.device, raw)
     launch(
-        conv_dgrad_norm_backward_kernel, parts * ceil_div(c, configuration.block_n), dx.device, configuration.warps,
-        configuration.stages,
-        dz_ptr=output.dz, y_ptr=output.y if apply_norm else None, y_mean_ptr=output.mean if normed else None,
-        y_invstd_ptr=output.invstd if apply_norm else None, gamma_ptr=output.gamma if apply_norm else None,
-        s1_ptr=output.s1 if normed else None, s2_ptr=output.s2 if normed else None, dy_ptr=dy, weight_ptr=output.weight,
-        dact_ptr=dact, compact_ptr=compact, x_ptr=source.x if source.pending else None, mean_ptr=source.mean,
-        invstd_ptr=source.invstd, scale_ptr=source.scale if mask is None else None,
+        dx.device, **tensors, x_ptr=x, mean_ptr=source.mean, invstd_ptr=source.invstd, scale_ptr=source.scale if mask is None else None,
         bias_ptr=source.bias if mask is None else None, mask_ptr=mask, residual_ptr=source.residual if raw else None,
-        residual_mean_ptr=source.residual_mean, residual_invstd_ptr=source.residual_invstd, dx_ptr=dx,
-        x_s1_ptr=pointers["s1_ptr"], x_s2_ptr=pointers["s2_ptr"], residual_s2_ptr=pointers["residual_s2_ptr"],
-        pixels=n * h * w, inverse_outputs=1 / (n * p * q), C=c, K=k, weight_k=weight_k, weight_c=weight_c, weight_r=weight_r,
-        weight_s=weight_s, N=1 if pointwise else n, **extents, WHOLE_STEPS=k % configuration.block_k == 0,
-        R=r, S=s, STRIDE_H=stride_h, STRIDE_W=stride_w, PADDING_H=padding[0], PADDING_W=padding[1],
-        DILATION_H=dilation[0], DILATION_W=dilation[1], NEXT_R=stride_h // gcd(stride_h, dilation[0]),
-        NEXT_S=stride_w // gcd(stride_w, dilation[1]), COMPACT=compact_stride or 1,
-        PRECISION="tf32" if allow_tf32 else "ieee",
-        BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
+        residual_mean_ptr=source.residual_mean, residual_invstd_ptr=source.residual_invstd,
+        x_s1_ptr=sums.s1, x_s2_ptr=sums.s2, residual_s2_ptr=sums.residual_s2,
     )  # fmt: skip
-    return dx, *(sums.finalise() if sums else (None, None, None)), dy
+    return dx, *sums.finalise(), dy

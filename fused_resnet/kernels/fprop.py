@@ -4,6 +4,7 @@ In inference its output's own affine map, residual and ReLU instead.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,10 +15,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..problem import ConvProblem, ceil_div
 from ..tuning import Configuration
 from ..tuning.heuristic_fprop import FEW_CHANNELS
-from ..values import ConvGeometry, Source
+from ..values import ConvGeometry, Source, problem_of
 from .elements import pack_bits, passes_gradient, preactivation, relu, vector
 from .implicit_gemm import pixel, tap, tile, tile_moments
-from .launch import launch, packed_mask
+from .launch import SHAPES, PreparedLaunch, packed_mask
 
 
 @triton.jit
@@ -229,24 +230,23 @@ def fprop(
     Raises ValueError for groups, for a split K axis, for an act that is not there or that no program would write whole (only a 1x1
     convolution with stride 1 and no padding reads each value once), and for sizes that 32 bits can't count within a tile.
     """
-    problem = _problem(source.x, weight, geometry, configuration)
-    if write_act and not (source.pending and problem.pointwise):
+    x = source.x
+    prepared = _prepared(problem_of(x, weight, geometry), weight.stride(), configuration, x.dtype, allow_tf32, False)
+    if write_act and not (source.pending and prepared.problem.pointwise):
         raise ValueError(
-            f"write_act: expected False, unless a pending source enters a 1x1 convolution with stride 1 and no padding; got {problem}"
+            f"write_act: expected False, unless a pending source enters a 1x1 convolution with stride 1 and no padding; "
+            f"got {prepared.problem}"
         )
     if save_mask and not write_act:
         raise ValueError("save_mask: expected False where write_act is")
-    act = torch.empty_like(source.x, memory_format=torch.channels_last) if write_act else None
-    mask = packed_mask(source.x) if save_mask else None
-    parts = ceil_div(problem.n * problem.p * problem.q, configuration.block_m)
+    act = torch.empty_like(x, memory_format=torch.channels_last) if write_act else None
+    mask = packed_mask(x) if save_mask else None
     counts = means = m2s = None
     if statistics:
-        counts = torch.empty(parts, dtype=torch.int64, device=source.x.device)
-        means, m2s = torch.empty((2, parts, problem.k), dtype=torch.float32, device=source.x.device)
-    y = _launch(
-        source, weight, problem, configuration, allow_tf32,
-        act_ptr=act, mask_ptr=mask, count_ptr=counts, mean_ptr=means, m2_ptr=m2s,
-    )  # fmt: skip
+        counts = torch.empty(prepared.parts, dtype=torch.int64, device=x.device)
+        means = torch.empty((prepared.parts, weight.shape[0]), dtype=torch.float32, device=x.device)
+        m2s = torch.empty_like(means)
+    y = prepared.run(source, weight, act_ptr=act, mask_ptr=mask, count_ptr=counts, mean_ptr=means, m2_ptr=m2s)
     return y, act, mask, (counts, means, m2s) if statistics else None
 
 
@@ -267,26 +267,13 @@ def fprop_affine_act(
     `scale`, None for one, and `bias` are [K], floating; `residual` [N, K, P, Q] is channels_last, in x's dtype, or None. Raises
     ValueError as `fprop` does.
     """
-    return _launch(
-        Source(x), weight, _problem(x, weight, geometry, configuration), configuration, allow_tf32,
-        out_scale_ptr=scale, out_bias_ptr=bias, out_residual_ptr=residual, OUT_RELU=relu,
-    )  # fmt: skip
+    prepared = _prepared(problem_of(x, weight, geometry), weight.stride(), configuration, x.dtype, allow_tf32, relu)
+    return prepared.run(Source(x), weight, out_scale_ptr=scale, out_bias_ptr=bias, out_residual_ptr=residual)
 
 
-def _problem(x: Tensor, weight: Tensor, geometry: ConvGeometry, configuration: Configuration) -> ConvProblem:
-    """The convolution in numbers, which the kernel can take."""
-    (n, c, h, w), (k, _, r, s) = x.shape, weight.shape
-    stride, padding, dilation, groups = geometry
-    problem = ConvProblem(n, c, h, w, k, r, s, tuple(stride), tuple(padding), tuple(dilation), groups)
-    if groups != 1:
-        raise ValueError(f"geometry: expected groups = 1; got {groups}")
-    if configuration.splits != 1:
-        raise ValueError(f"configuration: expected splits = 1, since an epilogue is of whole sums; got {configuration.splits}")
-    rows = n * problem.p * problem.q
-    spanned = 0 if problem.pointwise else min(n, configuration.block_m // (problem.p * problem.q) + 2) * h * w * c
-    if max(spanned, rows + configuration.block_m) >= 2**31:
-        raise ValueError(f"source: expected fewer than 2**31 elements in the images of a tile, and output pixels; got {spanned} and {rows}")
-    return problem
+def row_of_filter(elements: int, lead: int, aligned: int) -> int:
+    """The length of a filter's row with `lead` zeros before its elements, and as many behind them as make a multiple of `aligned`."""
+    return ceil_div(lead + elements, aligned) * aligned
 
 
 def filter_rows(weight: Tensor, lead: int, aligned: int) -> Tensor:
@@ -295,52 +282,70 @@ def filter_rows(weight: Tensor, lead: int, aligned: int) -> Tensor:
     In a stem's own layout neighbouring filters are 147 elements apart, and each is loaded by itself; so they are copied with one access.
     """
     k, c, r, s = weight.shape
-    rows = weight.new_zeros(1, r, ceil_div(lead + s * c, aligned) * aligned, k)
+    rows = weight.new_zeros(1, r, row_of_filter(s * c, lead, aligned), k)
     rows[:, :, lead : lead + s * c] = weight.permute(2, 3, 1, 0).reshape(1, r, s * c, k)
     return rows
 
 
-#: What a launch has only where it is asked for.
-OPTIONAL = dict.fromkeys(("act_ptr", "mask_ptr", "out_scale_ptr", "out_bias_ptr", "out_residual_ptr", "count_ptr", "mean_ptr", "m2_ptr"))
+class _Prepared(NamedTuple):
+    """A convolution of a shape."""
+
+    problem: ConvProblem
+    parts: int  #: M tiles, of each of which there may be statistics
+    filter_rows: tuple[int, int] | None  #: (lead, aligned) of `filter_rows`, where channels are few
+    launch: PreparedLaunch
+
+    def run(self, source: Source, weight: Tensor, **asked: Tensor | None) -> Tensor:
+        """y, of a launch with the outputs and the epilogue that are asked for."""
+        x, conv = source.x, self.problem
+        y = torch.empty((conv.n, conv.k, conv.p, conv.q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        if self.filter_rows:
+            weight = filter_rows(weight, *self.filter_rows)
+        self.launch(
+            x.device, x_ptr=x, scale_ptr=source.scale, bias_ptr=source.bias, residual_ptr=source.residual,
+            residual_scale_ptr=source.residual_scale, residual_bias_ptr=source.residual_bias, weight_ptr=weight, y_ptr=y,
+            one_ptr=one(x.device), **asked,
+        )  # fmt: skip
+        return y
 
 
-def _launch(
-    source: Source,
-    weight: Tensor,
-    problem: ConvProblem,
-    configuration: Configuration,
-    allow_tf32: bool,
-    OUT_RELU: bool = False,
-    **asked: Tensor | None,
-) -> Tensor:
-    """y, of a launch with the outputs and the epilogue that are asked for."""  # fmt: skip
-    c, w, k, p, q = problem.c, problem.w, problem.k, problem.p, problem.q
-    rows = problem.n * p * q
-    y = torch.empty((problem.n, k, p, q), dtype=source.x.dtype, device=source.x.device, memory_format=torch.channels_last)
+@lru_cache(SHAPES)
+def _prepared(
+    problem: ConvProblem, weight_stride: tuple[int, ...], configuration: Configuration, dtype: torch.dtype, allow_tf32: bool, relu: bool
+) -> _Prepared:
+    """Raises ValueError for what the kernel can't take."""
+    n, c, h, w = problem.n, problem.c, problem.h, problem.w
+    k, r, s, p, q = problem.k, problem.r, problem.s, problem.p, problem.q
     stride, padding, dilation = problem.stride, problem.padding, problem.dilation
-    flat = c if c < FEW_CHANNELS and problem.r * problem.s > 1 and dilation[1] == 1 else 0
+    if problem.groups != 1:
+        raise ValueError(f"geometry: expected groups = 1; got {problem.groups}")
+    if configuration.splits != 1:
+        raise ValueError(f"configuration: expected splits = 1, since an epilogue is of whole sums; got {configuration.splits}")
+    rows = n * p * q
+    spanned = 0 if problem.pointwise else min(n, configuration.block_m // (p * q) + 2) * h * w * c
+    if max(spanned, rows + configuration.block_m) >= 2**31:
+        raise ValueError(f"source: expected fewer than 2**31 elements in the images of a tile, and output pixels; got {spanned} and {rows}")
+    flat = c if c < FEW_CHANNELS and r * s > 1 and dilation[1] == 1 else 0
     # 4 bytes at a time, which a copy that does not wait needs, where a window's step keeps to them and Triton can know it.
-    pairs = flat > 0 and y.element_size() == 2 and w % 16 == 0 and stride[1] * c % 2 == 0
+    pairs = flat > 0 and dtype.itemsize == 2 and w % 16 == 0 and stride[1] * c % 2 == 0
     lead, aligned = padding[1] * c % 2 if pairs else 0, 2 if pairs else 1
+    row = row_of_filter(s * c, lead, aligned)
     if flat:
-        weight = filter_rows(weight, lead, aligned)
-    weight_k, weight_c, weight_r, weight_s = weight.stride()
+        weight_stride = r * row * k, row * k, k, 1  # of `filter_rows`
+    weight_k, weight_c, weight_r, weight_s = weight_stride
     steps = 0 if problem.pointwise else ceil_div(c, configuration.block_k)
-    geometry = dict.fromkeys("HWPQ", 0) if problem.pointwise else {"H": problem.h, "W": w, "P": p, "Q": q}
-    launch(
-        conv_fprop_norm_act_stats_kernel, ceil_div(rows, configuration.block_m) * ceil_div(k, configuration.block_n), y.device,
-        configuration.warps, configuration.stages,
-        x_ptr=source.x, scale_ptr=source.scale, bias_ptr=source.bias, residual_ptr=source.residual,
-        residual_scale_ptr=source.residual_scale, residual_bias_ptr=source.residual_bias, weight_ptr=weight,
-        y_ptr=y, one_ptr=one(y.device), **OPTIONAL | asked,
+    geometry = dict.fromkeys("HWPQ", 0) if problem.pointwise else {"H": h, "W": w, "P": p, "Q": q}
+    parts = ceil_div(rows, configuration.block_m)
+    launch = PreparedLaunch(
+        conv_fprop_norm_act_stats_kernel, parts * ceil_div(k, configuration.block_n), configuration.warps, configuration.stages,
         rows=rows, C=c, K=k, **geometry,
-        weight_k=weight_k, weight_c=weight_c, weight_r=weight_r, weight_s=weight_s, R=problem.r, S=problem.s, STRIDE_H=stride[0],
+        weight_k=weight_k, weight_c=weight_c, weight_r=weight_r, weight_s=weight_s, R=r, S=s, STRIDE_H=stride[0],
         STRIDE_W=stride[1], PADDING_H=padding[0], PADDING_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
         C_STEPS=steps, FLAT_C=flat, LEAD=lead, ALIGNED=aligned,
-        WHOLE_STEPS=c % configuration.block_k == 0, OUT_RELU=OUT_RELU,
+        WHOLE_STEPS=c % configuration.block_k == 0, OUT_RELU=relu,
         # In float32 ptxas keeps more alive without masks: on sm_80 a raw residual's kernel spills.
-        WHOLE_TILES=rows % configuration.block_m == 0 and y.element_size() == 2,
-        PRECISION="ieee" if y.dtype == torch.float32 and not allow_tf32 else "tf32",
+        WHOLE_TILES=rows % configuration.block_m == 0 and dtype.itemsize == 2,
+        PRECISION="ieee" if dtype == torch.float32 and not allow_tf32 else "tf32",
         BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
     )  # fmt: skip
-    return y
+    return _Prepared(problem, parts, (lead, aligned) if flat else None, launch)

@@ -1,14 +1,17 @@
 """norm + ReLU + max pool, and its backward."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..problem import output_size
 from ..values import Source
 from . import tiling
 from .elements import passes_gradient, relu, vector
-from .launch import launch, matrix_shape, multiprocessors
+from .launch import SHAPES, PreparedLaunch, multiprocessors
 from .norm_backward import PartialSums
 
 
@@ -140,21 +143,46 @@ def norm_act_max_pool_backward_kernel(
     tl.store(s2_ptr + sums_at, tl.sum(s2, axis=0), mask=inside)
 
 
+@lru_cache(SHAPES)
+def _prepared_forward(shape: tuple[int, ...], itemsize: int, kernel_size: int, stride: int, padding: int) -> PreparedLaunch:
+    n, channels, height, width = shape
+    p, q = (output_size(extent, kernel_size, stride, padding) for extent in (height, width))
+    tile = tiling.elementwise(n * p * q, channels, itemsize, loads=1)  # of each of nine taps
+    return PreparedLaunch(
+        norm_act_max_pool_kernel, tile.programs, tile.warps,
+        rows=n * p * q, H=height, W=width, P=p, Q=q, C=channels, KERNEL=kernel_size, STRIDE=stride, PADDING=padding,
+        BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
+    )  # fmt: skip
+
+
 def norm_act_max_pool(source: Source, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     """`Reference.norm_act_max_pool` in one kernel."""
     x = source.x
     n, channels, height, width = x.shape
-    p, q = ((extent + 2 * padding - kernel_size) // stride + 1 for extent in (height, width))
+    p, q = (output_size(extent, kernel_size, stride, padding) for extent in (height, width))
     out = torch.empty((n, channels, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     index = torch.empty_like(out, dtype=torch.uint8)
-    tile = tiling.elementwise(n * p * q, channels, x.element_size(), loads=1)  # of each of nine taps
-    launch(
-        norm_act_max_pool_kernel, tile.programs, x.device, tile.warps,
-        x_ptr=x, scale_ptr=source.scale, bias_ptr=source.bias, out_ptr=out, index_ptr=index,
-        rows=n * p * q, H=height, W=width, P=p, Q=q, C=channels, KERNEL=kernel_size, STRIDE=stride, PADDING=padding,
+    _prepared_forward(x.shape, x.element_size(), kernel_size, stride, padding)(
+        x.device, x_ptr=x, scale_ptr=source.scale, bias_ptr=source.bias, out_ptr=out, index_ptr=index
+    )
+    return out, index
+
+
+@lru_cache(SHAPES)
+def _prepared_backward(
+    shape: tuple[int, ...], itemsize: int, window: tuple[int, int, int], multiprocessors: int
+) -> tuple[PreparedLaunch, int]:
+    """The launch, and how many partial sums it makes."""
+    (n, channels, height, width), (kernel_size, stride, padding) = shape, window
+    rows = n * height * width
+    tile = tiling.reduction(rows, channels, itemsize, multiprocessors, loads=1)
+    p, q = (output_size(extent, kernel_size, stride, padding) for extent in (height, width))
+    launch = PreparedLaunch(
+        norm_act_max_pool_backward_kernel, tile.programs, tile.warps,
+        rows=rows, H=height, W=width, P=p, Q=q, C=channels, STEPS=tile.steps, KERNEL=kernel_size, STRIDE=stride, PADDING=padding,
         BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
     )  # fmt: skip
-    return out, index
+    return launch, tile.row_programs
 
 
 def norm_act_max_pool_backward(
@@ -162,16 +190,11 @@ def norm_act_max_pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Reference.norm_act_max_pool_backward` in two kernels."""
     x = source.x
-    _, channels, height, width = x.shape
-    rows, _ = matrix_shape(x)
     dz = torch.empty_like(x, memory_format=torch.channels_last)
-    tile = tiling.reduction(rows, channels, x.element_size(), multiprocessors(x.device), loads=1)
-    sums = PartialSums(tile.row_programs, tile.channels, x.device)
+    launch, partials = _prepared_backward(x.shape, x.element_size(), (kernel_size, stride, padding), multiprocessors(x.device))
+    sums = PartialSums(partials, x.shape[1], x.device)
     launch(
-        norm_act_max_pool_backward_kernel, tile.programs, x.device, tile.warps,
-        dout_ptr=dout, index_ptr=index, x_ptr=x, mean_ptr=source.mean, invstd_ptr=source.invstd, scale_ptr=source.scale,
-        bias_ptr=source.bias, dz_ptr=dz, s1_ptr=sums.partial[0], s2_ptr=sums.partial[1], rows=rows, H=height, W=width,
-        P=dout.shape[2], Q=dout.shape[3], C=channels, STEPS=tile.steps, KERNEL=kernel_size, STRIDE=stride, PADDING=padding,
-        BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
+        x.device, dout_ptr=dout, index_ptr=index, x_ptr=x, mean_ptr=source.mean, invstd_ptr=source.invstd, scale_ptr=source.scale,
+        bias_ptr=source.bias, dz_ptr=dz, s1_ptr=sums.s1, s2_ptr=sums.s2,
     )  # fmt: skip
     return dz, *sums.finalise()[:2]

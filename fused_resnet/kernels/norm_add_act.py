@@ -1,5 +1,7 @@
 """norm + residual + ReLU: the activation, written once."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -8,7 +10,7 @@ from torch import Tensor
 from ..values import Source
 from . import tiling
 from .elements import pack_bits, passes_gradient, preactivation, relu, vector
-from .launch import launch, matrix_shape, packed_mask
+from .launch import SHAPES, PreparedLaunch, matrix_shape, packed_mask
 
 
 @triton.jit
@@ -59,19 +61,24 @@ def norm_add_act_kernel(
         tl.store(mask_ptr + row[:, None] * width + octets[None, :], bits, mask=(row < rows)[:, None] & (octets < width)[None, :])
 
 
+@lru_cache(SHAPES)
+def _prepared(rows: int, channels: int, itemsize: int, relu: bool) -> PreparedLaunch:
+    tile = tiling.elementwise(rows, channels, itemsize)
+    return PreparedLaunch(
+        norm_add_act_kernel, tile.programs, tile.warps,
+        rows=rows, C=channels, RELU=relu, BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
+    )  # fmt: skip
+
+
 def norm_add_act(source: Source, relu: bool, save_mask: bool) -> tuple[Tensor, Tensor | None]:
     """`Reference.norm_add_act` in one kernel."""
     if save_mask and not (relu and source.residual is not None):
         raise ValueError("save_mask: expected False without a ReLU and a residual")
     x = source.x
-    rows, channels = matrix_shape(x)
     act = torch.empty_like(x, memory_format=torch.channels_last)
     mask = packed_mask(x) if save_mask else None
-    tile = tiling.elementwise(rows, channels, x.element_size())
-    launch(
-        norm_add_act_kernel, tile.programs, x.device, tile.warps,
-        x_ptr=x, scale_ptr=source.scale, bias_ptr=source.bias, residual_ptr=source.residual, residual_scale_ptr=source.residual_scale,
-        residual_bias_ptr=source.residual_bias, act_ptr=act, mask_ptr=mask, rows=rows, C=channels, RELU=relu,
-        BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
+    _prepared(*matrix_shape(x), x.element_size(), relu)(
+        x.device, x_ptr=x, scale_ptr=source.scale, bias_ptr=source.bias, residual_ptr=source.residual,
+        residual_scale_ptr=source.residual_scale, residual_bias_ptr=source.residual_bias, act_ptr=act, mask_ptr=mask,
     )  # fmt: skip
     return act, mask

@@ -1,5 +1,7 @@
 """Backward of norm + residual + ReLU: the reduction to (dz, s1, s2), and batch norm's backward."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -8,7 +10,7 @@ from torch import Tensor
 from ..values import Source
 from . import tiling
 from .elements import batch_norm_backward, passes_gradient, unpack_bits, vector
-from .launch import launch, matrix_shape, multiprocessors
+from .launch import SHAPES, PreparedLaunch, matrix_shape, multiprocessors
 
 
 @triton.jit
@@ -170,41 +172,56 @@ def norm_backward_apply_kernel(
     tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=valid)
 
 
+@lru_cache(SHAPES)
+def _prepared_finalise(kinds: int, partials: int, channels: int) -> tuple[PreparedLaunch, int]:
+    """The launch, and how many results of each kind and channel it makes."""
+    merge = tiling.finalisation(partials, channels)
+    groups = merge.row_programs
+    launch = PreparedLaunch(
+        sums_finalise_kernel, kinds * merge.programs, merge.warps,
+        partials=partials, groups=groups, C=channels, STEPS=merge.steps, BLOCK_M=merge.block_rows, BLOCK_C=merge.block_channels,
+    )  # fmt: skip
+    return launch, groups
+
+
 class PartialSums:
-    """The sums of a backward reduction: per program first, then finalised. s1, s2 and, of a raw residual, its s2."""
+    """The sums of a backward reduction: per program first, then finalised. s1, s2 and, of a raw residual, its s2; each [partials, C]."""
 
     def __init__(self, partials: int, channels: int, device: torch.device, raw_residual: bool = False):
         self.device = device
         self.partial = torch.empty((3 if raw_residual else 2, partials, channels), dtype=torch.float32, device=device)
-
-    def pointers(self) -> dict[str, Tensor | None]:
-        """Where a kernel writes its partial sums, each [partials, C]."""
-        return {"s1_ptr": self.partial[0], "s2_ptr": self.partial[1], "residual_s2_ptr": self._third(self.partial)}
+        self.s1, self.s2 = self.partial[0], self.partial[1]
+        self.residual_s2 = self.partial[2] if raw_residual else None
 
     def finalise(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(s1, s2, residual_s2), each [C] float32."""
         partial = self.partial
         kinds, partials, channels = partial.shape
         while True:  # twice, where the partial results are many
-            merge = tiling.finalisation(partials, channels)
-            groups = merge.row_programs
-            last = groups == 1
-            shape = (channels,) if last else (kinds, groups, channels)
-            # The results are tensors of their own, since what an operator hands out may not share memory.
-            found = [torch.empty(shape, dtype=torch.float32, device=self.device) for _ in range(kinds if last else 1)]
-            sums = found if last else found[0]
-            launch(
-                sums_finalise_kernel, kinds * merge.programs, self.device, merge.warps,
-                partial_ptr=partial, s1_ptr=sums[0], s2_ptr=sums[1], residual_s2_ptr=self._third(sums),
-                partials=partials, groups=groups, C=channels, STEPS=merge.steps, BLOCK_M=merge.block_rows, BLOCK_C=merge.block_channels,
-            )  # fmt: skip
-            if last:
-                return sums[0], sums[1], self._third(sums)
+            launch, groups = _prepared_finalise(kinds, partials, channels)
+            if groups == 1:
+                # The results are tensors of their own, since what an operator hands out may not share memory.
+                sums = [torch.empty(channels, dtype=torch.float32, device=self.device) for _ in range(kinds)]
+            else:
+                sums = torch.empty((kinds, groups, channels), dtype=torch.float32, device=self.device)
+            third = sums[2] if kinds == 3 else None
+            launch(self.device, partial_ptr=partial, s1_ptr=sums[0], s2_ptr=sums[1], residual_s2_ptr=third)
+            if groups == 1:
+                return sums[0], sums[1], third
             partial, partials = sums, groups
 
-    @staticmethod
-    def _third(sums):
-        return sums[2] if len(sums) == 3 else None
+
+@lru_cache(SHAPES)
+def _prepared_reduce(matrix: tuple[int, int], itemsize: int, relu: bool, pixels: int, multiprocessors: int) -> tuple[PreparedLaunch, int]:
+    """The launch, and how many partial sums it makes."""
+    rows, channels = matrix
+    tile = tiling.reduction(rows, channels, itemsize, multiprocessors, loads=1)
+    launch = PreparedLaunch(
+        norm_backward_reduce_kernel, tile.programs, tile.warps,
+        rows=rows, pixels=pixels, C=channels, STEPS=tile.steps, RELU=relu, PIXELS=pixels > 0,
+        BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
+    )  # fmt: skip
+    return launch, tile.row_programs
 
 
 def norm_backward_reduce(
@@ -212,30 +229,31 @@ def norm_backward_reduce(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`Reference.norm_backward_reduce` in two kernels; with `pixels` = H·W, d is [N, C, 1, 1], of a global average pool."""
     x = source.x
-    rows, channels = matrix_shape(x)
     dz = torch.empty_like(x, memory_format=torch.channels_last)
     raw = source.residual_mean is not None
-    tile = tiling.reduction(rows, channels, x.element_size(), multiprocessors(x.device), loads=1)
-    sums = PartialSums(tile.row_programs, channels, x.device, raw)
+    launch, partials = _prepared_reduce(matrix_shape(x), x.element_size(), relu, pixels, multiprocessors(x.device))
+    sums = PartialSums(partials, x.shape[1], x.device, raw)
     launch(
-        norm_backward_reduce_kernel, tile.programs, x.device, tile.warps,
-        d_ptr=d, dact_ptr=dact, x_ptr=x, mean_ptr=source.mean, invstd_ptr=source.invstd, scale_ptr=source.scale, bias_ptr=source.bias,
-        residual_ptr=source.residual if raw else None, residual_mean_ptr=source.residual_mean,
-        residual_invstd_ptr=source.residual_invstd,
-        mask_ptr=mask, dz_ptr=dz, **sums.pointers(), rows=rows, pixels=pixels, C=channels, STEPS=tile.steps,
-        RELU=relu, PIXELS=pixels > 0, BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
+        x.device, d_ptr=d, dact_ptr=dact, x_ptr=x, mean_ptr=source.mean, invstd_ptr=source.invstd, scale_ptr=source.scale,
+        bias_ptr=source.bias, residual_ptr=source.residual if raw else None, residual_mean_ptr=source.residual_mean,
+        residual_invstd_ptr=source.residual_invstd, mask_ptr=mask, dz_ptr=dz, s1_ptr=sums.s1, s2_ptr=sums.s2,
+        residual_s2_ptr=sums.residual_s2,
     )  # fmt: skip
     return dz, *sums.finalise()
 
 
+@lru_cache(SHAPES)
+def _prepared_apply(rows: int, channels: int, itemsize: int) -> PreparedLaunch:
+    tile = tiling.elementwise(rows, channels, itemsize)
+    return PreparedLaunch(
+        norm_backward_apply_kernel, tile.programs, tile.warps, rows=rows, C=channels, BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels
+    )
+
+
 def norm_backward_apply(dz: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, s1: Tensor, s2: Tensor) -> Tensor:
     """`Reference.norm_backward_apply` in one kernel."""
-    rows, channels = matrix_shape(y)
     dy = torch.empty_like(y, memory_format=torch.channels_last)
-    tile = tiling.elementwise(rows, channels, y.element_size())
-    launch(
-        norm_backward_apply_kernel, tile.programs, y.device, tile.warps,
-        dz_ptr=dz, y_ptr=y, mean_ptr=mean, invstd_ptr=invstd, gamma_ptr=gamma, s1_ptr=s1, s2_ptr=s2, dy_ptr=dy,
-        rows=rows, C=channels, BLOCK_M=tile.block_rows, BLOCK_C=tile.block_channels,
-    )  # fmt: skip
+    _prepared_apply(*matrix_shape(y), y.element_size())(
+        y.device, dz_ptr=dz, y_ptr=y, mean_ptr=mean, invstd_ptr=invstd, gamma_ptr=gamma, s1_ptr=s1, s2_ptr=s2, dy_ptr=dy
+    )
     return dy

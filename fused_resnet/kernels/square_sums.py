@@ -1,12 +1,14 @@
 """The norm's statistics from Σ y and Σ y², which cuDNN's graphs hand out, without the digits that such sums lose."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .elements import vector
-from .launch import launch, matrix_shape
+from .launch import SHAPES, PreparedLaunch, matrix_shape
 
 #: Σ y² over M2 = Σ (y − mean)², which is 1 + (mean/deviation)², from which on the sums are not trusted. The difference loses as many
 #: digits: sums of float32 whose relative error is 1e-6 give a variance that is right to 6e-5, a quarter of float16's half ulp.
@@ -79,14 +81,18 @@ def moments_of_sums_kernel(
     tl.store(bias_ptr + channels, bias, mask=inside)
 
 
+@lru_cache(SHAPES)
+def _prepared(rows: int, channels: int, eps: float) -> PreparedLaunch:
+    return PreparedLaunch(
+        moments_of_sums_kernel, triton.cdiv(channels, BLOCK_C), 4,
+        rows=rows, C=channels, eps=eps, LIMIT=LIMIT, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C,
+    )  # fmt: skip
+
+
 def moments_of_sums(y: Tensor, total: Tensor, squares: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, ...]:
     """`Reference.batch_stats` of y [N, K, P, Q] from its sums: total = Σ y and squares = Σ y², [K] float32."""
     rows, channels = matrix_shape(y)
     names = ("mean", "invstd", "var", "scale", "bias")
     results = {f"{name}_ptr": torch.empty(channels, dtype=torch.float32, device=y.device) for name in names}
-    launch(
-        moments_of_sums_kernel, triton.cdiv(channels, BLOCK_C), y.device, 4,
-        y_ptr=y, sum_ptr=total, square_sum_ptr=squares, gamma_ptr=gamma, beta_ptr=beta, **results,
-        rows=rows, C=channels, eps=eps, LIMIT=LIMIT, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C,
-    )  # fmt: skip
+    _prepared(rows, channels, eps)(y.device, y_ptr=y, sum_ptr=total, square_sum_ptr=squares, gamma_ptr=gamma, beta_ptr=beta, **results)
     return tuple(results.values())

@@ -1,11 +1,14 @@
 """Gradient of a convolution's weight: the activation made on load, pixels split over programs, partial results added in order."""
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import ceil_div
+from ..problem import ConvProblem, ceil_div
 from ..reference import like_weight
 from ..tuning import Configuration
 from ..tuning.heuristic_fprop import FEW_CHANNELS
@@ -13,7 +16,7 @@ from ..tuning.heuristic_wgrad import m_tiles
 from ..values import ConvGeometry, Source, problem_of
 from .elements import relu, vector
 from .implicit_gemm import pixel, tile
-from .launch import launch
+from .launch import SHAPES, PreparedLaunch
 from .tiling import finalisation_of_splits
 
 
@@ -140,6 +143,52 @@ def wgrad_finalise_kernel(
     tl.store(dw_ptr + at, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=at < elements)
 
 
+class _Prepared(NamedTuple):
+    """The gradient of a weight of a shape."""
+
+    splits: int
+    launch: PreparedLaunch
+    finalise: PreparedLaunch | None  #: adds the splits
+
+
+@lru_cache(SHAPES)
+def _prepared(problem: ConvProblem, dw_stride: tuple[int, ...], configuration: Configuration, allow_tf32: bool) -> _Prepared:
+    """Raises ValueError for what the kernel can't take."""
+    (n, c, h, w), (k, r, s), (p, q) = (
+        (problem.n, problem.c, problem.h, problem.w),
+        (problem.k, problem.r, problem.s),
+        (problem.p, problem.q),
+    )
+    stride, padding, dilation = problem.stride, problem.padding, problem.dilation
+    if problem.groups != 1:
+        raise ValueError(f"geometry: expected groups = 1; got {problem.groups}")
+    rows, elements = n * p * q, problem.weight_elements
+    spanned = 0 if problem.pointwise else min(n, configuration.block_k // (p * q) + 2) * h * w * c
+    if max(spanned, rows + configuration.block_k) >= 2**31:
+        raise ValueError(f"source: expected fewer than 2**31 elements in the images of a step, and output pixels; got {spanned} and {rows}")
+    rows_per_split = ceil_div(ceil_div(rows, configuration.splits), configuration.block_k) * configuration.block_k
+    splits = ceil_div(rows, rows_per_split)  # none of them is empty
+    flat = c if c < FEW_CHANNELS and r * s > 1 else 0
+    out_k, out_c, out_r, out_s = dw_stride
+    extents = dict.fromkeys("HWPQ", 0) if problem.pointwise else {"H": h, "W": w, "P": p, "Q": q}
+    programs = splits * m_tiles(problem, configuration.block_m) * ceil_div(k, configuration.block_n)
+    launch = PreparedLaunch(
+        conv_wgrad_norm_act_kernel, programs, configuration.warps, configuration.stages,
+        rows=rows, rows_per_split=rows_per_split, C=c, K=k, out_split=elements, out_k=out_k, out_c=out_c, out_r=out_r, out_s=out_s,
+        **extents, R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], PADDING_H=padding[0], PADDING_W=padding[1],
+        DILATION_H=dilation[0], DILATION_W=dilation[1], FLAT_C=flat, PRECISION="tf32" if allow_tf32 else "ieee",
+        BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
+    )  # fmt: skip
+    if splits == 1:
+        return _Prepared(splits, launch, None)
+    tile = finalisation_of_splits(splits, elements)
+    finalise = PreparedLaunch(
+        wgrad_finalise_kernel, tile.channel_programs, tile.warps,
+        splits=splits, elements=elements, STEPS=tile.steps, BLOCK_S=tile.block_rows, BLOCK=tile.block_channels,
+    )  # fmt: skip
+    return _Prepared(splits, launch, finalise)
+
+
 def wgrad(source: Source, dy: Tensor, weight: Tensor, geometry: ConvGeometry, configuration: Configuration, allow_tf32: bool) -> Tensor:
     """The gradient of `weight` [K, C, R, S], in its dtype and strides, from dy [N, K, P, Q] and the activation that `source` stands for.
 
@@ -151,35 +200,10 @@ def wgrad(source: Source, dy: Tensor, weight: Tensor, geometry: ConvGeometry, co
     """
     if source.residual is not None:
         raise ValueError("source: expected no residual: its activation exists, and is what wgrad reads")
-    if geometry.groups != 1:
-        raise ValueError(f"geometry: expected groups = 1; got {geometry.groups}")
-    (n, c, h, w), (k, _, r, s), (p, q) = source.x.shape, weight.shape, dy.shape[2:]
-    rows = n * p * q
-    problem = problem_of(source.x, weight, geometry)
-    spanned = 0 if problem.pointwise else min(n, configuration.block_k // (p * q) + 2) * h * w * c
-    if max(spanned, rows + configuration.block_k) >= 2**31:
-        raise ValueError(f"source: expected fewer than 2**31 elements in the images of a step, and output pixels; got {spanned} and {rows}")
-    rows_per_split = ceil_div(ceil_div(rows, configuration.splits), configuration.block_k) * configuration.block_k
-    splits = ceil_div(rows, rows_per_split)  # none of them is empty
     dw = torch.empty_like(weight)  # of the weight's strides if those leave no gaps
+    splits, launch, finalise = _prepared(problem_of(source.x, weight, geometry), dw.stride(), configuration, allow_tf32)
     out = dw if splits == 1 else torch.empty((splits, dw.numel()), dtype=torch.float32, device=dw.device)
-    flat = c if c < FEW_CHANNELS and r * s > 1 else 0
-    out_k, out_c, out_r, out_s = dw.stride()
-    extents = dict.fromkeys("HWPQ", 0) if problem.pointwise else {"H": h, "W": w, "P": p, "Q": q}
-    programs = splits * m_tiles(problem, configuration.block_m) * ceil_div(k, configuration.block_n)
-    launch(
-        conv_wgrad_norm_act_kernel, programs, dy.device, configuration.warps, configuration.stages,
-        x_ptr=source.x, scale_ptr=source.scale, bias_ptr=source.bias, dy_ptr=dy, out_ptr=out, rows=rows,
-        rows_per_split=rows_per_split, C=c, K=k, out_split=dw.numel(), out_k=out_k, out_c=out_c,
-        out_r=out_r, out_s=out_s, **extents, R=r, S=s, STRIDE_H=geometry.stride[0], STRIDE_W=geometry.stride[1],
-        PADDING_H=geometry.padding[0], PADDING_W=geometry.padding[1], DILATION_H=geometry.dilation[0],
-        DILATION_W=geometry.dilation[1], FLAT_C=flat, PRECISION="tf32" if allow_tf32 else "ieee",
-        BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
-    )  # fmt: skip
-    if splits > 1:
-        finalise = finalisation_of_splits(splits, dw.numel())
-        launch(
-            wgrad_finalise_kernel, finalise.channel_programs, dw.device, finalise.warps, partial_ptr=out, dw_ptr=dw, splits=splits,
-            elements=dw.numel(), STEPS=finalise.steps, BLOCK_S=finalise.block_rows, BLOCK=finalise.block_channels,
-        )  # fmt: skip
+    launch(dy.device, x_ptr=source.x, scale_ptr=source.scale, bias_ptr=source.bias, dy_ptr=dy, out_ptr=out)
+    if finalise:
+        finalise(dw.device, partial_ptr=out, dw_ptr=dw)
     return like_weight(dw, weight)

@@ -93,15 +93,18 @@ class FakeDriver(DriverBase):
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         """What starts a kernel."""
-        if self.calls is None:
-            return lambda *call: None
         calls = self.calls
 
         def launch_kernel(x: int, y: int, z: int, stream: int, function: int, packed: tuple[int, ...], *rest: Any) -> None:
-            _, enter, leave, *arguments = rest  # the first: what hooks are told
-            for (name, kind), value in zip(source.signature.items(), arguments, strict=True):
-                check(name, kind, value)
-            calls.append(Call(source.fn.__name__, function, (x, y, z), stream, tuple(packed), tuple(arguments)))
+            told, enter, leave, *arguments = rest
+            if enter is not None:
+                enter(told)
+            if calls is not None:
+                for (name, kind), value in zip(source.signature.items(), arguments, strict=True):
+                    check(name, kind, value)
+                calls.append(Call(source.fn.__name__, function, (x, y, z), stream, tuple(packed), tuple(arguments)))
+            if leave is not None:
+                leave(told)
 
         return launch_kernel
 
