@@ -41,6 +41,23 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         part.unlink(missing_ok=True)
 
 
+def link_file(source: Path, path: Path) -> None:
+    """Gives the file `source` the name `path` as well, at once and whole; where the file system has one name a file, a copy.
+
+    `source` has to be a file that is replaced and never changed.
+    """
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        os.link(source, part)
+    except OSError:
+        replace_file(path, lambda file: file.write(source.read_bytes()))
+        return
+    try:
+        os.replace(part, path)
+    finally:  # two names of one file are not replaced by each other
+        part.unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock file `path` for the time of a `with` block; it is there only meanwhile. Threads exclude each other, too.

@@ -36,7 +36,9 @@ def builder(name: str, num_classes: int | None = None, in_channels: int | None =
     if not colon:
         if name not in models.list_models():
             raise LoadError(f"expected {EXPECTED}; got {name!r}{meant(name, models.list_models())}")
-        return partial(models.get_model, name, **_taken(getattr(models, name), options))
+        taken = _taken(getattr(models, name), options)
+        # All of ours take it; those that are torchvision's too hand it on by **kwargs.
+        return partial(models.get_model, name, **taken | ({} if num_classes is None else {"num_classes": num_classes}))
     if source == "torchvision":
         found, library = _function("torchvision.models", function, lambda library: library.list_models())
         # A builder of torchvision's takes what it hands on by **kwargs.

@@ -11,7 +11,7 @@ import torch
 from .. import backends, fuse, models
 from ..bench.load import OTHERS, LoadError, builder, meant
 from ..bench.trace import Trace, trace
-from ..data import NAMES, SCHEME, DataSet, FolderDataSet
+from ..data import NAMES, SCHEME, DataSet, Description, FolderDataSet
 from ..train import AUTOCAST
 from ..train.checkpoint import one_line
 
@@ -94,6 +94,11 @@ def model_name(text: str) -> str:
     return text if ":" in text else one_of(*models.list_models(), *OTHERS)(text)
 
 
+def names_code(model: str) -> bool:
+    """Whether a network's name is MODULE:FUNCTION: code of the user's."""
+    return ":" in model and model.partition(":")[0] not in ("torchvision", "timm")
+
+
 def data_name(text: str) -> str:
     """The type of an argument: a data set, by its name or as a folder of images."""
     return text if text.startswith(SCHEME) else one_of(*NAMES, f"{SCHEME}PATH")(text)
@@ -131,7 +136,7 @@ def device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_model(name: str, data: DataSet | FolderDataSet) -> torch.nn.Module:
+def build_model(name: str, data: DataSet | FolderDataSet | Description) -> torch.nn.Module:
     """An untrained network for the classes and channels of a data set; another library's, or a user's, is fused.
 
     Raises `UsageError` where there is none of that name, and where it does not make scores of such images.
@@ -146,7 +151,7 @@ def build_model(name: str, data: DataSet | FolderDataSet) -> torch.nn.Module:
     return _checked(fuse(model), name, data) if ":" in name else model
 
 
-def _checked(model: torch.nn.Module, name: str, data: DataSet | FolderDataSet) -> torch.nn.Module:
+def _checked(model: torch.nn.Module, name: str, data: DataSet | FolderDataSet | Description) -> torch.nn.Module:
     """The network, once it has been seen to make scores of two images."""
     images = torch.zeros(2, *data.image_shape)
     try:

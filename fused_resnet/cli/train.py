@@ -13,19 +13,24 @@ import torch
 from .. import backends, data, models
 from ..processors import busy
 from ..train import (
+    BEST,
     CHANGEABLE,
     CHECKPOINT,
     CURVES,
     METRICS,
     PRECISIONS,
+    SUMMARY,
     CheckpointError,
     FolderError,
+    Stopped,
     TrainConfig,
     Trainer,
     launched,
     processes,
     resumable,
     run,
+    summarised,
+    summary_text,
 )
 from ..train.processes import rank, world
 from .arguments import (
@@ -36,6 +41,7 @@ from .arguments import (
     data_name,
     device,
     model_name,
+    names_code,
     number,
     one_of,
     slow_precision,
@@ -43,8 +49,8 @@ from .arguments import (
 )
 
 DESCRIPTION = """Trains a network with SGD and a cosine schedule, and evaluates it after each
-epoch. The folder of the run gets checkpoint.pt, metrics.jsonl (one line an
-epoch) and curves.png."""
+epoch. The folder of the run gets checkpoint.pt, best.pt, metrics.jsonl (one
+line an epoch), summary.json and curves.png. Ctrl-C and SIGTERM save and leave."""
 EXAMPLES = """example:
   fused-resnet train --model resnet20 --data fashion-mnist-mini --epochs 8 --out runs/first
   fused-resnet train --resume runs/first
@@ -86,6 +92,10 @@ def add_parser(commands) -> None:
     option("image_size", whole_number, "pixels of a side, for synthetic images and folders (default: 224)", "N")
     option("corrupt", one_of(*data.CORRUPT), "what becomes of a folder's image that can't be decoded: refuse, skip", "WHAT")
     option("workers", whole_number, "processes that decode a folder's images (default: one a processor, 8 at most)", "N")
+    option("checkpoint_minutes", number, "minutes from one checkpoint to the next within an epoch; inf: none there", "N")
+    option("keep", whole_number, "keep the checkpoints of the last N epochs, besides the last and the best one", "N")
+    option("target_accuracy", number, "the summary says when this accuracy was reached, 0 to 1", "A")
+    parser.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, help="write events for TensorBoard as well")
     parser.add_argument("--sync-bn", action="store_true", help="batch norms over the whole batch of all processes (torchrun)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run (default: runs/MODEL-DATA, or the resumed one)")
     parser.add_argument("--resume", type=Path, metavar="PATH", help="go on with the run in this folder, or with this checkpoint")
@@ -148,25 +158,29 @@ def _train(args: argparse.Namespace, where: torch.device) -> int:
             blaming("--out" if "out" in options or state is None else "--resume", FolderError, CheckpointError),
         ):
             run(trainer, folder, options.get("stop_after"), "no_progress" not in options)
+    except Stopped as stopped:
+        say(f"{stopped.signal.name}: the run was saved, {_done(trainer)}; {_how_to_go_on(folder, config)}")
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         done = (folder / CHECKPOINT).exists()
-        raise KeyboardInterrupt(f"interrupted; {_how_to_go_on(folder, config) if done else 'no epoch was done'}") from None
-    say(f"{trainer.epoch} of {config.epochs} epochs are done")
+        raise KeyboardInterrupt(f"interrupted; {_how_to_go_on(folder, config) if done else 'nothing was saved'}") from None
+    say(f"{_done(trainer)}\n")
+    say(summary_text(summarised(trainer.history, config.target_accuracy), where.type))
     pictured = f", {CURVES}" if (folder / CURVES).exists() else " (no picture: matplotlib is not installed)"
-    say(f"{folder}: {CHECKPOINT}, {METRICS}{pictured}")
+    say(f"\n{folder}: {CHECKPOINT}, {BEST}, {METRICS}, {SUMMARY}{pictured}")
     if trainer.epoch < config.epochs:
         say(_how_to_go_on(folder, config))
     return 0
 
 
+def _done(trainer: Trainer) -> str:
+    within = f" and {trainer.batch} of {len(trainer.train_loader)} steps" if trainer.batch else ""
+    return f"{trainer.epoch} of {trainer.config.epochs} epochs{within} are done"
+
+
 def _how_to_go_on(folder: Path, config: TrainConfig) -> str:
-    again = f" --model {shlex.quote(config.model)}" if _names_code(config.model) else ""
+    again = f" --model {shlex.quote(config.model)}" if names_code(config.model) else ""
     return f"go on with: fused-resnet train --resume {shlex.quote(str(folder))}{again}"
-
-
-def _names_code(model: str) -> bool:
-    """Whether a network's name is MODULE:FUNCTION: code of the user's."""
-    return ":" in model and model.partition(":")[0] not in ("torchvision", "timm")
 
 
 def _silent(text: str) -> None:
@@ -196,6 +210,6 @@ def _resumed(options: dict[str, Any], settings: dict[str, Any]) -> tuple[Path, T
             raise UsageError(f"--{option}", f"expected {kept}, with which the run was started; got {value}")
     if settings.get("epochs", config.epochs) < config.epochs:
         raise UsageError("--epochs", f"expected at least {config.epochs}, with which the run was started; got {settings['epochs']}")
-    if _names_code(config.model) and "model" not in settings:
+    if names_code(config.model) and "model" not in settings:
         raise UsageError("--model", f"expected {config.model} beside --resume: a checkpoint alone does not say which code is run")
     return folder, replace(config, **{name: settings[name] for name in CHANGEABLE if name in settings}), state

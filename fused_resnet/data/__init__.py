@@ -11,13 +11,17 @@ import torch
 
 from .cifar import CIFAR10, CIFAR100
 from .dataset import DataSet, Split
+from .description import Description, describe
 from .errors import DataError
 from .fashion import load_fashion_mnist, load_fashion_mnist_mini
 from .folder import CORRUPT, SCHEME, Files, FolderDataSet, FolderLoader, load_folder
 from .loader import Loader
 from .synthetic import load_synthetic
 
-__all__ = ["CORRUPT", "NAMES", "SCHEME", "DataError", "DataSet", "FolderDataSet", "Loader", "Split", "load", "make_loader"]
+__all__ = [
+    "CORRUPT", "NAMES", "SCHEME", "DataError", "DataSet", "Description", "FolderDataSet", "Loader",
+    "Split", "describe", "load", "make_loader",
+]  # fmt: skip
 
 _FILES = {
     "fashion-mnist-mini": load_fashion_mnist_mini,

@@ -4,8 +4,9 @@ A choice is drawn from the seed, the epoch and the image's place alone, so that 
 """
 
 import os
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def _torchvision() -> Any:
     # RuntimeError: its library was built for another PyTorch.
     except (ImportError, RuntimeError) as error:
         wanted = f"torchvision, the release that goes with PyTorch {torch.__version__}: pip install 'fused-resnet[images]'"
-        raise DataError(f"{SCHEME}PATH needs {wanted} ({error})") from error
+        raise DataError(f"decoding images needs {wanted} ({error})") from error
     return torchvision
 
 
@@ -139,8 +140,8 @@ class _Images(Dataset):
 
     def __init__(self, files: Files, size: int, augment: bool, seed: int, epoch: int, replace: bool):
         v2 = _torchvision().transforms.v2
-        drawn, fixed = (v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()), (v2.Resize(round(RESIZED * size)), v2.CenterCrop(size))
-        self.transform = v2.Compose([*(drawn if augment else fixed), v2.PILToTensor()])
+        drawn = (v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor())
+        self.transform = v2.Compose(drawn) if augment else middle(round(RESIZED * size), (size, size))
         self.files, self.seed, self.epoch, self.replace = files, seed, epoch, replace
 
     def __len__(self) -> int:
@@ -152,7 +153,7 @@ class _Images(Dataset):
         for step in range(len(self.files) if self.replace else 1):
             place = (index + step) % len(self.files)
             try:
-                image = _decoded(self.files.paths[place])
+                image = decoded(self.files.paths[place])
             except Exception as error:  # a damaged file can raise nearly anything
                 bad.append(Corrupt(self.files.paths[place], " ".join(str(error).split()) or type(error).__name__))
                 continue
@@ -163,17 +164,33 @@ class _Images(Dataset):
         return None, -1, bad
 
 
-def _decoded(path: str) -> Any:
+def decoded(path: str, mode: str = "RGB") -> Any:
+    """The image in a file, as Pillow's of that mode. Raises nearly anything for a damaged file."""
     from PIL import Image
 
     with Image.open(path) as image:
-        return image.convert("RGB")
+        return image.convert(mode)
+
+
+def middle(shorter_side: int, size: tuple[int, int]) -> Callable[[Any], Tensor]:
+    """What an evaluation does to an image of Pillow's: resized to that shorter side, the middle of `size` cut out; uint8 [C, *size].
+
+    Raises `DataError` where torchvision is missing.
+    """
+    v2 = _torchvision().transforms.v2
+    return v2.Compose([v2.Resize(shorter_side), v2.CenterCrop(size), v2.PILToTensor()])
 
 
 def _collated(items: list[tuple[Tensor | None, int, list[Corrupt]]]) -> tuple[Tensor | None, Tensor, list[Corrupt]]:
     pixels = [image for image, *_ in items if image is not None]
     labels = [label for image, label, _ in items if image is not None]
     return torch.stack(pixels) if pixels else None, torch.tensor(labels), [each for *_, bad in items for each in bad]
+
+
+def _leave_signals(worker: int) -> None:
+    """A terminal's Ctrl-C, and torchrun's SIGTERM, go to all processes of a group; the one that trains says when to leave."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class FolderLoader:
@@ -197,14 +214,15 @@ class FolderLoader:
             return len(self.files) // self.batch_size
         return -(-len(range(self.part[0], len(self.files), self.part[1])) // self.batch_size)
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (images float32 [B, 3, size, size] channels_last, normalised; labels int64 [B]) on the device.
+    def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (images float32 [B, 3, size, size] channels_last, normalised; labels int64 [B]) on the device, from batch `first` on.
 
         Raises `DataError` for a corrupt image that is to be refused, and where no image of a batch of training is whole.
         """
         images = _Images(self.files, self.data.size, self.augment, self.seed, epoch, self.augment and self.data.corrupt == "skip")
         loader = DataLoader(
-            images, batch_sampler=self._order(epoch), num_workers=self.data.workers, collate_fn=_collated,
+            images, batch_sampler=self._order(epoch)[first:], num_workers=self.data.workers, collate_fn=_collated,
+            worker_init_fn=_leave_signals,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the run's
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """Batches from a split in memory: shuffled, augmented and normalised on the device, the same for the same seed."""
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from .dataset import DataSet, Split
 class Loader:
     """Batches of one split.
 
-    The split is moved to `device` once, as bytes. `batches(epoch)` depends on nothing but the arguments here and the
+    The split is moved to `device` once, as bytes. `batches(epoch, first)` depends on nothing but the arguments here and the
     epoch: the random choices are drawn on the CPU, from a generator of their own, so every device sees the same ones.
     """
 
@@ -41,10 +42,11 @@ class Loader:
         count = len(self.images)
         return count // self.batch_size if self.augment else -(-count // self.batch_size)
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (images float32 [B, C, H, W] channels_last, normalised; labels int64 [B]) on the device."""
+    def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (images float32 [B, C, H, W] channels_last, normalised; labels int64 [B]) on the device, from batch `first` on."""
         if not self.augment:
-            for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+            parts = zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
+            for images, labels in islice(parts, first, None):
                 yield self._normalised(images), labels
             return
         device, count = self.images.device, len(self.images)
@@ -52,7 +54,7 @@ class Loader:
         order = torch.randperm(count, generator=generator).to(device)
         offsets = torch.randint(2 * self.padding + 1, (count, 2), generator=generator).to(device)
         flips = (torch.rand(count, generator=generator) < 0.5 if self.flip else torch.zeros(count).bool()).to(device)
-        for i in range(len(self)):
+        for i in range(first, len(self)):
             size = self.batch_size // self.part[1]
             start = i * self.batch_size + self.part[0] * size
             pick = slice(start, start + size)

@@ -90,7 +90,7 @@ def _finish(plan: Plan, data: DataSet, folder: Path, run: Run, device: torch.dev
 def _look(plan: Plan, trainer: Trainer, folder: Path) -> None:
     """Writes a probe where this is one of the moments and there is none yet."""
     path = folder / f"probe-{trainer.epoch}.json"
-    if trainer.epoch in plan.moments.values() and not path.exists():
+    if not trainer.batch and trainer.epoch in plan.moments.values() and not path.exists():
         _write(path, asdict(probe(trainer.model, *probed(trainer.data, trainer.device))))
 
 

@@ -3,41 +3,42 @@
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .config import CHANGEABLE, PRECISIONS, SettingError, TrainConfig
 from .curves import draw_curves
+from .evaluation import Scores, evaluate
+from .folder import BEST, CHECKPOINT, CURVES, METRICS, SUMMARY, FolderError, epochs, resumable, run
+from .precision import AUTOCAST, autocast
 from .processes import launched, processes
-from .trainer import (
-    AUTOCAST,
-    CHECKPOINT,
-    CURVES,
-    METRICS,
-    FolderError,
-    Trainer,
-    TrainingDiverged,
-    autocast,
-    epochs,
-    resumable,
-    run,
-)
+from .stop import Stopped, stoppable
+from .summary import summarised, summary_text
+from .trainer import Trainer, TrainingDiverged
 
 __all__ = [
     "AUTOCAST",
+    "BEST",
     "CHANGEABLE",
     "CHECKPOINT",
     "CURVES",
     "METRICS",
     "PRECISIONS",
+    "SUMMARY",
     "CheckpointError",
     "FolderError",
+    "Scores",
     "SettingError",
+    "Stopped",
     "TrainConfig",
     "Trainer",
     "TrainingDiverged",
     "autocast",
     "draw_curves",
     "epochs",
+    "evaluate",
     "launched",
     "load_checkpoint",
     "processes",
     "resumable",
     "run",
     "save_checkpoint",
+    "stoppable",
+    "summarised",
+    "summary_text",
 ]

@@ -1,13 +1,15 @@
-"""Checkpoints: everything that the next epoch depends on, in one file that is replaced whole.
+"""Checkpoints: everything that the next step depends on, in one file that is replaced whole.
 
 The file is PyTorch's own (torch.save), a dict of plain values and tensors that loads with `weights_only=True`:
 
 | key | value |
 |---|---|
-| format, version | "fused_resnet.train", 1 |
+| format, version | "fused_resnet.train", 2 |
 | config | the settings (`TrainConfig`) as a dict |
+| data | what a network is used with where its data set is not at hand (`data.Description`) as a dict |
 | epoch | epochs done |
-| model, optimizer, scaler | their state_dicts; the schedule follows from the epoch |
+| partial | of the epoch under way: batches done, their seconds, and each process's sums of losses and right answers |
+| model, optimizer, scaler | their state_dicts; the schedule follows from the epoch and the batch |
 | rng | "cpu" and, on a GPU, "cuda": the generators' states. Batches draw from generators of their own |
 | history | the records of `metrics.jsonl` so far |
 """
@@ -22,13 +24,25 @@ from torch import Tensor, nn
 
 from ..files import replace_file
 
-FORMAT, VERSION = "fused_resnet.train", 1
-KINDS = {"config": dict, "epoch": int, "model": dict, "optimizer": dict, "scaler": dict, "rng": dict, "history": list}
+FORMAT, VERSION = "fused_resnet.train", 2
+KINDS = {
+    "config": dict,
+    "data": dict,
+    "epoch": int,
+    "partial": dict,
+    "model": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "rng": dict,
+    "history": list,
+}
 KEYS = tuple(KINDS)
 #: The fields of a record of `metrics.jsonl`, each a finite number.
 RECORD = (
     "epoch", "step", "lr", "train_loss", "train_accuracy", "images_per_second", "train_seconds", "eval_loss", "eval_accuracy",
+    "eval_top5_accuracy", "eval_seconds", "peak_memory_bytes", "ended",
 )  # fmt: skip
+PARTIAL = ("batch", "seconds", "loss_sum", "correct")
 LONGEST_REASON = 300  # characters
 #: What weights_only refuses, in torch.load's advice.
 REFUSED = re.compile(r"(?:WeightsUnpickler error: |(?=Trying to load ))(.+?)(?:\. | Check the |$)")
@@ -161,6 +175,20 @@ def check_history(found: list[Any], epoch: int) -> None:
         for name, value in record.items():
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise ValueError(f"history: epoch {number}: {name}: expected a finite number; got {value!r}")
+
+
+def check_partial(found: dict[str, Any], batches: int) -> None:
+    """Raises ValueError where `found` is not what was done of an epoch of `batches`."""
+    if found.keys() != set(PARTIAL):
+        raise ValueError(f"partial: expected {', '.join(PARTIAL)}")
+    if type(found["batch"]) is not int or not 0 <= found["batch"] <= batches:
+        raise ValueError(f"partial: batch: expected 0 to {batches}; got {found['batch']!r}")
+    sums = found["loss_sum"], found["correct"]
+    if not all(type(values) is list and values for values in sums) or len(sums[0]) != len(sums[1]):
+        raise ValueError("partial: loss_sum and correct: expected a number for each process")
+    for value in (found["seconds"], *sums[0], *sums[1]):
+        if type(value) is not float or not 0 <= value < math.inf:
+            raise ValueError(f"partial: expected numbers of at least 0; got {value!r}")
 
 
 def _check_tensor(name: str, found: Any, like: Tensor) -> None:

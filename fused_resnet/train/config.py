@@ -6,13 +6,19 @@ from .. import backends
 from ..data import CORRUPT, SCHEME
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-#: What a resumed run may change: how it computes, how long, and how images get to it.
-CHANGEABLE = ("epochs", "backend", "recompute", "corrupt", "workers")
+#: What a resumed run may change: how it computes, how long, how images get to it, and what is written down.
+CHANGEABLE = (
+    "epochs", "backend", "recompute", "corrupt", "workers", "checkpoint_minutes", "keep", "target_accuracy", "tensorboard",
+)  # fmt: skip
 #: A type of a field -> what is said of it.
 KINDS = {
     str: "text", str | None: "text or None", int: "a whole number", int | None: "a whole number or None", float: "a number",
-    bool: "True or False",
+    float | None: "a number or None", bool: "True or False",
 }  # fmt: skip
+
+
+#: A whole number is a number, too.
+NUMBERS = {float: float | int, float | None: float | int | None}
 
 
 class SettingError(ValueError):
@@ -47,10 +53,14 @@ class TrainConfig:
     sync_bn: bool = False  #: whether the processes of a run share the statistics of batch norms
     backend: str | None = None  #: one of `backends.choices()`; None: the choice in force when the run goes on
     recompute: bool = False  #: whether blocks make again in backward what they would keep
+    checkpoint_minutes: float = 10.0  #: from one checkpoint to the next within an epoch; 0: after every step; inf: none there
+    keep: int = 0  #: of how many last epochs checkpoints are kept, besides the last and the best one
+    target_accuracy: float | None = None  #: 0 to 1: the summary says when it was reached
+    tensorboard: bool = False  #: whether TensorBoard's events are written
 
     def __post_init__(self):
         for field in fields(self):
-            value, kind = getattr(self, field.name), float | int if field.type is float else field.type
+            value, kind = getattr(self, field.name), NUMBERS.get(field.type, field.type)
             if not isinstance(value, kind) or (isinstance(value, bool) and field.type is not bool):
                 raise SettingError(field.name, f"expected {KINDS[field.type]}; got {value!r}")
         for name in ("epochs", "limit_train", "limit_eval", "image_size", "batch_size"):
@@ -79,6 +89,12 @@ class TrainConfig:
             raise SettingError("label_smoothing", f"expected at least 0 and below 1; got {self.label_smoothing}")
         if self.precision not in PRECISIONS:
             raise SettingError("precision", f"expected one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+        if self.keep < 0:
+            raise SettingError("keep", f"expected a whole number of at least 0; got {self.keep}")
+        if not self.checkpoint_minutes >= 0:
+            raise SettingError("checkpoint_minutes", f"expected at least 0; got {self.checkpoint_minutes}")
+        if self.target_accuracy is not None and not 0 < self.target_accuracy <= 1:
+            raise SettingError("target_accuracy", f"expected above 0, at most 1; got {self.target_accuracy}")
         if not 0 <= self.seed < 1 << 63:
             raise SettingError("seed", f"expected 0 to 2^63 - 1; got {self.seed}")
         if self.backend is not None and self.backend not in backends.choices():

@@ -14,6 +14,9 @@ from torch import Tensor, distributed, nn
 
 from .. import environment
 
+#: The group in which processes talk without their GPUs; None: the default one.
+_words: distributed.ProcessGroup | None = None
+
 
 def launched() -> bool:
     """Whether torchrun started this process."""
@@ -32,6 +35,8 @@ def processes(device: torch.device) -> Iterator[torch.device]:
     # DistributedDataParallel's cycles keep gloo's threads, which have to end before the interpreter does (pytorch#179291).
     atexit.register(gc.collect)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    global _words
+    _words = distributed.new_group(backend="gloo") if device.type == "cuda" else None
     try:
         yield device
     finally:
@@ -77,6 +82,24 @@ def total(*values: Tensor) -> None:
     if world() > 1:
         for value in values:
             distributed.all_reduce(value)
+
+
+def agreed(wish: int) -> int:
+    """The largest wish of all processes. Nothing waits for a GPU."""
+    if world() == 1:
+        return wish
+    value = torch.tensor(wish)
+    distributed.all_reduce(value, distributed.ReduceOp.MAX, group=_words)
+    return int(value)
+
+
+def gathered(value: float) -> list[float]:
+    """The value of each process, in their order."""
+    if world() == 1:
+        return [value]
+    found = [torch.zeros((), dtype=torch.float64) for _ in range(world())]
+    distributed.all_gather(found, torch.tensor(value, dtype=torch.float64), group=_words)
+    return [each.item() for each in found]
 
 
 def agree_on_buffers(model: nn.Module) -> None:

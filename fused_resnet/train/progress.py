@@ -10,11 +10,11 @@ from torch import Tensor
 REFRESH_SECONDS = 0.25  # reading a loss waits for the GPU, so it is done seldom
 
 
-def bar(batches: Iterable, total: int, batch_size: int, label: str, loss: Tensor, enabled: bool) -> Iterator:
+def bar(batches: Iterable, first: int, total: int, batch_size: int, label: str, loss: Tensor, enabled: bool) -> Iterator:
     """Yields from `batches`, with a bar of images/s and the mean of `loss` so far, where stderr is a terminal.
 
-    `loss` is a scalar on any device, the sum over the batches done; the caller adds to it in place. Without the
-    package rich, or with `enabled` False, there is no bar.
+    `first` of the `total` batches were done before. `loss` is a scalar on any device, the sum over the batches done; the caller adds
+    to it in place. Without the package rich, or with `enabled` False, there is no bar.
     """
     if not (enabled and sys.stderr.isatty()):
         yield from batches
@@ -31,13 +31,13 @@ def bar(batches: Iterable, total: int, batch_size: int, label: str, loss: Tensor
     )  # fmt: skip
     start = shown = time.perf_counter()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label, total=total, state="")
-        for done, batch in enumerate(batches, start=1):
+        task = progress.add_task(label, total=total, completed=first, state="")
+        for done, batch in enumerate(batches, start=first + 1):
             yield batch
             now = time.perf_counter()
             if now - shown >= REFRESH_SECONDS or done == total:
                 shown = now
-                state = f"loss {loss_text(loss.item() / done)}  {done * batch_size / (now - start):,.0f} images/s"
+                state = f"loss {loss_text(loss.item() / done)}  {(done - first) * batch_size / (now - start):,.0f} images/s"
                 progress.update(task, completed=done, state=state)
 
 

@@ -1,62 +1,42 @@
-"""The training loop: epochs of SGD, an evaluation after each, and the files of a run.
-
-A run's folder holds `checkpoint.pt` (`checkpoint.py`), `metrics.jsonl` (one JSON object an epoch) and `curves.png`; `lock`
-while it is trained.
-"""
+"""The training loop: epochs of SGD, an evaluation after each."""
 
 import contextlib
-import json
 import math
+import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import backend, recompute
-from ..data import DataError, DataSet, FolderDataSet, make_loader
-from ..files import Locked, locked, replace_file
+from ..data import DataSet, FolderDataSet, describe, make_loader
 from .checkpoint import (
     CheckpointError,
     check_history,
     check_model,
     check_optimizer,
+    check_partial,
     check_rng,
     check_scaler,
-    load_checkpoint,
     one_line,
-    save_checkpoint,
 )
 from .config import SettingError, TrainConfig
-from .curves import draw_curves
+from .evaluation import evaluate
 from .optimizer import learning_rate, sgd
-from .processes import agree_on_buffers, parallel, rank, total, world
-from .progress import EPOCH_HEADER, bar, epoch_line
-
-CHECKPOINT, METRICS, CURVES, LOCK = "checkpoint.pt", "metrics.jsonl", "curves.png", "lock"
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from .precision import autocast
+from .processes import agree_on_buffers, gathered, parallel, rank, total, world
+from .progress import bar
 
 
 class TrainingDiverged(RuntimeError):
     """The loss is no longer a finite number."""
 
 
-class FolderError(ValueError):
-    """A run's folder holds another run, is another process's, or can't be written. The message names it."""
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """The context of a forward pass in that precision ("fp32", "bf16", "fp16")."""
-    dtype = AUTOCAST[precision]
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
-
-
 class Trainer:
-    """A model, its data and its optimizer, between two epochs."""
+    """A model, its data and its optimizer, between two steps."""
 
     def __init__(self, model: nn.Module, data: DataSet | FolderDataSet, config: TrainConfig, device: torch.device):
         """`model` takes float32 [B, data.channels, H, W] and returns logits; it is moved to `device`, in place.
@@ -80,8 +60,9 @@ class Trainer:
         part = rank(), world()
         self.train_loader = make_loader(data, data.train, config.batch_size, device, True, config.seed, part)
         self.eval_loader = make_loader(data, data.eval, config.batch_size, device, False, part=part)
-        self.epoch = 0
+        self.epoch = 0  #: epochs done
         self.history: list[dict[str, Any]] = []
+        self._begin_epoch()
 
     def backend(self) -> contextlib.AbstractContextManager:
         """The context of a step: the backend of the settings, or what is in force."""
@@ -100,69 +81,88 @@ class Trainer:
         self.scaler.update()
         return loss.detach(), logits.detach()
 
-    def train_epoch(self, progress: bool) -> dict[str, Any]:
-        """Trains one epoch. Returns its part of the record; the speed is that of the epoch as a whole.
+    def run_epoch(
+        self, progress: bool, pause: Callable[[int, int], None] = lambda step, steps: None, evaluating: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """Trains one epoch, or what is left of it, and evaluates. Returns its record, which is the last of `history` then.
 
-        Raises `TrainingDiverged`, and `SettingError` for a batch that is too small for a norm.
+        `pause(step, steps)` is called after each step, `evaluating` after each batch of the evaluation. What they raise leaves the epoch
+        where it is, so that `state` tells it. Raises `TrainingDiverged`, and `SettingError` for a batch that is too small for a norm.
         """
+        record = {**self.train_epoch(progress, pause), **self.evaluate(evaluating)}
+        record |= {"peak_memory_bytes": peak_memory(self.device), "ended": time.time()}
+        self.history.append(record)
+        self.epoch += 1
+        self._begin_epoch()
+        return record
+
+    def train_epoch(self, progress: bool, pause: Callable[[int, int], None] = lambda step, steps: None) -> dict[str, Any]:
+        """The training of `run_epoch`. Returns its part of the record; the speed is that of the epoch as a whole."""
         self.model.train()
         loader, config = self.train_loader, self.config
-        steps, warmup = config.epochs * len(loader), round(config.warmup_epochs * len(loader))
-        loss_sum, correct = (torch.zeros((), device=self.device, dtype=torch.float64) for _ in range(2))
-        label = f"epoch {self.epoch + 1}/{config.epochs}"
-        batches = bar(loader.batches(self.epoch), len(loader), config.batch_size, label, loss_sum, progress and rank() == 0)
+        number, label = self.epoch + 1, f"epoch {self.epoch + 1}/{config.epochs}"
+        batches = loader.batches(self.epoch, self.batch)
+        batches = bar(batches, self.batch, len(loader), config.batch_size, label, self._loss_sum, progress and rank() == 0)
         self._synchronize()
-        start = time.perf_counter()
-        for i, (images, labels) in enumerate(batches):
-            lr = learning_rate(self.epoch * len(loader) + i, steps, warmup, config.lr)
+        self._since = time.perf_counter()
+        for images, labels in batches:
             with self.backend(), _batch_blamed(config):
-                loss, logits = self.step(images, labels, lr)
-            loss_sum += loss
-            correct += (logits.argmax(1) == labels).sum()
+                loss, logits = self.step(images, labels, self._rate(self.batch))
+            self._loss_sum += loss
+            self._correct += (logits.argmax(1) == labels).sum()
+            self.batch += 1
+            pause(self.batch, len(loader))
+        loss_sum, correct = self._loss_sum.clone(), self._correct.clone()
         total(loss_sum, correct)
         self._synchronize()
-        seconds = time.perf_counter() - start
-        self.epoch += 1
+        self._seconds, self._since = self._elapsed(), None
         images = len(loader) * config.batch_size
         mean_loss = loss_sum.item() / (len(loader) * world())
         if not math.isfinite(mean_loss):
-            raise TrainingDiverged(f"the loss of epoch {self.epoch} is {mean_loss}; a lower learning rate may help")
+            raise TrainingDiverged(f"the loss of epoch {number} is {mean_loss}; a lower learning rate may help")
         return {
-            "epoch": self.epoch,
-            "step": self.epoch * len(loader),
-            "lr": lr,
+            "epoch": number,
+            "step": number * len(loader),
+            "lr": self._rate(len(loader) - 1),
             "train_loss": mean_loss,
             "train_accuracy": correct.item() / images,
-            "images_per_second": images / seconds,
-            "train_seconds": seconds,
+            "images_per_second": images / self._seconds,
+            "train_seconds": self._seconds,
         }
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy on the evaluation split, with the running statistics."""
-        self.model.eval()
+    def _rate(self, batch: int) -> float:
+        """The learning rate of a batch of the epoch under way."""
+        steps, config = len(self.train_loader), self.config
+        return learning_rate(self.epoch * steps + batch, config.epochs * steps, round(config.warmup_epochs * steps), config.lr)
+
+    def evaluate(self, after_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Loss and accuracy on the evaluation split, with the running statistics. Raises `TrainingDiverged`."""
         agree_on_buffers(self.model)
-        loss_sum, correct, count = (torch.zeros((), device=self.device, dtype=torch.float64) for _ in range(3))
-        for images, labels in self.eval_loader.batches(0):
-            with self.backend(), autocast(self.device, self.config.precision):
-                logits = self.model(images)
-            loss_sum += nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-            correct += (logits.argmax(1) == labels).sum()
-            count += len(labels)  # a folder's corrupt images are not among them
-        total(loss_sum, correct, count)
-        if not count:
-            raise DataError(f"{self.data.name}: expected images to evaluate on; all of them are corrupt")
-        mean_loss = loss_sum.item() / count.item()
-        if not math.isfinite(mean_loss):
-            raise TrainingDiverged(f"the evaluation's loss after epoch {self.epoch} is {mean_loss}")
-        return {"eval_loss": mean_loss, "eval_accuracy": correct.item() / count.item()}
+        with self.backend():
+            found = evaluate(self.model, self.eval_loader, self.device, self.config.precision, after_batch)
+        if not math.isfinite(found.loss):
+            raise TrainingDiverged(f"the evaluation's loss of epoch {self.epoch + 1} is {found.loss}")
+        return {
+            "eval_loss": found.loss, "eval_accuracy": found.top1, "eval_top5_accuracy": found.top5, "eval_seconds": found.seconds,
+        }  # fmt: skip
+
+    def _begin_epoch(self, batch: int = 0, seconds: float = 0.0, loss_sum: float = 0.0, correct: float = 0.0) -> None:
+        """Stands before a batch of an epoch: what the batches before it took, and this process's sums over them."""
+        self.batch, self._seconds = batch, seconds
+        self._since: float | None = None  # while it trains: when that began
+        sums = (torch.tensor(value, device=self.device, dtype=torch.float64) for value in (loss_sum, correct))
+        self._loss_sum, self._correct = sums
+
+    def _elapsed(self) -> float:
+        """Seconds that the epoch under way was trained."""
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def notes(self) -> list[str]:
         """What the loaders have to say of the epoch before: corrupt images, and waiting."""
         return [*self.train_loader.notes(), *self.eval_loader.notes()]
 
     def state(self) -> dict[str, Any]:
-        """What `save_checkpoint` takes."""
+        """What `save_checkpoint` takes. All processes of a run have to ask for it."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -172,7 +172,14 @@ class Trainer:
             optimizer["state"].setdefault(i, {"momentum_buffer": None})
         return {
             "config": asdict(self.config),
+            "data": asdict(describe(self.data)),
             "epoch": self.epoch,
+            "partial": {
+                "batch": self.batch,
+                "seconds": self._elapsed(),
+                "loss_sum": gathered(self._loss_sum.item()),
+                "correct": gathered(self._correct.item()),
+            },
             "model": self.model.state_dict(),
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
@@ -191,6 +198,7 @@ class Trainer:
             check_scaler(self.scaler, state["scaler"])
             check_rng(state["rng"])
             check_history(state["history"], state["epoch"])
+            check_partial(state["partial"], len(self.train_loader))
             torch.set_rng_state(state["rng"]["cpu"])
             if self.device.type == "cuda" and "cuda" in state["rng"]:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
@@ -200,10 +208,27 @@ class Trainer:
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint does not fit {self.config.model}: {one_line(error)}") from error
         self.epoch, self.history = state["epoch"], list(state["history"])
+        partial = state["partial"]
+        sums = {name: _part_of_sum(partial[name]) for name in ("loss_sum", "correct")}
+        self._begin_epoch(partial["batch"], partial["seconds"], **sums)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _part_of_sum(values: list[float]) -> float:
+    """This process's part of a sum: its own one, or where there were more or fewer processes, all of it in the first."""
+    if len(values) == world():
+        return values[rank()]
+    return math.fsum(values) if rank() == 0 else 0.0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of tensors on a GPU, of this process on a CPU, at most so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @contextlib.contextmanager
@@ -216,100 +241,3 @@ def _batch_blamed(config: TrainConfig) -> Iterator[None]:
             raise
         expected = f"expected at least {2 * world()}, 2 for each process, since a norm of {config.model} would see one value a channel"
         raise SettingError("batch_size", f"{expected}; got {config.batch_size}") from error
-
-
-def resumable(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    """The settings and the state in a run's folder, or in a checkpoint's file. Raises `CheckpointError`."""
-    if not path.is_file():
-        path = path / CHECKPOINT
-    state = load_checkpoint(path)
-    try:
-        return TrainConfig(**state["config"]), state
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its settings can't be used ({one_line(error)})") from error
-
-
-def run(
-    trainer: Trainer,
-    folder: Path,
-    stop_after: int | None = None,
-    progress: bool = True,
-    say: Callable[[str], None] = partial(print, flush=True),  # noqa: B008 — at once also into a pipe or a log
-) -> list[dict[str, Any]]:
-    """Trains from where `trainer` is up to the last epoch, or `stop_after`, and writes the run's files after each.
-
-    Of several processes, the first writes and speaks. The folder is locked meanwhile.
-
-    Returns the records of all epochs, those before included. Raises `TrainingDiverged`; `FolderError` where the folder holds
-    a run that `trainer` does not go on with, another process trains there, or it can't be written; `CheckpointError` where
-    the checkpoint can't be.
-    """
-    last = trainer.config.epochs if stop_after is None else min(stop_after, trainer.config.epochs)
-    if rank() > 0:
-        while trainer.epoch < last:
-            trainer.history.append({**trainer.train_epoch(False), **trainer.evaluate()})
-        return trainer.history
-    if trainer.epoch < last:
-        say(EPOCH_HEADER)
-    for record in epochs(trainer, folder, last, progress):
-        say(epoch_line(record, trainer.config.epochs))
-        for note in trainer.notes():
-            say(note)
-    return trainer.history
-
-
-def epochs(trainer: Trainer, folder: Path, last: int, progress: bool) -> Iterator[dict[str, Any]]:
-    """What `run` does in the process that writes, epoch by epoch: yields the record of each once its files are written.
-
-    The folder is locked from the first epoch until this ends or is closed.
-    """
-    with contextlib.ExitStack() as held:
-        with _writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(folder / LOCK, wait=False))
-            _check_folder(trainer, folder)
-            # Written anew from the checkpoint: what an interruption left between the two is mended.
-            replace_file(folder / METRICS, lambda file: file.writelines(_line(record) for record in trainer.history))
-        try:
-            while trainer.epoch < last:
-                record = {**trainer.train_epoch(progress), **trainer.evaluate()}
-                trainer.history.append(record)
-                # The checkpoint first: of an epoch that has a line, there is one.
-                save_checkpoint(folder / CHECKPOINT, trainer.state())
-                with _writing(folder), (folder / METRICS).open("ab") as file:
-                    file.write(_line(record))
-                yield record
-        finally:
-            # An interrupted run has a picture too. Without matplotlib there is none.
-            if trainer.history:
-                with contextlib.suppress(ImportError), _writing(folder):
-                    title = f"{trainer.config.model} on {trainer.config.data}, {trainer.config.precision}"
-                    draw_curves({trainer.config.model: trainer.history}, title, folder / CURVES)
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except Locked as error:
-        raise FolderError(f"{folder}: a run is being trained there ({error})") from error
-    except (FolderError, CheckpointError):
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a name that can't be one
-        raise FolderError(f"{folder}: it can't be written: {one_line(error)}") from error
-
-
-def _check_folder(trainer: Trainer, folder: Path) -> None:
-    """Raises `FolderError` where the folder holds a run, unless it is the one that `trainer` goes on with, and as far as it got."""
-    path, metrics = folder / CHECKPOINT, folder / METRICS
-    if path.exists():
-        kept = load_checkpoint(path)
-        if kept["history"] != trainer.history:
-            goes_on = f"or one that goes on from there: `--resume {folder}`, in Python `Trainer.load_state`"
-            raise FolderError(f"{folder}: expected a folder without a run, {goes_on}; it has {kept['epoch']} epochs of a run")
-    elif metrics.exists() and metrics.stat().st_size:
-        raise FolderError(f"{folder}: expected a folder without a run; it has a {METRICS} without a {CHECKPOINT}")
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, allow_nan=False).encode() + b"\n"

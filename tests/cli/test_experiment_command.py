@@ -134,7 +134,7 @@ def unreported(monkeypatch):
 def test_an_interrupted_experiment_says_how_it_goes_on(capsys, monkeypatch, tmp_path, unreported):
     folder = tmp_path / "a b"
 
-    def interrupted(self, progress):
+    def interrupted(self, progress, pause):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

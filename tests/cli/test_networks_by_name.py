@@ -68,7 +68,7 @@ def test_a_network_that_does_not_fit_is_named(capsys, networks, function, expect
     assert "argument --model: " in line and expected in line
 
 
-@pytest.mark.parametrize(("name", "channels"), [("torchvision:resnet18", 3), ("timm:test_resnet", 1), ("resnet20", 1)])
+@pytest.mark.parametrize(("name", "channels"), [("torchvision:resnet18", 3), ("timm:test_resnet", 1), ("resnet20", 1), ("resnet18", 3)])
 def test_networks_of_libraries_take_classes_and_channels(name, channels, torchvision_models):
     if name.startswith("timm"):
         pytest.importorskip("timm")

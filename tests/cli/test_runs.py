@@ -12,7 +12,8 @@ from support.commands import SMALL, TINY, command, refused
 from fused_resnet import backends, models
 from fused_resnet.cli import arguments, demo, main
 from fused_resnet.cli.comparison import compare_losses
-from fused_resnet.train import CHECKPOINT, CURVES, METRICS, trainer
+from fused_resnet.train import BEST, CHECKPOINT, CURVES, METRICS, SUMMARY, Trainer
+from fused_resnet.train import folder as run_folder
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_resumed_process_ends_with_the_same_bits(tmp_path, half_done):
         assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][i]["momentum_buffer"])
     records = [json.loads(line) for line in (parts / METRICS).read_text().splitlines()]
     assert [record["epoch"] for record in records] == [1, 2]
-    assert sorted(path.name for path in parts.iterdir()) == sorted((CHECKPOINT, METRICS, CURVES))
+    assert sorted(path.name for path in parts.iterdir()) == sorted((BEST, CHECKPOINT, METRICS, SUMMARY, CURVES))
     assert (parts / CURVES).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
@@ -86,15 +87,15 @@ def test_what_a_run_was_started_with_is_kept_and_a_file_can_be_resumed(capsys, t
 
 
 def test_an_interrupted_run_says_how_it_goes_on(capsys, monkeypatch, tmp_path):
-    def interrupted(self, progress, real=trainer.Trainer.train_epoch):
+    def interrupted(self, progress, pause, real=Trainer.train_epoch):
         if self.epoch == last:
             raise KeyboardInterrupt
-        return real(self, progress)
+        return real(self, progress, pause)
 
-    monkeypatch.setattr(trainer.Trainer, "train_epoch", interrupted)
+    monkeypatch.setattr(Trainer, "train_epoch", interrupted)
     for last, expected in (
         (1, f"interrupted; go on with: fused-resnet train --resume '{tmp_path}/a b'"),
-        (0, "interrupted; no epoch was done"),
+        (0, "interrupted; nothing was saved"),
     ):
         assert main(["train", *TINY, "--out", str(tmp_path / ("a b" if last else "c"))]) == 130
         assert capsys.readouterr().err == f"fused-resnet train: error: {expected}\n"
@@ -152,7 +153,7 @@ def test_a_full_disk_ends_a_run_with_one_line(tmp_path, capsys, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer, "replace_file", full)
+    monkeypatch.setattr(run_folder, "replace_file", full)
     size = ("--epochs", "1", "--batch-size", "2", "--limit-train", "2", "--limit-eval", "2", "--device", "cpu")
     line = refused(capsys, "train", *size, "--out", tmp_path)
     assert f"argument --out: {tmp_path}: it can't be written: [Errno 28] No space left on device" in line

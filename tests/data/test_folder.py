@@ -102,7 +102,7 @@ def test_other_classes_in_val_are_named(apart):
 def test_without_torchvision_it_says_what_to_install(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     line = refused(capsys, "train", "--model", "resnet18", "--data", f"imagefolder:{tmp_path}", "--out", tmp_path / "run")
-    assert "argument --data: imagefolder:PATH needs torchvision" in line and "pip install 'fused-resnet[images]'" in line
+    assert "argument --data: decoding images needs torchvision" in line and "pip install 'fused-resnet[images]'" in line
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -245,8 +245,8 @@ def test_accuracy_is_that_of_whole_images(apart):
 
 
 def test_a_run_that_waits_for_its_images_says_so(apart, tmp_path, monkeypatch):
-    real = folders._decoded
-    monkeypatch.setattr(folders, "_decoded", lambda path: time.sleep(0.02) or real(path))
+    real = folders.decoded
+    monkeypatch.setattr(folders, "decoded", lambda path: time.sleep(0.02) or real(path))
     said = []
     run(small(apart, workers=0), tmp_path / "run", stop_after=1, progress=False, say=said.append)
     (note,) = [line for line in said if "waits" in line]

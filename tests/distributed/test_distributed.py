@@ -3,14 +3,17 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CUDA
 from support.checkout import ROOT
+from support.trainings import same_states, without_times
 
 from fused_resnet import data
 from fused_resnet.cli import main
@@ -105,3 +108,38 @@ def test_the_example_trains():
     )  # fmt: skip
     loss = float(re.fullmatch(r"step 2: loss ([0-9.]+)", out.strip()).group(1))
     assert 0 < loss < 10
+
+
+def position(folder: Path) -> tuple[int, int]:
+    """(epochs, steps of the next one) of a run's checkpoint; (0, 0) where there is none."""
+    if not (folder / "checkpoint.pt").exists():
+        return 0, 0
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return state["epoch"], state["partial"]["batch"]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_and_a_stopped_run_go_on_with_the_same_bits(tmp_path):
+    """kill -9 of the worker that writes, within an epoch; then SIGTERM to torchrun."""
+    size = (*TRAIN, "--limit-train", "320", "--backend", "off", "--checkpoint-minutes", "0")  # 40 steps an epoch
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    command = ("-m", "fused_resnet", "train")
+    torchrun(*command, *size, "--out", str(straight))
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    reached = []
+    for number, after in ((signal.SIGKILL, (0, 8)), (signal.SIGTERM, (1, 0))):
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
+        line += [*size, "--out", str(parts)] if number == signal.SIGKILL else ["--resume", str(parts), "--device", "cpu", "--no-progress"]
+        agent = subprocess.Popen(line, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, cwd=ROOT, stderr=subprocess.DEVNULL)
+        ends = time.monotonic() + 120
+        while position(parts) < after:
+            assert time.monotonic() < ends and agent.poll() is None
+            time.sleep(0.02)
+        os.kill(int((parts / "lock").read_text()) if number == signal.SIGKILL else agent.pid, number)
+        assert agent.wait(120) != 0
+        reached.append(position(parts))
+    assert reached[0] < reached[1] < (2, 0) and all(step % 8 == 0 for _, step in reached)
+    torchrun(*command, "--resume", str(parts), "--device", "cpu", "--no-progress")
+    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (straight, parts))
+    assert same_states(a["model"], b["model"]) and same_states(a["optimizer"], b["optimizer"])
+    assert without_times(metrics(straight)) == without_times(metrics(parts))

@@ -10,7 +10,7 @@ from fused_resnet.experiment import degradation
 from fused_resnet.experiment.degradation import read_outcome, run_plan
 from fused_resnet.experiment.findings import missing
 from fused_resnet.experiment.plan import Plan
-from fused_resnet.train import CHECKPOINT, FolderError, TrainConfig, Trainer
+from fused_resnet.train import CHECKPOINT, FolderError, TrainConfig, Trainer, epochs
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__, undrawn.__name__)
 SETTINGS = TrainConfig(data="tiny", epochs=3, batch_size=16, lr=0.05, warmup_epochs=0.5)
@@ -47,9 +47,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize("place", ["in an epoch", "before a checkpoint", "before a metric", "before a probe"])
 def test_an_experiment_goes_on_with_the_same_bits(tmp_path, monkeypatch, straight, place):
     """It is stopped at every chance of that kind, again and again, until nothing is left to do."""
-    trainer = Trainer.train_epoch.__globals__
+    folder = epochs.__globals__
     owner, name = {
-        "in an epoch": (Trainer, "train_epoch"), "before a checkpoint": (trainer, "save_checkpoint"), "before a metric": (trainer, "_line"),
+        "in an epoch": (Trainer, "train_epoch"), "before a checkpoint": (folder, "save_checkpoint"), "before a metric": (folder, "_line"),
         "before a probe": (degradation, "probe"),
     }[place]  # fmt: skip
     real = owner[name] if isinstance(owner, dict) else getattr(owner, name)

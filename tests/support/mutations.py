@@ -26,6 +26,7 @@ class Mutant(NamedTuple):
 
 PASSES, AUTOGRAD, DEFINITION = "tests/backends/test_passes.py", "tests/ops/test_autograd.py", "tests/ops/test_definition.py"
 CONVENTION, MODES = "tests/ops/test_gradient_convention.py", "tests/nn/test_training_modes.py"
+STOPS = "tests/train/test_stops.py"
 AS_PYTORCH, TRAIN, RUNS = "tests/nn/test_as_pytorch.py", "tests/train/test_train.py", "tests/train/test_run_folder.py"
 LOADER, FILES, GATE = "tests/data/test_loader.py", "tests/test_files.py", "tests/bench/test_gate.py"
 INTERPRETED, CUDA = f"{PASSES} -k 'passes_triton and float32'", f"{PASSES} -k 'emulated and float32'"
@@ -33,6 +34,7 @@ CPU, WINDOWS = f"{PASSES} -k passes_cpu", "tests/backends/test_conv_with_passes.
 DISTRIBUTED = "tests/distributed"
 REFERENCE, CHECKPOINT = "fused_resnet/reference.py", "fused_resnet/train/checkpoint.py"
 TRAINER, NODE = "fused_resnet/train/trainer.py", "fused_resnet/ops/node.py"
+RUN_FOLDER, EVALUATION = "fused_resnet/train/folder.py", "fused_resnet/train/evaluation.py"
 RUNNING, BATCH_STATS = "fused_resnet/ops/running.py", "fused_resnet/kernels/batch_stats.py"
 
 MUTANTS = [
@@ -93,18 +95,21 @@ MUTANTS = [
     Mutant("CPU: images of another unit stay in the window", "csrc/cpu/window.h", "if (unit.images < images.per_unit) clear();", "", WINDOWS),
     Mutant("CPU: memory is given to two tensors", "csrc/cpu/memory.cpp", "    taken = found->first;\n    unused_.erase(found);", "    taken = found->first;", "tests/csrc/test_memory_cpu.py"),
     # Training.
-    Mutant("evaluation runs in training mode", TRAINER, "self.model.eval()\n        agree_on_buffers", "agree_on_buffers", TRAIN),
+    Mutant("evaluation runs in training mode", EVALUATION, "    model.eval()\n", "", TRAIN),
     Mutant("label smoothing is ignored", TRAINER, "nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)", "nn.CrossEntropyLoss()", TRAIN),
     Mutant("a resumed run begins with a new gradient scaler", TRAINER, '            self.scaler.load_state_dict(state["scaler"])\n', "", TRAIN),
     Mutant("a resumed run begins with new random numbers", TRAINER, '            torch.set_rng_state(state["rng"]["cpu"])\n', "", TRAIN),
     Mutant("a resumed run has no momentum", TRAINER, "            self.optimizer.load_state_dict(optimizer)\n", "", TRAIN),
-    Mutant("the schedule begins anew on resume", TRAINER, "lr = learning_rate(self.epoch * len(loader) + i,", "lr = learning_rate(i,", TRAIN),
+    Mutant("the schedule begins anew on resume", TRAINER, "learning_rate(self.epoch * steps + batch,", "learning_rate(batch,", TRAIN),
     Mutant("weight decay acts on norms", "fused_resnet/train/optimizer.py", "config.weight_decay if config.decay_norms else 0.0", "config.weight_decay", TRAIN),
-    Mutant("images a second are doubled", TRAINER, '"images_per_second": images / seconds,', '"images_per_second": 2 * images / seconds,', TRAIN),
-    Mutant("a line of metrics comes before its checkpoint", TRAINER, "replace_file(folder / METRICS, lambda file: file.writelines(_line(record) for record in trainer.history))", "pass", f"{TRAIN} {RUNS}"),
-    Mutant("a run's folder is not locked", TRAINER, "held.enter_context(locked(folder / LOCK, wait=False))", "pass", RUNS),
+    Mutant("images a second are doubled", TRAINER, '"images_per_second": images / self._seconds,', '"images_per_second": 2 * images / self._seconds,', TRAIN),
+    Mutant("a line of metrics comes before its checkpoint", RUN_FOLDER, "replace_file(folder / METRICS, lambda file: file.writelines(_line(record) for record in history))", "pass", f"{TRAIN} {RUNS}"),
+    Mutant("a run within an epoch goes on at its start", TRAINER, "loader.batches(self.epoch, self.batch)", "loader.batches(self.epoch)", RUNS),
+    Mutant("sums of an epoch under way are forgotten", TRAINER, "for name in (\"loss_sum\", \"correct\")}", "for name in ()}", RUNS),
+    Mutant("the best checkpoint is the last", RUN_FOLDER, "if best_epoch(trainer.history) == trainer.epoch:", "if True:", STOPS),
+    Mutant("a run's folder is not locked", RUN_FOLDER, "held.enter_context(locked(folder / LOCK, wait=False))", "pass", RUNS),
     Mutant("a file is renamed before it is on the disk", "fused_resnet/files.py", "            os.fsync(file.fileno())\n", "", FILES),
-    Mutant("a failed write leaves its part", "fused_resnet/files.py", "        part.unlink(missing_ok=True)\n\n\n@contextmanager", "        pass\n\n\n@contextmanager", FILES),
+    Mutant("a failed write leaves its part", "fused_resnet/files.py", "        part.unlink(missing_ok=True)\n\n\ndef link_file", "        pass\n\n\ndef link_file", FILES),
     Mutant("a checkpoint may hold code", CHECKPOINT, "weights_only=True)", "weights_only=False)", "tests/train/test_checkpoint.py"),
     Mutant("evaluation leaves the last images out", "fused_resnet/data/loader.py", "zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True)", "zip(self.images.split(self.batch_size)[:-1], self.labels.split(self.batch_size)[:-1], strict=True)", LOADER),
     Mutant("each epoch draws the same", "fused_resnet/data/loader.py", "mixed(self.seed, epoch)", "mixed(self.seed, 0)", LOADER),

@@ -11,6 +11,13 @@ from fused_resnet.models import get_model
 from fused_resnet.train import METRICS, TrainConfig, Trainer, draw_curves, resumable, run
 
 CPU = torch.device("cpu")
+MEASURED = (
+    "images_per_second",
+    "train_seconds",
+    "eval_seconds",
+    "peak_memory_bytes",
+    "ended",
+)  # fields of a record that differ from run to run
 CONFIG = TrainConfig(epochs=2, batch_size=8, lr=0.05, weight_decay=5e-4, limit_train=32)
 
 
@@ -67,7 +74,7 @@ def resumed(folder, make=trainer) -> Trainer:
 
 
 def without_times(history):
-    return [{k: v for k, v in record.items() if k not in ("images_per_second", "train_seconds")} for record in history]
+    return [{k: v for k, v in record.items() if k not in MEASURED} for record in history]
 
 
 def same_states(a, b) -> bool:

@@ -50,8 +50,8 @@ class Foreign:
         ({"state_dict": {}}, "not a checkpoint of `fused-resnet train`"),
         (torch.zeros(3), "not a checkpoint of `fused-resnet train`"),
         (Foreign(), "not a checkpoint of `fused-resnet train`"),
-        ({"format": checkpoint.FORMAT, "version": 99}, "expected version 1 of the format; got 99"),
-        ({"format": checkpoint.FORMAT, "version": 1, "config": {}, "epoch": 1}, "without model, optimizer"),
+        ({"format": checkpoint.FORMAT, "version": 99}, "expected version 2 of the format; got 99"),
+        ({"format": checkpoint.FORMAT, "version": 2, "config": {}, "epoch": 1}, "without data, partial, model, optimizer"),
     ],
 )
 def test_foreign_checkpoint_is_named(tmp_path, content, expected):
@@ -131,6 +131,13 @@ def changed(state, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
+        ("partial", {}, "partial: expected batch, seconds, loss_sum, correct"),
+        ("partial batch", 5, "partial: batch: expected 0 to 4; got 5"),
+        ("partial batch", 1.0, "partial: batch: expected 0 to 4; got 1.0"),
+        ("partial loss_sum", [], "partial: loss_sum and correct: expected a number for each process"),
+        ("partial correct", [1.0, 2.0], "partial: loss_sum and correct: expected a number for each process"),
+        ("partial correct", ["x"], "partial: expected numbers of at least 0; got 'x'"),
+        ("partial seconds", math.nan, "partial: expected numbers of at least 0; got nan"),
         ("model", [1], "model: expected dict; got list"),
         ("optimizer", 3, "optimizer: expected dict; got int"),
         ("scaler", "x", "scaler: expected dict; got str"),

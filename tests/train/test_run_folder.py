@@ -1,16 +1,18 @@
 """A run's folder is one run's: what is refused, locks, kills."""
 
+import json
 import multiprocessing
 import os
-import random
-import signal
+import subprocess
+import sys
 import time
 
 import pytest
+import torch
+from support.checkout import ROOT, TESTS
 from support.trainings import lines, one_thread, resumed, same_states, small, undrawn, without_times
 
-from fused_resnet import files
-from fused_resnet.train import CHECKPOINT, METRICS, CheckpointError, FolderError, TrainConfig, resumable, run
+from fused_resnet.train import BEST, CHECKPOINT, CURVES, METRICS, SUMMARY, CheckpointError, FolderError, TrainConfig, resumable, run
 from fused_resnet.train.optimizer import learning_rate
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__, undrawn.__name__)
@@ -70,45 +72,26 @@ def test_two_trainings_in_one_folder(tmp_path):
     assert not (tmp_path / "lock").exists()
 
 
-def until_killed(folder, config, events):
-    """Trains on in `folder`, and dies at the so-manieth step, or before or after a file is on the disk or has its name."""
-
-    def counted(function):
-        def call(*args):
-            nonlocal events
-            for part in (lambda: None, lambda: function(*args)):
-                found = part()
-                events -= 1
-                if events == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return found
-
-        return call
-
-    taken_up = resumed(folder, small) if (folder / CHECKPOINT).exists() else small(config)
-    taken_up.step = counted(taken_up.step)
-    files.os.fsync, files.os.replace = counted(os.fsync), counted(os.replace)
-    run(taken_up, folder, progress=False, say=lambda text: None)
-
-
-def test_28_kills_do_not_change_a_bit(tmp_path):
-    config, draws = TrainConfig(epochs=40, batch_size=8, lr=0.05), random.Random(0)
-    straight = small(config)
-    run(straight, tmp_path / "straight", progress=False, say=lambda text: None)
-    parts, reached = tmp_path / "parts", []
-    parts.mkdir()
-    for _ in range(28):
-        process = FORK.Process(target=until_killed, args=(parts, config, draws.randint(1, 24)))
-        process.start()
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
-        reached.append(resumable(parts)[1]["epoch"] if (parts / CHECKPOINT).exists() else 0)
-    assert reached == sorted(reached) and reached[-1] > 10
-    taken_up = resumed(parts, small)
-    run(taken_up, parts, progress=False, say=lambda text: None)
-    assert same_states(straight.model.state_dict(), taken_up.model.state_dict())
-    assert without_times(lines(parts)) == without_times(lines(tmp_path / "straight"))
-    assert sorted(path.name for path in parts.iterdir()) == sorted((CHECKPOINT, METRICS))
+@pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 10)])
+def test_30_kills_do_not_change_a_bit(tmp_path, processes, kills):
+    """At moments that are drawn: within epochs, within what writes a checkpoint, and of two processes one or the other."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
+    command = [sys.executable, TESTS / "support" / "kills.py", tmp_path, str(processes), str(kills), "0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    reached = json.loads(done.stdout)
+    assert len(reached) == kills and reached == sorted(reached) and reached[-1][0] > 3
+    assert any(step for _, step in reached), "some went on within an epoch"
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    for name in (CHECKPOINT, BEST, "checkpoint-23.pt", "checkpoint-24.pt"):
+        a, b = (torch.load(folder / name, weights_only=True) for folder in (straight, parts))
+        for key in ("epoch", "model", "optimizer", "rng"):
+            assert same_states(a[key], b[key]), (name, key)
+        assert without_times(a["history"]) == without_times(b["history"])
+    assert without_times(lines(parts)) == without_times(lines(straight))
+    assert [record["epoch"] for record in lines(parts)] == list(range(1, 25))
+    kept = {CHECKPOINT, BEST, "checkpoint-23.pt", "checkpoint-24.pt", METRICS, SUMMARY, CURVES}
+    assert {path.name for path in parts.iterdir()} <= kept
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "file/deep", "file", "a\0b", "/proc/absent"])

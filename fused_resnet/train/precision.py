@@ -1,0 +1,13 @@
+"""The precision of a forward pass, by its name."""
+
+import contextlib
+
+import torch
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The context of a forward pass in that precision ("fp32", "bf16", "fp16")."""
+    dtype = AUTOCAST[precision]
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
