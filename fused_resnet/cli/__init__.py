@@ -9,13 +9,16 @@ from .. import environment
 from .._version import __version__
 from ..data import DataError
 from ..train import CheckpointError, SettingError, TrainingDiverged
-from . import bench, demo, experiment, info, kernels, profile, roofline, summary, train, tune
+from . import bench, demo, evaluate, experiment, export, info, kernels, predict, profile, roofline, summary, train, tune
 from .arguments import Parser, Unavailable, UsageError
 
 EXAMPLES = """example:
   fused-resnet demo
   fused-resnet train --model resnet20 --data fashion-mnist-mini --epochs 8 --out runs/first
   fused-resnet train --resume runs/first
+  fused-resnet evaluate runs/first
+  fused-resnet predict runs/first shirt.png
+  fused-resnet export runs/first resnet20.onnx
   fused-resnet experiment degradation --minutes 60
   fused-resnet bench train --model resnet50
   fused-resnet profile --model resnet50 --out runs/profile
@@ -30,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (`sys.argv[1:]` by default) and returns its exit code.
 
     0: done. 1: it went wrong on the way (a loss that is no number). 2: an argument, an environment variable, or a file or
-    folder that one stands for, can't be used; the line on stderr names it. 130: interrupted. 141: nobody reads the output.
+    folder that one stands for, can't be used; the line on stderr names it. 130 and 143: SIGINT or SIGTERM
+    ended it. 141: nobody reads the output.
     """
     try:
         try:
@@ -48,7 +52,7 @@ def _main(argv: Sequence[str] | None) -> int:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"fused_resnet {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (train, demo, experiment, bench, profile, tune, roofline, summary, info, kernels):
+    for command in (train, evaluate, predict, export, demo, experiment, bench, profile, tune, roofline, summary, info, kernels):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
