@@ -3,7 +3,10 @@
 #
 #   bench/gpu_check.sh PART OUT [COMMIT]
 #
-# PART  test      build the native library, and run tests/ on the GPU
+# PART  first     what a first look at a GPU asks, most wanted first: eight minutes for one call, half an hour for all of it: the native
+#                 library and the kernel cache, every pass plain and under memcheck, the kernels' and operators' tests, training steps of
+#                 ResNet-50, a profile, the tuner
+#       test      build the native library, and run the tests that a GPU changes, the kernels' first, JOBS files at a time
 #       sanitize  every pass under compute-sanitizer's memcheck, racecheck, synccheck and initcheck; the operator tests, of the CUDA passes
 #                 and of the Triton convolutions, those of inference too, under the first three
 #       kernels   time every pass on ResNet-18's and ResNet-50's shapes against PyTorch's eager mode, torch.compile and cuDNN
@@ -23,16 +26,26 @@
 # A part is a row of steps. Each leaves OUT/PART-STEP.log, and OUT/PART-STEP.done or .failed; a step with such a mark is not run
 # again, so a part that ran out of time goes on when it is called once more. Remove a mark to run its step again.
 # Exit status: 0 all steps done; 1 a step failed; 2 a wrong argument; 75 steps are left, call again.
-# PYTHON names the interpreter, with PyTorch in it; python3 where unset. No network is used.
+# PYTHON names the interpreter, with PyTorch in it; python3 where unset. JOBS: 8 where unset. No network is used.
+# OUT/triton is Triton's cache. One that bench/kernel_cache.py has filled elsewhere, with the same Triton, is used; else `first` fills it.
 set -uo pipefail
 
 LIMIT=460  # seconds of a call
-PARTS="test sanitize kernels convolutions blocks tune train inference profile cudnn"
+JOBS=${JOBS:-8}
+PARTS="first test sanitize kernels convolutions blocks tune train inference profile cudnn"
 # The passes, in groups that fit into a call: Inductor compiles its peer of each on every shape.
 whole="norm_act_forward norm_add_forward norm_backward norm_add_backward"
 forward="batch_stats norm_act norm_add_act norm_add_act_raw norm_act_max_pool norm_add_act_avg_pool"
 backward="norm_backward_reduce norm_add_backward_reduce norm_backward_apply norm_act_max_pool_backward
   norm_add_act_avg_pool_backward"
+
+# The tests that a GPU changes, what the others rest on first. The part cudnn has its own.
+kernel_tests="tests/backends/test_passes.py tests/ops/test_operators.py tests/kernels/test_fprop.py tests/kernels/test_dgrad.py
+  tests/kernels/test_wgrad.py tests/csrc/test_native.py tests/backends/test_conv_affine_act.py"
+gpu_tests="$kernel_tests tests/backends/test_backends.py tests/ops/test_autograd.py tests/ops/test_opcheck.py tests/nn/test_reproducible.py
+  tests/nn/test_precision.py tests/nn/test_recompute.py tests/nn/test_compile.py tests/models/test_models.py
+  tests/models/test_training_parity.py tests/convert/test_fuse.py tests/convert/test_fuse_torchvision.py
+  tests/test_inference.py tests/bench/test_tune.py tests/cli/test_runs.py"
 
 # The convolutions, a kind a step: Inductor compiles its peer and Triton its kernels for every shape.
 convolutions="norm_act_conv norm_add_act_conv norm_add_act_conv_raw norm_add_act_conv_pair conv_stats conv_stats_pair"
@@ -67,12 +80,13 @@ max=compile_max
 
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export FUSED_RESNET_CACHE=$out/cache  # in which the table of measured choices lies
+export TRITON_CACHE_DIR=$out/triton
 unset TRITON_INTERPRET FUSED_RESNET_BACKEND
 left_over=0
 
-# step NAME COMMAND...: run a command once, in what is left of the time.
+# step NAME COMMAND...: run a command once, in what is left of the time, and in MOST seconds where that is set.
 step() {
-  local name=$part-$1 started=$SECONDS status
+  local name=$part-$1 started=$SECONDS status seconds
   shift
   if [[ -e $out/$name.done || -e $out/$name.failed ]]; then
     return
@@ -83,12 +97,14 @@ step() {
     return
   fi
   echo "$name: started"
-  timeout --kill-after=10 $((LIMIT - started)) "$@" >"$out/$name.log" 2>&1
+  seconds=$((LIMIT - started))
+  if [[ -n ${MOST:-} ]] && ((MOST < seconds)); then seconds=$MOST; fi
+  timeout --kill-after=10 $seconds "$@" >"$out/$name.log" 2>&1
   status=$?
   if ((status == 0)); then
     echo "$((SECONDS - started)) s" >"$out/$name.done"
     echo "$name: done in $((SECONDS - started)) s"
-  elif ((status == 124 || status == 137)) && ((started > 30)); then
+  elif ((status == 124 || status == 137)) && ((started > 30 && seconds == LIMIT - started)); then
     echo "$name: cut off, since other steps had taken the time"
     left_over=1
   else
@@ -96,6 +112,45 @@ step() {
     echo "$name: failed with exit status $status; the end of $name.log:"
     tail -n 20 "$out/$name.log"
   fi
+}
+
+# beside NAME COMMAND...: a step that runs while others do, JOBS of them at a time. `together` waits for all.
+begun=()
+beside() {
+  while (($(jobs -rp | wc -l) >= JOBS)); do wait -n; done
+  begun+=("$part-$1")
+  step "$@" &
+}
+
+together() {
+  wait
+  for name in ${begun[@]+"${begun[@]}"}; do
+    [[ -e $out/$name.done || -e $out/$name.failed ]] || left_over=1
+  done
+}
+
+# Without nvcc, CMake or Ninja the Triton kernels serve, and the tests say what they skip.
+build_native() {
+  if FUSED_RESNET_NATIVE=1 timeout 240 "$python" setup.py -q build_native --build-lib . --build-temp "$out/build" \
+    >"$out/$part-native.log" 2>&1; then
+    echo "native library: built"
+  else
+    echo "native library: not built, going on without it: $(tail -n 1 "$out/$part-native.log")"
+  fi
+}
+
+# tests OPTION... -- FILE...: a step for each file, some at a time, without the settings of pyproject.toml, whose plug-ins may be missing.
+tests() {
+  local options=()
+  while [[ $1 != -- ]]; do
+    options+=("$1")
+    shift
+  done
+  shift
+  for file in "$@"; do
+    beside "$(basename "$file" .py)" "$python" -m pytest "$file" --maxfail=20 -q -o addopts= -rs "${options[@]}"
+  done
+  together
 }
 
 # bench NAME SUITE OPTIONS...: a step that times something.
@@ -110,18 +165,28 @@ sanitizer() {
 }
 
 case $part in
-  test)
-    # Without nvcc, CMake or Ninja the Triton kernels serve, and the tests say what they skip.
-    if FUSED_RESNET_NATIVE=1 timeout 240 "$python" setup.py -q build_native --build-lib . --build-temp "$out/build" \
-      >"$out/test-native.log" 2>&1; then
-      echo "native library: built"
-    else
-      echo "native library: not built, going on without it: $(tail -n 1 "$out/test-native.log")"
-    fi
-    for file in tests/test_*.py tests/*/test_*.py; do
-      # Without the settings of pyproject.toml, which ask for plug-ins that may be missing here.
-      step "$(basename "$file" .py)" "$python" -m pytest "$file" --maxfail=20 -q -o addopts= -rs
+  first)
+    # The native library and Triton's kernels at the same time: both wait for the CPU alone.
+    filling="bench/kernel_cache.py fill '$out/triton' --model resnet50 --batch 256 --dtype bf16"
+    MOST=150 beside cache bash -c "'$python' bench/kernel_cache.py adopt '$out/triton' || '$python' $filling"
+    build_native
+    together
+    MOST=90 step plain "$python" bench/sanitize_passes.py
+    MOST=120 step memcheck env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$(sanitizer)" --tool memcheck --error-exitcode 9 \
+      --target-processes application-only "$python" bench/sanitize_passes.py
+    # shellcheck disable=SC2086
+    MOST=240 tests --quick -m "not slow" -- $kernel_tests
+    bench train train --model resnet50 --dtype bf16 --batch 256 --repeats 20 --impl eager_nhwc compile ours:passes_cuda ours:triton
+    step profile "$python" -m fused_resnet profile --model resnet50 --impl ours:triton --device cuda --commit "$commit" \
+      --out "$out/profile/triton"
+    for turn in 1 2 3 4; do
+      step "tune-$turn" "$python" -m fused_resnet tune --model resnet50 --batch 256 --dtype bf16 --device cuda --limit 400 --commit "$commit"
     done
+    ;;
+  test)
+    build_native
+    # shellcheck disable=SC2086
+    tests -m "not slow" -- $gpu_tests
     ;;
   sanitize)
     # First alone: it compiles the kernels, so that no tool has to watch that.

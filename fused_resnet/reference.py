@@ -18,6 +18,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .collectives import gather_moments
 from .values import Conv, ConvGeometry, ConvOutput, Norm, Pending, Source, accumulate_dtype, nhwc, values_per_channel
@@ -69,10 +70,22 @@ def allow_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-@cache
 def ones(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[channels] ones. Kept for good: a folded network asks for the same at each convolution, and a CUDA graph may read them."""
-    return torch.ones(channels, dtype=dtype, device=device)
+    """[channels] ones: a part of what is kept for good. A folded network asks for them at each convolution, and a CUDA graph may read them.
+
+    Asked for when a backend is chosen for a device, so that none are made by what a compiler's memory pool or a CUDA graph may hold.
+    """
+    return _ones(max(MOST_CHANNELS, 1 << (channels - 1).bit_length()), dtype, device)[:channels]
+
+
+#: More channels than a ResNet's widest layer has; for a wider one ones are made at its first call.
+MOST_CHANNELS = 4096
+
+
+@cache
+def _ones(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with _disable_current_modes():
+        return torch.ones(channels, dtype=dtype, device=device)
 
 
 def _var_mean(y: Tensor) -> tuple[Tensor, Tensor]:

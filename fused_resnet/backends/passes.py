@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ..reference import Reference
+from ..reference import Reference, ones
 from ..values import Source
 
 CAPABILITY = (8, 0)
@@ -36,12 +36,12 @@ class Passes(Reference, ABC):
             return f"{self.name} takes float32, float16 and bfloat16, not {dtype}"
         if reason := self._why_not_here(device, dtype):
             return reason
-        if device.type != "cuda":
-            return None
-        if torch.version.hip:
-            return "the kernels are written and checked for NVIDIA GPUs, and this PyTorch is built for AMD's"
-        if (capability := torch.cuda.get_device_capability(device)) < CAPABILITY:
-            return f"the GPU's compute capability is {capability[0]}.{capability[1]}; {CAPABILITY[0]}.{CAPABILITY[1]} is the least"
+        if device.type == "cuda":
+            if torch.version.hip:
+                return "the kernels are written and checked for NVIDIA GPUs, and this PyTorch is built for AMD's"
+            if (capability := torch.cuda.get_device_capability(device)) < CAPABILITY:
+                return f"the GPU's compute capability is {capability[0]}.{capability[1]}; {CAPABILITY[0]}.{CAPABILITY[1]} is the least"
+        ones(1, torch.float32, device)  # what kernels read beside tensors is made now, and not by the first of them
         return None
 
     @abstractmethod

@@ -155,11 +155,24 @@ def counted(name: str) -> Reference:
     return Counted()
 
 
-def training_step(make: Callable[[], nn.Module], shape: tuple[int, int, int, int], dtype: torch.dtype, name: str) -> Traffic:
+def training_step(
+    make: Callable[[], nn.Module],
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    name: str,
+    tell: Callable[[Launch], object] = lambda launch: None,
+) -> Traffic:
     """What a training step of a network moves on images of `shape` [N, C, H, W] under autocast to `dtype`, by the backend `name`.
 
-    `name`: triton or passes_triton. SGD with momentum is counted by the rules of `roofline`. The casts of weights are not counted.
+    `name`: triton or passes_triton. `tell` is called with each launch. SGD with momentum is counted by the rules of `roofline`. The
+    casts of weights are not counted.
     """
+
+    def counted_and_told(launches: list[Launch]) -> list[Moved]:
+        for launch in launches:
+            tell(launch)
+        return [*map(_of_launch, launches)]
+
     framework, implementation = _Framework(shape[0]), counted(name)
     implementation.framework = framework
     BACKENDS["counted"] = implementation
@@ -170,14 +183,14 @@ def training_step(make: Callable[[], nn.Module], shape: tuple[int, int, int, int
         labels = torch.zeros(shape[0], dtype=torch.long)
         with recording() as launches, framework, backend("counted"), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = torch.nn.functional.cross_entropy(model(images).float(), labels)
-            moved = [*map(_of_launch, launches)]
+            moved = counted_and_told(launches)
             launches.clear()  # they hold what they were given
             saved = framework.alive()
             loss.backward()
     finally:
         del BACKENDS["counted"]
     optimizer = optimizer_step(sum(p.numel() for p in model.parameters()), dtype.itemsize)
-    return Traffic([*moved, *map(_of_launch, launches), *framework.moved, Moved(optimizer.work, optimizer.bytes)], saved)
+    return Traffic([*moved, *counted_and_told(launches), *framework.moved, Moved(optimizer.work, optimizer.bytes)], saved)
 
 
 def by_name(moved: Iterable[Moved]) -> dict[str, tuple[int, int, int]]:

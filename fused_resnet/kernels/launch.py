@@ -87,9 +87,10 @@ class PreparedLaunch:
             return
         variant = (device, *[t if t is None else t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in arguments])
         compiled = self._variants.get(variant)
-        if compiled is None or _watched():
+        watched = self.kernel.pre_run_hooks or _watched()
+        if compiled is None or watched:
             made = self._launched_by_triton(device, tensors)
-            if DIRECT and isinstance(made, triton.compiler.CompiledKernel) and not (self.kernel.pre_run_hooks or _watched()):
+            if DIRECT and not watched and isinstance(made, triton.compiler.CompiledKernel):
                 self._variants[variant] = made
             return
         driver = triton.runtime.driver.active

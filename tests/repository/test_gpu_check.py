@@ -50,10 +50,10 @@ def test_bash_accepts_it():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "PART: expected one of test sanitize kernels convolutions blocks tune train inference profile cudnn; got ''"),
+        ([], "PART: expected one of first test sanitize kernels convolutions blocks tune train inference profile cudnn; got ''"),
         (
             ["tests", "out"],
-            "PART: expected one of test sanitize kernels convolutions blocks tune train inference profile cudnn; got 'tests'",
+            "PART: expected one of first test sanitize kernels convolutions blocks tune train inference profile cudnn; got 'tests'",
         ),
         (["test sanitize", "out"], "PART: expected one of"),
         (["kernels"], "OUT: expected a folder"),
@@ -221,8 +221,80 @@ def test_the_test_part_goes_on_without_a_native_library(tmp_path, python):
     done = gpu_check("test", tmp_path / "out", "c0ffee", python=python)
     assert done.returncode == 0
     assert "native library: not built, going on without it: no setup.py today" in done.stdout
-    files = [str(p.relative_to(ROOT)) for pattern in ("test_*.py", "*/test_*.py") for p in sorted(TESTS.glob(pattern))]
-    assert [call.split()[2] for call in calls(python) if call.startswith("-m pytest")] == files
+
+
+def asks_for_a_gpu(path):
+    """Whether a test file holds tests of another device than the CPU, where there is one."""
+    source = path.read_text()
+    fixtures = re.search(r"^def \w+\([^)]*\b(on_)?device\b", source, re.MULTILINE)
+    return bool(fixtures or "mark.gpu" in source or "from support.chains import" in source)
+
+
+#: What has a part of its own, and what asks a GPU for nothing but that it is not taken.
+ELSEWHERE = {"cudnn", "repository", "instruments", "profile", "data", "train", "experiment"}
+CPU_ONLY = {
+    "test_onednn.py",
+    "test_fuse_timm.py",
+    "test_timing.py",
+    "test_bench_convolutions.py",
+    "test_networks_by_name.py",
+    "test_cpu_robustness.py",
+}
+
+
+def test_the_test_part_runs_what_a_gpu_changes(tmp_path, python):
+    """Each file once; the kernels' first, since all others rest on them."""
+    assert gpu_check("test", tmp_path / "out", "c0ffee", python=python).returncode == 0
+    called = [call.split()[2] for call in calls(python) if call.startswith("-m pytest")]
+    wanted = {path for path in TESTS.rglob("test_*.py") if asks_for_a_gpu(path) and path.parent.name not in ELSEWHERE}
+    assert sorted(called) == sorted(str(p.relative_to(ROOT)) for p in wanted if p.name not in CPU_ONLY)
+    assert {"tests/backends/test_passes.py", "tests/kernels/test_fprop.py", "tests/ops/test_operators.py"} <= set(called[:8])
+
+
+def test_a_first_look_takes_the_most_wanted_first(tmp_path, python):
+    """What is right before what is fast; one call goes on where the one before stopped."""
+    if not (shutil.which("compute-sanitizer") or Path("/usr/local/cuda/bin/compute-sanitizer").exists()):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "first-memcheck.done").write_text("")
+    done = gpu_check("first", tmp_path / "out", "c0ffee", python=python)
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = [call.split() for call in calls(python)]
+    kinds = [next(w for w in call if not w.startswith("-") and w != "fused_resnet") for call in words]
+    assert set(kinds[:2]) == {"bench/kernel_cache.py", "setup.py"}
+    files = [call[2] for call in words if "pytest" in call]
+    assert kinds[2:] == ["bench/sanitize_passes.py", *["pytest"] * len(files), "bench", "profile", *["tune"] * 4]
+    assert len(files) == len(set(files)) == 7 and all("--quick" in call for call in words if "pytest" in call)
+    assert {"eager_nhwc", "compile", "ours:passes_cuda", "ours:triton"} < set(words[kinds.index("bench")])
+    assert gpu_check("first", tmp_path / "out", "c0ffee", python=python).returncode == 0
+    assert [call for call in calls(python)[len(words) :] if "setup.py" not in call] == []
+
+
+def test_a_cache_that_was_carried_is_not_filled(tmp_path, python):
+    """The command refuses one of another Triton, and then one is filled."""
+    (tmp_path / "fail").write_text("adopt")
+    gpu_check("first", tmp_path / "out", "c0ffee", python=python)
+    told = [call.split()[1] for call in calls(python) if call.startswith("bench/kernel_cache.py")]
+    assert told == ["adopt", "fill"]
+    arguments = next(call for call in calls(python) if " fill " in call).split()
+    kernel_cache = pytest.importorskip("triton") and script("bench/kernel_cache.py")
+    with pytest.raises(SystemExit) as refused:
+        kernel_cache.main([*arguments[1:], "--jobs", "none"])
+    assert refused.value.code == 2, "all but the last argument is known"
+
+
+def test_a_step_that_takes_too_long_leaves_time_for_others(tmp_path, python):
+    """Of a first look: its mark says that it failed, and the steps behind it run."""
+    text = python.read_text().replace("exit 0\n", '[ "$1" = bench/sanitize_passes.py ] && sleep 60\nexit 0\n')
+    python.write_text(text)
+    copy = tmp_path / "bench" / "gpu_check.sh"
+    copy.parent.mkdir()
+    copy.write_text(SCRIPT.read_text().replace("MOST=90 step plain", "MOST=1 step plain"))
+    done = subprocess.run(
+        ["bash", str(copy), "first", str(tmp_path / "out"), "c0ffee"],
+        capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)}, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "first-plain: failed with exit status 124" in done.stdout
+    assert (tmp_path / "out" / "first-train.done").exists()
 
 
 def test_a_missing_sanitizer_is_a_failure(tmp_path, python):
