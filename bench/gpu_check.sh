@@ -43,7 +43,7 @@ backward="norm_backward_reduce norm_add_backward_reduce norm_backward_apply norm
 kernel_tests="tests/backends/test_passes.py tests/ops/test_operators.py tests/kernels/test_fprop.py tests/kernels/test_dgrad.py
   tests/kernels/test_wgrad.py tests/csrc/test_native.py tests/backends/test_conv_affine_act.py"
 gpu_tests="$kernel_tests tests/backends/test_backends.py tests/ops/test_autograd.py tests/ops/test_opcheck.py tests/nn/test_reproducible.py
-  tests/nn/test_precision.py tests/nn/test_recompute.py tests/nn/test_compile.py tests/models/test_models.py
+  tests/nn/test_precision.py tests/nn/test_recompute.py tests/nn/test_compile.py tests/nn/test_graph.py tests/models/test_models.py
   tests/models/test_training_parity.py tests/convert/test_fuse.py tests/convert/test_fuse_torchvision.py
   tests/test_inference.py tests/bench/test_tune.py tests/cli/test_runs.py"
 
