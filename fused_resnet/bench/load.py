@@ -1,6 +1,5 @@
 """A network by its name: this package's, torchvision's, timm's, or a user's function."""
 
-import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .. import models
+from ..words import meant
 
 OTHERS = ("torchvision:NAME", "timm:NAME", "MODULE:FUNCTION")
 EXPECTED = "one of list_models(), torchvision:NAME, timm:NAME, or MODULE:FUNCTION that returns a torch.nn.Module"
@@ -52,12 +52,6 @@ def builder(name: str, num_classes: int | None = None, in_channels: int | None =
         return partial(_made, partial(found, function), name, options)
     found, _ = _function(source, function, dir)
     return partial(_made, found, name, _taken(found, options))
-
-
-def meant(text: str, known: Sequence[str]) -> str:
-    """The end of an error for a word that is nearly a known one: "; did you mean resnet50?". Empty for any other word."""
-    close = difflib.get_close_matches(text.lower(), known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _function(module: str, name: str, known: Callable[[Any], Sequence[str]]) -> tuple[Callable, Any]:

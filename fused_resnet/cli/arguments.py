@@ -9,11 +9,12 @@ from typing import NoReturn
 import torch
 
 from .. import backends, fuse, models
-from ..bench.load import OTHERS, LoadError, builder, meant
+from ..bench.load import OTHERS, LoadError, builder
 from ..bench.trace import Trace, trace
 from ..data import NAMES, SCHEME, DataSet, Description, FolderDataSet
 from ..train import AUTOCAST
 from ..train.checkpoint import one_line
+from ..words import meant
 
 COLOUR = 3  # channels
 
@@ -69,6 +70,11 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number; got {text!r}") from None
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """The type of an argument: real numbers with commas between them."""
+    return tuple(number(each) for each in text.split(","))
 
 
 def positive_number(text: str) -> float:

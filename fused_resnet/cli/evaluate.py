@@ -71,10 +71,12 @@ def _images(args: argparse.Namespace, found: Trained) -> data.DataSet | data.Fol
     """The data set, normalised as in training. Raises `UsageError` where it has other classes or images of another kind."""
     name = args.data or found.config.data
     of_folder = name.startswith(data.SCHEME)
+    preparation = data.Preparation(shorter_side=found.data.shorter_side if of_folder else None)
     sized = of_folder or name == "synthetic"
     with blaming("--data", data.DataError):
         images = data.load(
             name, image_size=found.data.image_shape[1] if sized else None, corrupt=args.corrupt, workers=args.workers,
+            preparation=preparation,
             **{"limit_train" if args.split == "train" else "limit_eval": args.limit},
         )  # fmt: skip
     if images.classes != found.data.classes:

@@ -18,15 +18,20 @@ from ..train import (
     CHECKPOINT,
     CURVES,
     METRICS,
+    OPTIMIZERS,
     PRECISIONS,
+    SCHEDULES,
     SUMMARY,
     CheckpointError,
     FolderError,
+    RecipeError,
     Stopped,
     TrainConfig,
     Trainer,
     launched,
+    load_recipe,
     processes,
+    recipes,
     resumable,
     run,
     summarised,
@@ -43,16 +48,21 @@ from .arguments import (
     model_name,
     names_code,
     number,
+    numbers,
     one_of,
     slow_precision,
     whole_number,
 )
 
-DESCRIPTION = """Trains a network with SGD and a cosine schedule, and evaluates it after each
-epoch. The folder of the run gets checkpoint.pt, best.pt, metrics.jsonl (one
+DESCRIPTION = """Trains a network, by options or by a recipe, and evaluates it after each epoch.
+The folder of the run gets checkpoint.pt, best.pt, metrics.jsonl (one
 line an epoch), summary.json and curves.png. Ctrl-C and SIGTERM save and leave."""
+#: What `--impl` may be.
+IMPLEMENTATIONS = ("eager", "compile", "fused")
 EXAMPLES = """example:
   fused-resnet train --model resnet20 --data fashion-mnist-mini --epochs 8 --out runs/first
+  fused-resnet train --recipe he2015-cifar10 --model resnet56 --precision bf16
+  fused-resnet train --recipe torchvision-v2 --data imagefolder:/data/imagenet --batch-size 256 --lr 0.125
   fused-resnet train --resume runs/first
   fused-resnet train --resume runs/first --epochs 20
   fused-resnet train --model resnet56 --data cifar10 --epochs 160 --precision bf16 --out runs/cifar
@@ -72,24 +82,45 @@ def add_parser(commands) -> None:
 
     def option(name: str, kind, text: str, metavar: str) -> None:
         value = getattr(default, name)
-        shown = "" if value is None else f" (default: {value})"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text + shown)
+        shown = "" if value in (None, ()) else f" (default: {value})"
+        parser.add_argument(_option(name), type=kind, metavar=metavar, help=text + shown)
 
+    def switch(name: str, text: str) -> None:
+        parser.add_argument(_option(name), dest=name, action=argparse.BooleanOptionalAction, help=text)
+
+    parser.add_argument("--recipe", metavar="NAME|FILE", help=f"settings, which options override: {', '.join(recipes())}; or a TOML file")
     option("model", model_name, f"one of {', '.join(models.list_models())}; or torchvision:NAME, timm:NAME, MODULE:FUNCTION", "MODEL")
     option("data", data_name, f"one of {', '.join(data.NAMES)}; or {data.SCHEME}PATH", "DATA")
     option("epochs", whole_number, "passes over the training split", "N")
     option("batch_size", whole_number, "images a step", "N")
+    option("accumulate", whole_number, "parts of a batch, trained one after the other", "N")
+    option("optimizer", one_of(*OPTIMIZERS), "one of " + ", ".join(OPTIMIZERS), "O")
     option("lr", number, "highest learning rate", "RATE")
-    option("warmup_epochs", number, "epochs of linear warm-up", "N")
-    option("momentum", number, "momentum of SGD", "M")
+    option("schedule", one_of(*SCHEDULES), "of the learning rate: " + ", ".join(SCHEDULES), "S")
+    option("warmup_epochs", number, "epochs until the highest learning rate", "N")
+    option("milestones", numbers, "epochs after which the schedule step changes the rate, with commas: 30,60", "N,N")
+    option("gamma", number, "what the schedule step multiplies the rate by", "G")
+    option("momentum", number, "momentum of the optimizer", "M")
+    switch("nesterov", "Nesterov's momentum")
     option("weight_decay", number, "weight decay", "W")
-    parser.add_argument("--no-norm-decay", dest="decay_norms", action="store_false", help="no weight decay on norms and biases")
+    switch("decay_norms", "weight decay on norms and biases as well (default)")
+    option("clip_norm", number, "scale gradients down to this norm", "N")
+    switch("zero_gamma", "let the last norm of each residual block begin with 0")
+    option("ema", number, "decay of a moving average of parameters and buffers, which is evaluated then; 0: none", "D")
+    option("ema_every", whole_number, "steps from one update of it to the next", "N")
     option("label_smoothing", number, "label smoothing, 0 to 1", "S")
+    option("mixup", number, "mix images: alpha of the Beta distribution, 0: no", "A")
+    option("cutmix", number, "cut parts out of other images: alpha of the Beta distribution, 0: no", "A")
+    option("erasing", number, "probability that a part of an image is erased", "P")
+    option("auto_augment", one_of(*data.AUTO_AUGMENTS), "of a folder's images: " + ", ".join(data.AUTO_AUGMENTS), "WHAT")
+    option("repeats", whole_number, "an epoch sees a part of a folder's images, each N times", "N")
     option("precision", one_of(*PRECISIONS), "one of " + ", ".join(PRECISIONS), "P")
     option("seed", whole_number, "seed of the weights, the order and the augmentation", "N")
     option("limit_train", whole_number, "use only the first N training images", "N")
     option("limit_eval", whole_number, "use only the first N evaluation images", "N")
     option("image_size", whole_number, "pixels of a side, for synthetic images and folders (default: 224)", "N")
+    option("train_size", whole_number, "pixels of a side of a folder's images in training (default: --image-size)", "N")
+    option("shorter_side", whole_number, "pixels to which an evaluation resizes a folder's image (default: 256/224 of --image-size)", "N")
     option("corrupt", one_of(*data.CORRUPT), "what becomes of a folder's image that can't be decoded: refuse, skip", "WHAT")
     option("workers", whole_number, "processes that decode a folder's images (default: one a processor, 8 at most)", "N")
     option("checkpoint_minutes", number, "minutes from one checkpoint to the next within an epoch; inf: none there", "N")
@@ -110,8 +141,19 @@ def add_parser(commands) -> None:
         action=argparse.BooleanOptionalAction,
         help="make again in backward what blocks would keep between their convolutions: memory for time",
     )
+    parser.add_argument(
+        "--impl", type=one_of(*IMPLEMENTATIONS), metavar="I",
+        help="what computes, for like-for-like runs: eager, compile: PyTorch's own modules; fused: this package's operators",
+    )  # fmt: skip
+    switch("compile", "torch.compile makes the network's training, of whichever backend")
+    switch("cuda_graph", "a GPU gets a step's forward and backward as CUDA graphs")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=train)
+
+
+def _option(name: str) -> str:
+    """The option of a setting."""
+    return "--norm-decay" if name == "decay_norms" else f"--{name.replace('_', '-')}"
 
 
 def train(args: argparse.Namespace) -> int:
@@ -123,11 +165,15 @@ def train(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, where: torch.device) -> int:
     options = vars(args)
     settings = {field.name: options[field.name] for field in fields(TrainConfig) if field.name in options}
+    if "impl" in options:
+        settings |= _implementation(options)
     if (stop_after := options.get("stop_after", 1)) < 1:
         raise UsageError("--stop-after", f"expected an epoch, 1 or more; got {stop_after}")
     folder, config, state = _resumed(options, settings) if "resume" in options else _fresh(options, settings)
     with backends.backend(config.backend) if config.backend else nullcontext():
         chosen = chosen_backend(where, config.precision, config.backend)
+    if options.get("impl") == "fused" and chosen == "off":
+        raise UsageError("--impl", f"no operators of this package run on this {where.type}; expected eager or compile, or --backend eager")
     if config.sync_bn and launched() and chosen == "off" and where.type != "cuda":
         raise UsageError("--sync-bn", "PyTorch's own modules synchronise on GPUs alone; expected --backend eager beside it on a CPU")
     if config.recompute and chosen == "off":
@@ -135,7 +181,9 @@ def _train(args: argparse.Namespace, where: torch.device) -> int:
     with blaming("--data", data.DataError):
         images = data.load(
             config.data, limit_train=config.limit_train, limit_eval=config.limit_eval, image_size=config.image_size,
-            corrupt=config.corrupt, workers=config.workers,
+            corrupt=config.corrupt, workers=config.workers, preparation=data.Preparation(
+                config.auto_augment, config.repeats, config.train_size, config.shorter_side,
+            ),
         )  # fmt: skip
     torch.backends.cudnn.benchmark = True  # shapes do not change
     torch.manual_seed(config.seed)
@@ -187,8 +235,24 @@ def _silent(text: str) -> None:
     """What the other processes say."""
 
 
+def _implementation(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings that `--impl` stands for."""
+    impl = options["impl"]
+    if (backend := options.get("backend")) is not None and (impl != "fused" or backend == "off"):
+        raise UsageError("--impl", f"expected no --backend beside {impl}, or one of this package's operators; got {backend}")
+    if impl == "fused":
+        return {}
+    if impl == "eager" and options.get("compile"):
+        raise UsageError("--impl", "expected compile beside --compile; got eager")
+    return {"backend": "off", "compile": impl == "compile"}
+
+
 def _fresh(options: dict[str, Any], settings: dict[str, Any]) -> tuple[Path, TrainConfig, None]:
-    config = TrainConfig(**settings)
+    with blaming("--recipe", RecipeError):
+        recipe = load_recipe(options["recipe"]) if "recipe" in options else {}
+    if settings.get("schedule", "step") != "step":
+        recipe.pop("milestones", None)
+    config = TrainConfig(**recipe | settings)
     folder = options.get("out", Path("runs") / f"{config.model}-{config.data}".replace(":", "-").replace("/", "-"))
     # `run` sees to it; asked here as well, before the data are read.
     with blaming("--out", OSError):
@@ -201,13 +265,14 @@ def _fresh(options: dict[str, Any], settings: dict[str, Any]) -> tuple[Path, Tra
 
 def _resumed(options: dict[str, Any], settings: dict[str, Any]) -> tuple[Path, TrainConfig, dict[str, Any]]:
     path = options["resume"]
+    if "recipe" in options:
+        raise UsageError("--recipe", "expected none beside --resume, since the settings come from the checkpoint")
     with blaming("--resume", CheckpointError, OSError):
         config, state = resumable(path)
         folder = options.get("out", path.parent if path.is_file() else path)
     for name, value in settings.items():
         if value != (kept := getattr(config, name)) and name not in CHANGEABLE:
-            option = "no-norm-decay" if name == "decay_norms" else name.replace("_", "-")
-            raise UsageError(f"--{option}", f"expected {kept}, with which the run was started; got {value}")
+            raise UsageError(_option(name), f"expected {kept}, with which the run was started; got {value}")
     if settings.get("epochs", config.epochs) < config.epochs:
         raise UsageError("--epochs", f"expected at least {config.epochs}, with which the run was started; got {settings['epochs']}")
     if names_code(config.model) and "model" not in settings:

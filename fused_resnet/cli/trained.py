@@ -50,8 +50,10 @@ def trained(args: argparse.Namespace) -> Trained:
     try:
         description = Description(**state["data"])
         model = build_model(config.model, description)
-        check_model(model, state["model"])
-        model.load_state_dict(state["model"])
+        # What was evaluated: the moving average where there is one.
+        weights = {key.removeprefix("module."): value for key, value in state["ema"].items() if key != "n_averaged"} or state["model"]
+        check_model(model, weights)
+        model.load_state_dict(weights)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UsageError("RUN", f"{args.trained}: the checkpoint does not fit {config.model}: {error}") from error
     return Trained(model.to(memory_format=torch.channels_last).eval(), config, description, state["epoch"])

@@ -14,13 +14,13 @@ from .dataset import DataSet, Split
 from .description import Description, describe
 from .errors import DataError
 from .fashion import load_fashion_mnist, load_fashion_mnist_mini
-from .folder import CORRUPT, SCHEME, Files, FolderDataSet, FolderLoader, load_folder
+from .folder import AUTO_AUGMENTS, CORRUPT, SCHEME, Files, FolderDataSet, FolderLoader, Preparation, load_folder
 from .loader import Loader
 from .synthetic import load_synthetic
 
 __all__ = [
-    "CORRUPT", "NAMES", "SCHEME", "DataError", "DataSet", "Description", "FolderDataSet", "Loader",
-    "Split", "describe", "load", "make_loader",
+    "AUTO_AUGMENTS", "CORRUPT", "NAMES", "SCHEME", "DataError", "DataSet", "Description", "FolderDataSet", "Loader", "Preparation", "Split",
+    "describe", "load", "make_loader",
 ]  # fmt: skip
 
 _FILES = {
@@ -35,16 +35,16 @@ SYNTHETIC_SIZE = 224
 
 def load(
     name: str, *, limit_train: int | None = None, limit_eval: int | None = None, image_size: int | None = None, corrupt: str = "refuse",
-    workers: int | None = None,
+    workers: int | None = None, preparation: Preparation = Preparation(),  # noqa: B008 — it is frozen
 ) -> DataSet | FolderDataSet:  # fmt: skip
     """The data set of that name, with at most `limit_train` and `limit_eval` images.
 
     `image_size` (pixels, 224 by default) belongs to "synthetic", which also makes as many images as the limits say, and to
-    "imagefolder:PATH"; so do `corrupt`, what becomes of an image that can't be decoded, of `CORRUPT`, and `workers`, the processes that
-    decode (None: one a processor, eight at most). Raises `DataError` for an unknown name, a damaged file or a failed download.
+    "imagefolder:PATH"; so do `corrupt`, what becomes of an image that can't be decoded, of `CORRUPT`, `workers`, the processes that decode
+    (None: one a processor, eight at most), and `preparation`. Raises `DataError` for an unknown name, a damaged file or a failed download.
     """
     if name.startswith(SCHEME):
-        return load_folder(name, image_size, corrupt, workers, limit_train, limit_eval)
+        return load_folder(name, image_size, corrupt, workers, limit_train, limit_eval, preparation)
     if name not in NAMES:
         raise DataError(f"data set: expected one of {', '.join(NAMES)}, {SCHEME}PATH; got {name!r}")
     if name == "synthetic":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .dataset import DataSet
 from .errors import DataError
-from .folder import MEAN, RESIZED, STD, FolderDataSet, decoded, middle
+from .folder import MEAN, STD, FolderDataSet, decoded, middle
 
 GREY, COLOUR = 1, 3  # channels
 KINDS = {"name": str, "classes": str, "image_shape": int, "mean": float, "std": float, "shorter_side": int}
@@ -70,6 +70,6 @@ class Description:
 def describe(data: DataSet | FolderDataSet) -> Description:
     """What is kept of a data set with what was trained on it."""
     if isinstance(data, FolderDataSet):
-        return Description(data.name, data.classes, data.image_shape, MEAN, STD, round(RESIZED * data.size))
+        return Description(data.name, data.classes, data.image_shape, MEAN, STD, data.shorter_side)
     mean, std = (tuple(values.tolist()) for values in (data.mean, data.std))
     return Description(data.name, data.classes, data.image_shape, mean, std, min(data.image_shape[1:]))

@@ -26,6 +26,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE = 224
 RESIZED = 256 / 224  # of the shorter side before the middle is cut out
 CORRUPT = ("refuse", "skip")
+#: Word -> torchvision's transform of its name, drawn anew for each image. TrivialAugment: Müller & Hutter 2021, arXiv:2103.10158.
+AUTO_AUGMENTS = {"none": None, "trivial": "TrivialAugmentWide", "rand": "RandAugment", "auto": "AutoAugment"}
 MOST_WORKERS = 8
 WAITING = 0.2  # of an epoch's time: a run that waits longer for its images says so
 
@@ -49,6 +51,16 @@ class Files:
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """How a folder's images are made ready, besides their size in an evaluation."""
+
+    auto_augment: str = "none"  #: of `AUTO_AUGMENTS`
+    repeats: int = 1  #: an epoch sees a part of the images, each so many times (Hoffer et al. 2019, arXiv:1901.09335)
+    train_size: int | None = None  #: pixels of a side in training; None: as in an evaluation
+    shorter_side: int | None = None  #: pixels to which an evaluation resizes before it cuts; None: 256/224 of the size
+
+
+@dataclass(frozen=True)
 class FolderDataSet:
     """Two splits of files with the same classes, read when they are needed."""
 
@@ -59,8 +71,14 @@ class FolderDataSet:
     size: int  #: pixels of a side, after cropping
     corrupt: str  #: of `CORRUPT`
     workers: int  #: processes that decode and augment; 0: the one that trains
+    preparation: "Preparation"
 
     channels = 3
+
+    @property
+    def shorter_side(self) -> int:
+        """Pixels to which an evaluation resizes an image before it cuts."""
+        return self.preparation.shorter_side or round(RESIZED * self.size)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -69,8 +87,9 @@ class FolderDataSet:
 
 
 def load_folder(
-    name: str, size: int | None, corrupt: str, workers: int | None, limit_train: int | None, limit_eval: int | None
-) -> FolderDataSet:
+    name: str, size: int | None, corrupt: str, workers: int | None, limit_train: int | None, limit_eval: int | None,
+    preparation: Preparation,
+) -> FolderDataSet:  # fmt: skip
     """The data set "imagefolder:PATH": `PATH/train/CLASS` and `PATH/val/CLASS`, or `PATH/CLASS`, whose every fifth image is evaluated on.
 
     Nothing is decoded yet. Raises `DataError` where torchvision is missing, or the folder is not of this kind.
@@ -95,8 +114,8 @@ def load_folder(
     except FileNotFoundError as error:  # no class at all, or one without an image
         raise DataError(f"{root}: expected a folder a class, with images in it ({error})") from error
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0))) if workers is None else workers
-    sizes = SIZE if size is None else size, corrupt, workers
-    return FolderDataSet(name, tuple(found.classes), train.limited(limit_train), evaluation.limited(limit_eval), *sizes)
+    splits = train.limited(limit_train), evaluation.limited(limit_eval)
+    return FolderDataSet(name, tuple(found.classes), *splits, SIZE if size is None else size, corrupt, workers, preparation)
 
 
 def _torchvision() -> Any:
@@ -138,16 +157,21 @@ class Corrupt:
 class _Images(Dataset):
     """Decoded and transformed: (uint8 [size, size, 3] or None, label, the corrupt files on the way)."""
 
-    def __init__(self, files: Files, size: int, augment: bool, seed: int, epoch: int, replace: bool):
+    def __init__(self, data: FolderDataSet, files: Files, augment: bool, seed: int, epoch: int):
         v2 = _torchvision().transforms.v2
-        drawn = (v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor())
-        self.transform = v2.Compose(drawn) if augment else middle(round(RESIZED * size), (size, size))
-        self.files, self.seed, self.epoch, self.replace = files, seed, epoch, replace
+        if augment:
+            auto = AUTO_AUGMENTS[data.preparation.auto_augment]
+            drawn = (v2.RandomResizedCrop(data.preparation.train_size or data.size), v2.RandomHorizontalFlip(), v2.PILToTensor())
+            self.transform = v2.Compose([*drawn, *([getattr(v2, auto)()] if auto else [])])
+        else:
+            self.transform = middle(data.shorter_side, (data.size, data.size))
+        self.files, self.seed, self.epoch, self.replace = files, seed, epoch, augment and data.corrupt == "skip"
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, int, list[Corrupt]]:
+        """`index` counts on behind the last image where one is repeated, so that each time something else is drawn."""
         bad = []
         # Where an image is corrupt, the one behind it takes its place in training, so that batches stay whole.
         for step in range(len(self.files) if self.replace else 1):
@@ -215,11 +239,11 @@ class FolderLoader:
         return -(-len(range(self.part[0], len(self.files), self.part[1])) // self.batch_size)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (images float32 [B, 3, size, size] channels_last, normalised; labels int64 [B]) on the device, from batch `first` on.
+        """Yields (images float32 [B, 3, H, W] channels_last, normalised; labels int64 [B]) on the device, from batch `first` on.
 
         Raises `DataError` for a corrupt image that is to be refused, and where no image of a batch of training is whole.
         """
-        images = _Images(self.files, self.data.size, self.augment, self.seed, epoch, self.augment and self.data.corrupt == "skip")
+        images = _Images(self.data, self.files, self.augment, self.seed, epoch)
         loader = DataLoader(
             images, batch_sampler=self._order(epoch)[first:], num_workers=self.data.workers, collate_fn=_collated,
             worker_init_fn=_leave_signals,
@@ -246,7 +270,9 @@ class FolderLoader:
         if not self.augment:
             mine = list(range(len(self.files)))[self.part[0] :: self.part[1]]
             return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
-        order = torch.randperm(len(self.files), generator=torch.Generator().manual_seed(mixed(self.seed, epoch))).tolist()
+        count, repeats = len(self.files), self.data.preparation.repeats
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(mixed(self.seed, epoch))).tolist()
+        order = [place + time * count for place in order[: -(-count // repeats)] for time in range(repeats)]
         size = self.batch_size // self.part[1]
         starts = [i * self.batch_size + self.part[0] * size for i in range(len(self))]
         return [order[start : start + size] for start in starts]

@@ -9,6 +9,7 @@ The file is PyTorch's own (torch.save), a dict of plain values and tensors that 
 | data | what a network is used with where its data set is not at hand (`data.Description`) as a dict |
 | epoch | epochs done |
 | partial | of the epoch under way: batches done, their seconds, and each process's sums of losses and right answers |
+| ema | the state_dict of the moving average, whose keys begin with "module."; {} where there is none |
 | model, optimizer, scaler | their state_dicts; the schedule follows from the epoch and the batch |
 | rng | "cpu" and, on a GPU, "cuda": the generators' states. Batches draw from generators of their own |
 | history | the records of `metrics.jsonl` so far |
@@ -31,6 +32,7 @@ KINDS = {
     "epoch": int,
     "partial": dict,
     "model": dict,
+    "ema": dict,
     "optimizer": dict,
     "scaler": dict,
     "rng": dict,
@@ -43,6 +45,10 @@ RECORD = (
     "eval_top5_accuracy", "eval_seconds", "peak_memory_bytes", "ended",
 )  # fmt: skip
 PARTIAL = ("batch", "seconds", "loss_sum", "correct")
+#: Of an optimizer's group, what a checkpoint has to agree on; those that the optimizer has.
+SETTINGS = (
+    "momentum", "weight_decay", "dampening", "nesterov", "maximize", "trust_coeff", "eps", "trust_clip", "always_adapt",
+)  # fmt: skip
 LONGEST_REASON = 300  # characters
 #: What weights_only refuses, in torch.load's advice.
 REFUSED = re.compile(r"(?:WeightsUnpickler error: |(?=Trying to load ))(.+?)(?:\. | Check the |$)")
@@ -115,7 +121,18 @@ def check_model(model: nn.Module, found: dict[str, Any]) -> None:
             _check_tensor(f"model: {name}", found[name], tensor)
 
 
-def check_optimizer(optimizer: torch.optim.SGD, found: dict[str, Any]) -> dict[str, Any]:
+def check_average(average: nn.Module | None, found: dict[str, Any]) -> None:
+    """Raises ValueError where the state_dict `found` is not that of `average`, {} where there is none."""
+    if average is None and found:
+        raise ValueError("ema: expected nothing, since this run has no moving average")
+    if average is not None:
+        try:
+            check_model(average, found)
+        except ValueError as error:
+            raise ValueError(f"ema: {error}") from error
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
     """The state_dict that `optimizer` can load: its own groups, with the momentum buffers of `found`.
 
     Raises ValueError where `found` has other groups or other settings than the learning rate, or where a buffer is missing or does not fit.
@@ -126,7 +143,7 @@ def check_optimizer(optimizer: torch.optim.SGD, found: dict[str, Any]) -> dict[s
     if not isinstance(kept, dict):
         raise ValueError("optimizer: expected a state for each parameter")
     for group, ours in zip(groups, own, strict=True):
-        for name in ("momentum", "weight_decay", "dampening", "nesterov", "maximize"):
+        for name in (name for name in SETTINGS if name in ours):
             if name not in group or type(group[name]) is Tensor or group[name] != ours[name]:
                 raise ValueError(f"optimizer: {name}: expected {ours[name]}; got {group.get(name)!r}")
         if group.get("params") != ours["params"]:

@@ -1,4 +1,4 @@
-"""The training loop: epochs of SGD, an evaluation after each."""
+"""The training loop: epochs of steps, an evaluation after each."""
 
 import contextlib
 import math
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from .. import backend, recompute
 from ..data import DataSet, FolderDataSet, describe, make_loader
+from .augment import BatchAugmentation
+from .average import moving_average
 from .checkpoint import (
     CheckpointError,
+    check_average,
     check_history,
     check_model,
     check_optimizer,
@@ -25,7 +28,8 @@ from .checkpoint import (
 )
 from .config import SettingError, TrainConfig
 from .evaluation import evaluate
-from .optimizer import learning_rate, sgd
+from .graphs import graphed
+from .optimizer import learning_rate, make_optimizer, zero_gammas
 from .precision import autocast
 from .processes import agree_on_buffers, gathered, parallel, rank, total, world
 from .progress import bar
@@ -46,20 +50,27 @@ class Trainer:
         if config.batch_size > len(data.train):
             expected = f"expected at most {len(data.train)}, the images of the training split"
             raise SettingError("batch_size", f"{expected}; got {config.batch_size}")
-        if config.batch_size % world():
-            raise SettingError("batch_size", f"expected a multiple of the {world()} processes; got {config.batch_size}")
+        if config.batch_size % (world() * config.accumulate):
+            parts = f" and of the {config.accumulate} parts that are accumulated" if config.accumulate > 1 else ""
+            raise SettingError("batch_size", f"expected a multiple of the {world()} processes{parts}; got {config.batch_size}")
+        if config.cuda_graph and (device.type != "cuda" or world() > 1):
+            raise SettingError("cuda_graph", f"expected one process with a GPU; got {world()} with {device.type}")
         self.config, self.data, self.device = config, data, device
         self.model = model.to(device, memory_format=torch.channels_last)
         if config.recompute:
             recompute(self.model)
-        self.parallel = parallel(self.model, device, config.sync_bn)
-        self.optimizer = sgd(model, config, device)
+        if config.zero_gamma:
+            zero_gammas(self.model)
+        self.ema = moving_average(self.model, config.ema) if config.ema else None
+        self.parallel = self._made(parallel(self.model, device, config.sync_bn))
+        self.optimizer = make_optimizer(model, config, device)
         # Only fp16 has gradients that leave its range.
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         part = rank(), world()
         self.train_loader = make_loader(data, data.train, config.batch_size, device, True, config.seed, part)
         self.eval_loader = make_loader(data, data.eval, config.batch_size, device, False, part=part)
+        self.augment = BatchAugmentation(config, len(data.classes), rank())
         self.epoch = 0  #: epochs done
         self.history: list[dict[str, Any]] = []
         self._begin_epoch()
@@ -68,18 +79,58 @@ class Trainer:
         """The context of a step: the backend of the settings, or what is in force."""
         return backend(self.config.backend) if self.config.backend else contextlib.nullcontext()
 
-    def step(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """One step of SGD. Returns (loss, logits), detached, on the device; nothing waits for a GPU here."""
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that evaluations see: the moving average, or where there is none, the one that trains."""
+        return self.model if self.ema is None else self.ema.module
+
+    def _made(self, model: nn.Module) -> nn.Module:
+        """What a training step calls of `model`, as `compile` and `cuda_graph` say."""
+        if self.config.compile:
+            # Inductor makes CUDA graphs of what it compiles itself.
+            return torch.compile(model, mode="reduce-overhead" if self.config.cuda_graph else None)
+        return graphed(model, self._part(), self.config.precision) if self.config.cuda_graph else model
+
+    def _part(self) -> Tensor:
+        """Images of the shape that a forward of training takes."""
+        size = getattr(getattr(self.data, "preparation", None), "train_size", None)
+        channels, height, width = self.data.image_shape
+        shape = self.config.batch_size // self.config.accumulate, channels, size or height, size or width
+        return torch.randn(shape, device=self.device).contiguous(memory_format=torch.channels_last)
+
+    def step(self, images: Tensor, targets: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        """One step of the optimizer. targets: labels int64 [B], or float32 [B, classes].
+
+        Returns (loss, logits), detached, on the device; nothing waits for a GPU here.
+        """
+        config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device, self.config.precision):
-            logits = self.parallel(images)
-        loss = self.criterion(logits.float(), labels)
-        self.scaler.scale(loss).backward()
+        parts = list(zip(images.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True))
+        losses, scores = [], []
+        for i, (part, target) in enumerate(parts, start=1):
+            # Gradients of processes are averaged once a step.
+            with self.parallel.no_sync() if world() > 1 and i < len(parts) else contextlib.nullcontext():
+                with autocast(self.device, config.precision, cache=not config.cuda_graph):
+                    logits = self.parallel(part)
+                loss = self.criterion(logits.float(), target) / len(parts)
+                self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+            scores.append(logits.detach())
+        if config.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss.detach(), logits.detach()
+        return (losses[0], scores[0]) if len(parts) == 1 else (torch.stack(losses).sum(), torch.cat(scores))
+
+    def _average(self, step: int) -> None:
+        """Updates the moving average behind a step of the run, 0 the first. During the warm-up it is the network itself."""
+        if self.ema is not None and (step + 1) % self.config.ema_every == 0:
+            if step < round(self.config.warmup_epochs * len(self.train_loader)):
+                self.ema.n_averaged.zero_()
+            self.ema.update_parameters(self.model)
 
     def run_epoch(
         self, progress: bool, pause: Callable[[int, int], None] = lambda step, steps: None, evaluating: Callable[[], None] = lambda: None
@@ -98,7 +149,7 @@ class Trainer:
 
     def train_epoch(self, progress: bool, pause: Callable[[int, int], None] = lambda step, steps: None) -> dict[str, Any]:
         """The training of `run_epoch`. Returns its part of the record; the speed is that of the epoch as a whole."""
-        self.model.train()
+        self.model.train()  # the moving average stays in eval mode
         loader, config = self.train_loader, self.config
         number, label = self.epoch + 1, f"epoch {self.epoch + 1}/{config.epochs}"
         batches = loader.batches(self.epoch, self.batch)
@@ -106,10 +157,13 @@ class Trainer:
         self._synchronize()
         self._since = time.perf_counter()
         for images, labels in batches:
+            images, targets = self.augment(images, labels, self.epoch, self.batch)
             with self.backend(), _batch_blamed(config):
-                loss, logits = self.step(images, labels, self._rate(self.batch))
+                loss, logits = self.step(images, targets, self._rate(self.batch))
+            self._average(self.epoch * len(loader) + self.batch)
             self._loss_sum += loss
-            self._correct += (logits.argmax(1) == labels).sum()
+            # Of a mixture the class with the larger part is the right one.
+            self._correct += (logits.argmax(1) == (targets if targets.dim() == 1 else targets.argmax(1))).sum()
             self.batch += 1
             pause(self.batch, len(loader))
         loss_sum, correct = self._loss_sum.clone(), self._correct.clone()
@@ -132,14 +186,14 @@ class Trainer:
 
     def _rate(self, batch: int) -> float:
         """The learning rate of a batch of the epoch under way."""
-        steps, config = len(self.train_loader), self.config
-        return learning_rate(self.epoch * steps + batch, config.epochs * steps, round(config.warmup_epochs * steps), config.lr)
+        steps = len(self.train_loader)
+        return learning_rate(self.config, self.epoch * steps + batch, steps)
 
     def evaluate(self, after_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Loss and accuracy on the evaluation split, with the running statistics. Raises `TrainingDiverged`."""
-        agree_on_buffers(self.model)
+        agree_on_buffers(self.evaluated)
         with self.backend():
-            found = evaluate(self.model, self.eval_loader, self.device, self.config.precision, after_batch)
+            found = evaluate(self.evaluated, self.eval_loader, self.device, self.config.precision, after_batch)
         if not math.isfinite(found.loss):
             raise TrainingDiverged(f"the evaluation's loss of epoch {self.epoch + 1} is {found.loss}")
         return {
@@ -181,6 +235,7 @@ class Trainer:
                 "correct": gathered(self._correct.item()),
             },
             "model": self.model.state_dict(),
+            "ema": {} if self.ema is None else self.ema.state_dict(),
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "rng": rng,
@@ -194,6 +249,7 @@ class Trainer:
             if not 0 <= state["epoch"] <= self.config.epochs:
                 raise ValueError(f"epoch: expected 0 to {self.config.epochs}; got {state['epoch']}")
             check_model(self.model, state["model"])
+            check_average(self.ema, state["ema"])
             optimizer = check_optimizer(self.optimizer, state["optimizer"])
             check_scaler(self.scaler, state["scaler"])
             check_rng(state["rng"])
@@ -203,6 +259,8 @@ class Trainer:
             if self.device.type == "cuda" and "cuda" in state["rng"]:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
             self.model.load_state_dict(state["model"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(optimizer)
             self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:

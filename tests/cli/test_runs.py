@@ -57,7 +57,7 @@ def test_a_folder_with_a_run_is_not_written_over(capsys, half_done):
     ("args", "expected"),
     [
         (("--lr", "0.2"), "argument --lr: expected 0.1, with which the run was started; got 0.2"),
-        (("--no-norm-decay",), "argument --no-norm-decay: expected"),
+        (("--no-norm-decay",), "argument --norm-decay: expected True, with which the run was started; got False"),
         (("--epochs", "1"), "argument --epochs: expected at least 2, with which the run was started; got 1"),
         (("--model", "resnet32"), "argument --model: expected resnet20"),
     ],

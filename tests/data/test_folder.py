@@ -13,7 +13,7 @@ from support.trainings import CPU, lines, one_thread, same_states, undrawn
 from torch import nn
 
 from fused_resnet.cli import main
-from fused_resnet.data import DataError, load, make_loader
+from fused_resnet.data import DataError, Preparation, describe, load, make_loader
 from fused_resnet.data import folder as folders
 from fused_resnet.train import SettingError, TrainConfig, Trainer, resumable, run
 
@@ -284,3 +284,35 @@ def test_the_command_trains_on_a_folder(apart, tmp_path, capsys):
 def test_settings_of_folders_are_theirs_alone(change, expected):
     with pytest.raises(SettingError, match=expected):
         TrainConfig(**change)
+
+
+# ---- other ways to make images ready ---------------------------------------------------------------------------------
+
+
+def test_training_and_evaluation_have_sizes_of_their_own(apart):
+    data = images(apart, preparation=Preparation(train_size=12, shorter_side=20))
+    assert [batches(data, split)[1][0][0].shape[2:] for split in ("train", "eval")] == [(12, 12), (16, 16)]
+    assert describe(data).image_shape == (3, 16, 16) and describe(data).shorter_side == 20
+    (seen, *_), (other, *_) = batches(data, "eval")[1], batches(images(apart), "eval")[1]
+    assert not torch.equal(seen[0], other[0])
+    assert torch.equal(describe(data).read(data.eval.paths[0]), seen[0][:1]), "as `predict` sees it"
+
+
+def test_repeated_images_are_drawn_anew(apart):
+    """Of 15 images an epoch sees 5, each three times: as many steps, and no two times alike."""
+    data = images(apart, preparation=Preparation(repeats=3))
+    loader = make_loader(data, data.train, 3, CPU, True, seed=3)
+    order = [place % 15 for batch in loader._order(0) for place in batch]
+    assert len(loader) == len(loader._order(0)) == 5 and len(set(order)) == 5 and all(order.count(place) == 3 for place in order)
+    assert {place % 15 for batch in loader._order(1) for place in batch} != set(order)
+    found = list(loader.batches(0))
+    assert all(len(set(labels.tolist())) == 1 for _, labels in found), "three of one image"
+    assert len({tuple(image.flatten().tolist()) for pixels, _ in found for image in pixels}) > 10, "of one colour, some parts are alike"
+
+
+@pytest.mark.parametrize("name", ["trivial", "rand", "auto"])
+def test_automatic_augmentation_follows_the_seed(apart, name):
+    data, plainly = images(apart, preparation=Preparation(name)), images(apart)
+    first, again, without = (batches(each)[1] for each in (data, data, plainly))
+    assert same_states(first, again) and not same_states(first, without)
+    assert same_states(batches(data, "eval")[1], batches(plainly, "eval")[1])

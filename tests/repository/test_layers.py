@@ -11,7 +11,7 @@ PACKAGE = ROOT / "fused_resnet"
 #: The top-level modules from left to right; those of one group do not import each other. "" is the package's __init__.
 ORDER = [
     ["collectives"],
-    ["_version", "derived", "devices", "environment", "files", "problem", "processors", "binary", "versions"],
+    ["_version", "derived", "devices", "environment", "files", "problem", "processors", "binary", "versions", "words"],
     ["values", "policy"],
     ["reference"],
     ["roofline", "native"],

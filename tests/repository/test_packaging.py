@@ -84,6 +84,7 @@ def test_wheel_without_compilers_says_what_is_missing(source):
     shipped = {p.relative_to(source).as_posix() for p in (source / "fused_resnet").rglob("*") if p.suffix != ".so" and p.is_file()}
     assert shipped - names == set()
     assert any(name.startswith("fused_resnet/data/fashion_mnist/") and name.endswith(".gz") for name in names)
+    assert "fused_resnet/train/recipes/he2015-cifar10.toml" in names
     assert not [name for name in names if name.startswith(("tests/", "bench/", "csrc/", "docs/"))]
     assert "fused-resnet = fused_resnet.cli:main" in entry_points
 

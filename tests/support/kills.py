@@ -30,7 +30,9 @@ from support.trainings import resumed, small  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 NEVER = float("inf")
-CONFIG = TrainConfig(epochs=24, batch_size=8, lr=0.05, keep=2, checkpoint_minutes=NEVER)
+CONFIG = TrainConfig(
+    epochs=24, batch_size=8, lr=0.05, keep=2, checkpoint_minutes=NEVER, ema=0.9, ema_every=3, clip_norm=1.0, accumulate=2,
+)  # fmt: skip
 
 
 class Killer:

@@ -26,7 +26,7 @@ class Mutant(NamedTuple):
 
 PASSES, AUTOGRAD, DEFINITION = "tests/backends/test_passes.py", "tests/ops/test_autograd.py", "tests/ops/test_definition.py"
 CONVENTION, MODES = "tests/ops/test_gradient_convention.py", "tests/nn/test_training_modes.py"
-STOPS = "tests/train/test_stops.py"
+STOPS, STEPS = "tests/train/test_stops.py", "tests/train/test_steps.py"
 AS_PYTORCH, TRAIN, RUNS = "tests/nn/test_as_pytorch.py", "tests/train/test_train.py", "tests/train/test_run_folder.py"
 LOADER, FILES, GATE = "tests/data/test_loader.py", "tests/test_files.py", "tests/bench/test_gate.py"
 INTERPRETED, CUDA = f"{PASSES} -k 'passes_triton and float32'", f"{PASSES} -k 'emulated and float32'"
@@ -100,13 +100,17 @@ MUTANTS = [
     Mutant("a resumed run begins with a new gradient scaler", TRAINER, '            self.scaler.load_state_dict(state["scaler"])\n', "", TRAIN),
     Mutant("a resumed run begins with new random numbers", TRAINER, '            torch.set_rng_state(state["rng"]["cpu"])\n', "", TRAIN),
     Mutant("a resumed run has no momentum", TRAINER, "            self.optimizer.load_state_dict(optimizer)\n", "", TRAIN),
-    Mutant("the schedule begins anew on resume", TRAINER, "learning_rate(self.epoch * steps + batch,", "learning_rate(batch,", TRAIN),
+    Mutant("the schedule begins anew on resume", TRAINER, "learning_rate(self.config, self.epoch * steps + batch, steps)", "learning_rate(self.config, batch, steps)", TRAIN),
     Mutant("weight decay acts on norms", "fused_resnet/train/optimizer.py", "config.weight_decay if config.decay_norms else 0.0", "config.weight_decay", TRAIN),
     Mutant("images a second are doubled", TRAINER, '"images_per_second": images / self._seconds,', '"images_per_second": 2 * images / self._seconds,', TRAIN),
     Mutant("a line of metrics comes before its checkpoint", RUN_FOLDER, "replace_file(folder / METRICS, lambda file: file.writelines(_line(record) for record in history))", "pass", f"{TRAIN} {RUNS}"),
     Mutant("a run within an epoch goes on at its start", TRAINER, "loader.batches(self.epoch, self.batch)", "loader.batches(self.epoch)", RUNS),
     Mutant("sums of an epoch under way are forgotten", TRAINER, "for name in (\"loss_sum\", \"correct\")}", "for name in ()}", RUNS),
     Mutant("the best checkpoint is the last", RUN_FOLDER, "if best_epoch(trainer.history) == trainer.epoch:", "if True:", STOPS),
+    Mutant("gradients are clipped while they are scaled", TRAINER, "            self.scaler.unscale_(self.optimizer)\n", "", STEPS),
+    Mutant("parts of a batch add up to a multiple of its loss", TRAINER, " / len(parts)\n", "\n", STEPS),
+    Mutant("evaluations see the network beside its moving average", TRAINER, "return self.model if self.ema is None else self.ema.module", "return self.model", STEPS),
+    Mutant("mixtures draw from the run's generator", "fused_resnet/train/augment.py", "torch.default_generator.manual_seed(mixed(mixed(mixed(self.seed, epoch), batch), self.rank))", "pass", STEPS),
     Mutant("a run's folder is not locked", RUN_FOLDER, "held.enter_context(locked(folder / LOCK, wait=False))", "pass", RUNS),
     Mutant("a file is renamed before it is on the disk", "fused_resnet/files.py", "            os.fsync(file.fileno())\n", "", FILES),
     Mutant("a failed write leaves its part", "fused_resnet/files.py", "        part.unlink(missing_ok=True)\n\n\ndef link_file", "        pass\n\n\ndef link_file", FILES),

@@ -51,7 +51,7 @@ class Foreign:
         (torch.zeros(3), "not a checkpoint of `fused-resnet train`"),
         (Foreign(), "not a checkpoint of `fused-resnet train`"),
         ({"format": checkpoint.FORMAT, "version": 99}, "expected version 2 of the format; got 99"),
-        ({"format": checkpoint.FORMAT, "version": 2, "config": {}, "epoch": 1}, "without data, partial, model, optimizer"),
+        ({"format": checkpoint.FORMAT, "version": 2, "config": {}, "epoch": 1}, "without data, partial, model, ema, optimizer"),
     ],
 )
 def test_foreign_checkpoint_is_named(tmp_path, content, expected):
@@ -157,6 +157,7 @@ def changed(state, path, value):
         ("model 1.running_mean", torch.Tensor.double, "model: 1.running_mean: expected float32 [8]; got float64"),
         ("model 1.num_batches_tracked", torch.Tensor.float, "model: 1.num_batches_tracked: expected int64 []; got float32"),
         ("model 1.running_var", {}, "model: 1.running_var: expected float32 [8]; got dict"),
+        ("ema", {"n_averaged": 1}, "ema: expected nothing, since this run has no moving average"),
         ("optimizer state", None, "optimizer: expected a state for each parameter"),
         ("optimizer state", {}, "optimizer: parameter 0: expected a momentum buffer; got none"),
         ("optimizer state 3", None, "optimizer: parameter 3: expected a momentum buffer; got none"),

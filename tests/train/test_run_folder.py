@@ -13,7 +13,7 @@ from support.checkout import ROOT, TESTS
 from support.trainings import lines, one_thread, resumed, same_states, small, undrawn, without_times
 
 from fused_resnet.train import BEST, CHECKPOINT, CURVES, METRICS, SUMMARY, CheckpointError, FolderError, TrainConfig, resumable, run
-from fused_resnet.train.optimizer import learning_rate
+from fused_resnet.train.optimizer import cosine
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__, undrawn.__name__)
 
@@ -85,7 +85,7 @@ def test_30_kills_do_not_change_a_bit(tmp_path, processes, kills):
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     for name in (CHECKPOINT, BEST, "checkpoint-23.pt", "checkpoint-24.pt"):
         a, b = (torch.load(folder / name, weights_only=True) for folder in (straight, parts))
-        for key in ("epoch", "model", "optimizer", "rng"):
+        for key in ("epoch", "model", "ema", "optimizer", "rng"):
             assert same_states(a[key], b[key]), (name, key)
         assert without_times(a["history"]) == without_times(b["history"])
     assert without_times(lines(parts)) == without_times(lines(straight))
@@ -108,5 +108,5 @@ def test_more_epochs_than_the_run_was_started_with(tmp_path):
     longer.load_state(state)
     run(longer, tmp_path, progress=False)
     assert [record["epoch"] for record in lines(tmp_path)] == [1, 2, 3]
-    assert lines(tmp_path)[-1]["lr"] == learning_rate(11, 12, 4, 0.05)
+    assert lines(tmp_path)[-1]["lr"] == cosine(11, 12, 4, 0.05)
     assert resumable(tmp_path)[0].epochs == 3

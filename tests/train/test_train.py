@@ -22,7 +22,7 @@ from fused_resnet.train import (
     run,
     save_checkpoint,
 )
-from fused_resnet.train.optimizer import learning_rate, sgd
+from fused_resnet.train.optimizer import cosine, make_optimizer
 from fused_resnet.train.processes import parallel
 from fused_resnet.train.progress import EPOCH_HEADER, epoch_line
 
@@ -32,19 +32,19 @@ pytestmark = pytest.mark.usefixtures(one_thread.__name__, undrawn.__name__)
 
 
 def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
-    rates = [learning_rate(step, total=50, warmup=10, highest=0.4) for step in range(50)]
+    rates = [cosine(step, total=50, warmup=10, highest=0.4) for step in range(50)]
     assert rates[:10] == pytest.approx([0.04 * (i + 1) for i in range(10)])
     assert rates[10] == 0.4
     assert rates[30] == pytest.approx(0.2)
     assert all(a > b > 0 for a, b in pairwise(rates[10:]))
-    assert learning_rate(50, 50, 10, 0.4) == pytest.approx(0, abs=1e-12)
-    assert learning_rate(0, 5, 0, 0.4) == 0.4, "without a warm-up it starts at the top"
+    assert cosine(50, 50, 10, 0.4) == pytest.approx(0, abs=1e-12)
+    assert cosine(0, 5, 0, 0.4) == 0.4, "without a warm-up it starts at the top"
 
 
 @pytest.mark.parametrize("decay_norms", [True, False])
 def test_weight_decay_of_norms_and_biases_is_optional(decay_norms):
     model = get_model("resnet20")
-    groups = sgd(model, TrainConfig(weight_decay=0.01, decay_norms=decay_norms), CPU).param_groups
+    groups = make_optimizer(model, TrainConfig(weight_decay=0.01, decay_norms=decay_norms), CPU).param_groups
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     assert groups[0]["weight_decay"] == 0.01
     assert all(p.dim() > 1 for p in groups[0]["params"])
@@ -153,7 +153,7 @@ def test_the_schedule_goes_on_where_it_was(tmp_path):
     config = TrainConfig(epochs=4, batch_size=8, lr=0.4, warmup_epochs=1.5)
     first = rates(small(config), stop_after=1)
     found = first + rates(resumed(tmp_path, small), stop_after=3) + rates(resumed(tmp_path, small))
-    assert found == [learning_rate(i, 16, 6, 0.4) for i in range(16)]
+    assert found == [cosine(i, 16, 6, 0.4) for i in range(16)]
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):
