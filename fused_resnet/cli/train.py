@@ -3,7 +3,7 @@
 import argparse
 import shlex
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--sync-bn", action="store_true", help="batch norms over the whole batch of all processes (torchrun)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run (default: runs/MODEL-DATA, or the resumed one)")
     parser.add_argument("--resume", type=Path, metavar="PATH", help="go on with the run in this folder, or with this checkpoint")
+    parser.add_argument("--auto-resume", action="store_true", help="go on where the folder of the run holds it; else begin")
     parser.add_argument("--stop-after", type=whole_number, metavar="N", help="stop after epoch N, to be resumed later")
     parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), metavar="D", help="auto (default), cpu, cuda")
     parser.add_argument(
@@ -188,14 +189,15 @@ def _train(args: argparse.Namespace, where: torch.device) -> int:
     torch.backends.cudnn.benchmark = True  # shapes do not change
     torch.manual_seed(config.seed)
     trainer = Trainer(build_model(config.model, images), images, config, where)
+    of_folder = "--resume" if "resume" in options and "out" not in options else "--out"
     if state is not None:
-        with blaming("--resume", CheckpointError):
+        with blaming("--resume" if "resume" in options else "--out", CheckpointError):
             trainer.load_state(state)
     more = f" and {world() - 1} more" if world() > 1 else ""
     say = partial(print, flush=True) if rank() == 0 else _silent
     say(
         f"{config.model} on {config.data}: {len(images.train):,} training and {len(images.eval):,} evaluation "
-        f"images\n{where}{more}, {config.precision}, backend {chosen}"
+        f"images\n{where}{more}, {config.precision}, backend {chosen}{', compiled' if config.compile else ''}"
     )
     for note in (slow_precision(where, config.precision), busy() if rank() == 0 else None):
         if note:
@@ -203,7 +205,7 @@ def _train(args: argparse.Namespace, where: torch.device) -> int:
     try:
         with (
             blaming("--data", data.DataError),
-            blaming("--out" if "out" in options or state is None else "--resume", FolderError, CheckpointError),
+            blaming(of_folder, FolderError, CheckpointError),
         ):
             run(trainer, folder, options.get("stop_after"), "no_progress" not in options)
     except Stopped as stopped:
@@ -247,7 +249,7 @@ def _implementation(options: dict[str, Any]) -> dict[str, Any]:
     return {"backend": "off", "compile": impl == "compile"}
 
 
-def _fresh(options: dict[str, Any], settings: dict[str, Any]) -> tuple[Path, TrainConfig, None]:
+def _fresh(options: dict[str, Any], settings: dict[str, Any]) -> tuple[Path, TrainConfig, dict[str, Any] | None]:
     with blaming("--recipe", RecipeError):
         recipe = load_recipe(options["recipe"]) if "recipe" in options else {}
     if settings.get("schedule", "step") != "step":
@@ -258,23 +260,33 @@ def _fresh(options: dict[str, Any], settings: dict[str, Any]) -> tuple[Path, Tra
     with blaming("--out", OSError):
         if folder.exists() and not folder.is_dir():
             raise UsageError("--out", f"expected a folder; {folder} is a file")
-        if (folder / CHECKPOINT).exists():
-            raise UsageError("--out", f"expected a folder without a run; {folder} has a {CHECKPOINT}: go on with --resume {folder}")
-    return folder, config, None
+        if not (folder / CHECKPOINT).exists():
+            return folder, config, None
+    if "auto_resume" not in options:
+        raise UsageError("--out", f"expected a folder without a run; {folder} has a {CHECKPOINT}: go on with --resume {folder}")
+    with blaming("--out", CheckpointError, OSError):
+        kept, state = resumable(folder)
+    return folder, _changed(kept, asdict(config)), state
 
 
 def _resumed(options: dict[str, Any], settings: dict[str, Any]) -> tuple[Path, TrainConfig, dict[str, Any]]:
     path = options["resume"]
-    if "recipe" in options:
-        raise UsageError("--recipe", "expected none beside --resume, since the settings come from the checkpoint")
+    for name in ("recipe", "auto_resume"):
+        if name in options:
+            raise UsageError(_option(name), "expected none beside --resume, which goes on with the settings of a checkpoint")
     with blaming("--resume", CheckpointError, OSError):
         config, state = resumable(path)
         folder = options.get("out", path.parent if path.is_file() else path)
+    if names_code(config.model) and "model" not in settings:
+        raise UsageError("--model", f"expected {config.model} beside --resume: a checkpoint alone does not say which code is run")
+    return folder, _changed(config, settings), state
+
+
+def _changed(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
+    """The settings of a run that goes on, with those of the command that may change. Raises `UsageError` for another that differs."""
     for name, value in settings.items():
         if value != (kept := getattr(config, name)) and name not in CHANGEABLE:
             raise UsageError(_option(name), f"expected {kept}, with which the run was started; got {value}")
     if settings.get("epochs", config.epochs) < config.epochs:
         raise UsageError("--epochs", f"expected at least {config.epochs}, with which the run was started; got {settings['epochs']}")
-    if names_code(config.model) and "model" not in settings:
-        raise UsageError("--model", f"expected {config.model} beside --resume: a checkpoint alone does not say which code is run")
-    return folder, replace(config, **{name: settings[name] for name in CHANGEABLE if name in settings}), state
+    return replace(config, **{name: settings[name] for name in CHANGEABLE if name in settings})

@@ -89,7 +89,10 @@ class Trainer:
         if self.config.compile:
             # Inductor makes CUDA graphs of what it compiles itself.
             return torch.compile(model, mode="reduce-overhead" if self.config.cuda_graph else None)
-        return graphed(model, self._part(), self.config.precision) if self.config.cuda_graph else model
+        if self.config.cuda_graph:
+            with self.backend():
+                return graphed(model, self._part(), self.config.precision)
+        return model
 
     def _part(self) -> Tensor:
         """Images of the shape that a forward of training takes."""

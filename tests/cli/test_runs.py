@@ -268,3 +268,18 @@ def test_a_nan_is_no_agreement():
 
 def test_demo_settings_are_valid():
     assert demo.SETTINGS.model in models.list_models()
+
+
+def test_one_line_begins_a_run_and_goes_on_with_it(capsys, tmp_path):
+    """What a scheduler runs again."""
+    line = ["train", *TINY, "--backend", "off", "--auto-resume", "--out", str(tmp_path)]
+    assert main([*line, "--stop-after", "1"]) == 0 and "1 of 2 epochs are done" in capsys.readouterr().out
+    assert main(line) == 0 and "2 of 2 epochs are done" in capsys.readouterr().out
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    assert main(line) == 0 and "2 of 2 epochs are done" in capsys.readouterr().out, "nothing is left to do"
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert [json.loads(each)["epoch"] for each in (tmp_path / METRICS).read_text().splitlines()] == [1, 2]
+    assert "argument --lr: expected 0.1, with which the run was started; got 0.2" in refused(capsys, *line, "--lr", "0.2")
+    assert "argument --auto-resume: expected none beside --resume" in refused(capsys, "train", "--auto-resume", "--resume", tmp_path)
+    (tmp_path / CHECKPOINT).write_bytes(before[:1000])
+    assert f"argument --out: {tmp_path / CHECKPOINT}: truncated" in refused(capsys, *line)
