@@ -18,9 +18,11 @@ QUICK = ("--epochs", "1", "--batch-size", "8", "--limit-train", "16", "--device"
 
 @pytest.fixture(scope="module")
 def grey(tmp_path_factory):
-    """A run of resnet20 on Fashion-MNIST."""
+    """A run of resnet20 on Fashion-MNIST, with a moving average."""
     folder = tmp_path_factory.mktemp("grey")
-    assert main(["train", *QUICK, "--limit-eval", "24", "--backend", "off", "--out", str(folder)]) == 0
+    assert (
+        main(["train", *QUICK, "--limit-eval", "24", "--backend", "off", "--warmup-epochs", "0", "--ema", "0.5", "--out", str(folder)]) == 0
+    )
     return folder
 
 
@@ -47,7 +49,8 @@ def network(run) -> torch.nn.Module:
     state = torch.load(run / CHECKPOINT, weights_only=True)
     options = {"num_classes": len(state["data"]["classes"])} | ({"in_channels": 1} if state["data"]["image_shape"][0] == 1 else {})
     model = getattr(models, state["config"]["model"])(**options)
-    model.load_state_dict(state["model"])
+    average = {key.removeprefix("module."): value for key, value in state["ema"].items() if key.startswith("module.")}
+    model.load_state_dict(average or state["model"])
     return model.eval()
 
 

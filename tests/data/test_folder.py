@@ -1,5 +1,8 @@
 """Folders of images: splits, batches that depend on the seed alone, corrupt images by name, and a run that waits for them."""
 
+import multiprocessing
+import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -15,7 +18,7 @@ from torch import nn
 from fused_resnet.cli import main
 from fused_resnet.data import DataError, Preparation, describe, load, make_loader
 from fused_resnet.data import folder as folders
-from fused_resnet.train import SettingError, TrainConfig, Trainer, resumable, run
+from fused_resnet.train import SettingError, Stopped, TrainConfig, Trainer, resumable, run
 
 pytestmark = pytest.mark.usefixtures("torchvision_models", one_thread.__name__, undrawn.__name__)
 COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (230, 30, 20)}
@@ -316,3 +319,29 @@ def test_automatic_augmentation_follows_the_seed(apart, name):
     first, again, without = (batches(each)[1] for each in (data, data, plainly))
     assert same_states(first, again) and not same_states(first, without)
     assert same_states(batches(data, "eval")[1], batches(plainly, "eval")[1])
+
+
+def test_workers_leave_signals_to_the_process_that_trains(apart, tmp_path):
+    """A terminal's Ctrl-C goes to all processes: the run saves within the epoch, and goes on there with the same bits."""
+    straight = small(apart, workers=1)
+    run(straight, tmp_path / "straight", progress=False)
+    asked = small(apart, workers=1)
+    step = asked.step
+
+    def interrupted(*args):
+        workers = multiprocessing.active_children()
+        assert workers
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGINT), os.kill(worker.pid, signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    asked.step = interrupted
+    with pytest.raises(Stopped):
+        run(asked, tmp_path / "parts", progress=False)
+    config, state = resumable(tmp_path / "parts")
+    assert (state["epoch"], state["partial"]["batch"]) == (0, 1)
+    parts = small(apart, config)
+    parts.load_state(state)
+    run(parts, tmp_path / "parts", progress=False)
+    assert same_states(straight.model.state_dict(), parts.model.state_dict())

@@ -233,11 +233,13 @@ def test_the_average_is_that_of_parameters_and_buffers():
 
 
 def test_the_average_is_evaluated():
-    trained = small(replace(CONFIG, ema=0.9))
+    trained = small(replace(CONFIG, ema=0.9, warmup_epochs=0))
     trained.train_epoch(progress=False)
-    found = trained.evaluate()
-    trained.model, trained.ema = trained.ema.module, None
-    assert found["eval_loss"] == trained.evaluate()["eval_loss"]
+    found, average = trained.evaluate()["eval_loss"], trained.ema.module
+    trained.ema = None
+    assert found != trained.evaluate()["eval_loss"]
+    trained.model = average
+    assert found == trained.evaluate()["eval_loss"]
     assert not any(p.requires_grad for p in trained.model.parameters())
 
 
