@@ -273,9 +273,12 @@ class FolderLoader:
         count, repeats = len(self.files), self.data.preparation.repeats
         order = torch.randperm(count, generator=torch.Generator().manual_seed(mixed(self.seed, epoch))).tolist()
         order = [place + time * count for place in order[: -(-count // repeats)] for time in range(repeats)]
-        size = self.batch_size // self.part[1]
-        starts = [i * self.batch_size + self.part[0] * size for i in range(len(self))]
-        return [order[start : start + size] for start in starts]
+        whole = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
+        rank, world = self.part
+        if repeats > 1:  # the times that an image is seen in a batch go to different processes, as far as there are some
+            return [batch[rank::world] for batch in whole]
+        size = self.batch_size // world
+        return [batch[rank * size : (rank + 1) * size] for batch in whole]
 
     def _note(self, bad: Sequence[Corrupt]) -> None:
         if bad and self.data.corrupt == "refuse":

@@ -308,6 +308,12 @@ def test_repeated_images_are_drawn_anew(apart):
     order = [place % 15 for batch in loader._order(0) for place in batch]
     assert len(loader) == len(loader._order(0)) == 5 and len(set(order)) == 5 and all(order.count(place) == 3 for place in order)
     assert {place % 15 for batch in loader._order(1) for place in batch} != set(order)
+    parts = [make_loader(data, data.train, 6, CPU, True, seed=3, part=(rank, 3))._order(0) for rank in range(3)]
+    assert all(len({place % 15 for place in batch}) == 2 for batches in parts for batch in batches), (
+        "of three processes each sees an image once"
+    )
+    seen = [place for batches in parts for batch in batches for place in batch]
+    assert sorted(seen) == sorted([place for batch in loader._order(0) for place in batch][:12])
     found = list(loader.batches(0))
     assert all(len(set(labels.tolist())) == 1 for _, labels in found), "three of one image"
     assert len({tuple(image.flatten().tolist()) for pixels, _ in found for image in pixels}) > 10, "of one colour, some parts are alike"
