@@ -107,8 +107,7 @@ class Trainer:
         Returns (loss, logits), detached, on the device; nothing waits for a GPU here.
         """
         config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._set_rate(lr)
         self.optimizer.zero_grad(set_to_none=True)
         parts = list(zip(images.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True))
         losses, scores = [], []
@@ -186,6 +185,10 @@ class Trainer:
             "images_per_second": images / self._seconds,
             "train_seconds": self._seconds,
         }
+
+    def _set_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def _rate(self, batch: int) -> float:
         """The learning rate of a batch of the epoch under way."""
@@ -272,6 +275,8 @@ class Trainer:
         partial = state["partial"]
         sums = {name: _part_of_sum(partial[name]) for name in ("loss_sum", "correct")}
         self._begin_epoch(partial["batch"], partial["seconds"], **sums)
+        if self.epoch or self.batch:  # as the last step left it: what is saved before the next one has the same bits
+            self._set_rate(self._rate(self.batch - 1))
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -25,7 +25,7 @@ from torch import distributed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fused_resnet import files  # noqa: E402
-from fused_resnet.train import CHECKPOINT, TrainConfig, checkpoint, resumable, run  # noqa: E402
+from fused_resnet.train import CHECKPOINT, Stopped, TrainConfig, checkpoint, resumable, run  # noqa: E402
 from support.trainings import resumed, small  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
@@ -36,15 +36,15 @@ CONFIG = TrainConfig(
 
 
 class Killer:
-    """Lets a process die at its so-manieth event."""
+    """Sends this process a signal at its so-manieth event."""
 
-    def __init__(self, events: float):
-        self.events = events
+    def __init__(self, events: float, number: int):
+        self.events, self.number = events, number
 
     def event(self) -> None:
         self.events -= 1
         if self.events == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
 
     def around(self, function):
         """`function`, with an event before it and one after."""
@@ -71,12 +71,12 @@ class Killer:
 SAVE = torch.save
 
 
-def train(folder: Path, minutes: float, events: float, rank: int = 0, world: int = 1, store: str = "") -> None:
+def train(folder: Path, minutes: float, events: float, number: int, rank: int, world: int, store: str) -> None:
     """Trains on in `folder`, as one of `world` processes, to the end or until it dies."""
     torch.set_num_threads(1)
     if world > 1:
         distributed.init_process_group("gloo", store=distributed.FileStore(store, world), rank=rank, world_size=world)
-    killer = Killer(events)
+    killer = Killer(events, number)
 
     def made(config):
         return small(replace(config, checkpoint_minutes=minutes))
@@ -86,23 +86,29 @@ def train(folder: Path, minutes: float, events: float, rank: int = 0, world: int
     for name in ("fsync", "replace", "link"):
         setattr(files.os, name, killer.around(getattr(os, name)))
     checkpoint.torch.save = killer.save
-    run(taken_up, folder, progress=False, say=lambda text: None)
+    try:
+        run(taken_up, folder, progress=False, say=lambda text: None)
+    except Stopped as stopped:
+        sys.exit(128 + stopped.signal)
     if world > 1:
         distributed.barrier()  # none leaves while another still talks
         distributed.destroy_process_group()
 
 
-def trained(folder: Path, world: int, minutes: float = NEVER, events: float = NEVER, victim: int = 0) -> list[int]:
+def trained(
+    folder: Path, world: int, minutes: float = NEVER, events: float = NEVER, victim: int = 0, number: int = signal.SIGKILL
+) -> list[int]:
     """The exit codes of `world` processes that train in `folder`, of which one may die: the others are killed then, as torchrun does it."""
     store = folder.parent / f"store-{time.monotonic_ns()}"
     processes = [
-        FORK.Process(target=train, args=(folder, minutes, events if i == victim else NEVER, i, world, str(store))) for i in range(world)
+        FORK.Process(target=train, args=(folder, minutes, events if i == victim else NEVER, number, i, world, str(store)))
+        for i in range(world)
     ]
     for process in processes:
         process.start()
     processes[victim].join(120)
     for process in processes:
-        if process is not processes[victim] and processes[victim].exitcode:
+        if process is not processes[victim] and processes[victim].exitcode == -signal.SIGKILL:
             process.kill()
         process.join(120)
     store.unlink(missing_ok=True)
@@ -122,6 +128,8 @@ def main(folder: Path, world: int, kills: int, seed: int) -> None:
         assert codes[victim] == -signal.SIGKILL, codes
         state = resumable(parts)[1] if (parts / CHECKPOINT).exists() else None
         reached.append([state["epoch"], state["partial"]["batch"]] if state else [0, 0])
+    # To one of them: all save and leave.
+    assert trained(parts, world, events=3, victim=world - 1, number=signal.SIGTERM) == [128 + signal.SIGTERM] * world
     assert trained(parts, world) == [0] * world
     print(json.dumps(reached))
 
