@@ -82,10 +82,10 @@ def moments_of_sums_kernel(
 
 
 @lru_cache(SHAPES)
-def _prepared(rows: int, channels: int, eps: float) -> PreparedLaunch:
+def _prepared(rows: int, channels: int, eps: float, limit: float) -> PreparedLaunch:
     return PreparedLaunch(
         moments_of_sums_kernel, triton.cdiv(channels, BLOCK_C), 4,
-        rows=rows, C=channels, eps=eps, LIMIT=LIMIT, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C,
+        rows=rows, C=channels, eps=eps, LIMIT=limit, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C,
     )  # fmt: skip
 
 
@@ -94,5 +94,6 @@ def moments_of_sums(y: Tensor, total: Tensor, squares: Tensor, gamma: Tensor | N
     rows, channels = matrix_shape(y)
     names = ("mean", "invstd", "var", "scale", "bias")
     results = {f"{name}_ptr": torch.empty(channels, dtype=torch.float32, device=y.device) for name in names}
-    _prepared(rows, channels, eps)(y.device, y_ptr=y, sum_ptr=total, square_sum_ptr=squares, gamma_ptr=gamma, beta_ptr=beta, **results)
+    launch = _prepared(rows, channels, eps, LIMIT)
+    launch(y.device, y_ptr=y, sum_ptr=total, square_sum_ptr=squares, gamma_ptr=gamma, beta_ptr=beta, **results)
     return tuple(results.values())
