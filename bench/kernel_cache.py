@@ -1,12 +1,13 @@
 """A cache of compiled Triton kernels for an H100 or H200, filled without a GPU and carried to one.
 
     python bench/kernel_cache.py fill CACHE --jobs 8      # the kernels of training steps and of inference; minutes of each core
+    python bench/kernel_cache.py rehearse CACHE           # launch a training step by a driver without a GPU: is all of it found?
     python bench/kernel_cache.py adopt CACHE              # where it was carried to; then TRITON_CACHE_DIR=CACHE
 
 Triton finds a kernel by its source, its arguments' types and divisibilities, its options, and by the files of Triton itself. So a cache
 serves the same commit of this package and the same wheel of Triton, which is another one for another Python; `adopt` says whether the wheel
 is the same, and writes the folder's new place into the cache. Exit status: 0; 1 where a kernel can't be compiled; 2 for wrong arguments;
-3 where the cache is of another Triton.
+3 where the cache is of another Triton; 4 where `rehearse` did not find all.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from triton.compiler import ASTSource
 from triton.runtime import build, cache
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from support.fake_driver import FakeDriver
+from support.fake_driver import FakeDriver, Launched, install
 
 import fused_resnet
 from fused_resnet import roofline
@@ -48,7 +49,7 @@ from fused_resnet.tuning import heuristics
 ARCHITECTURE = 90
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IDENTITY = "fused_resnet.json"
-ANOTHER = 3  # the exit status where the cache is of another Triton
+ANOTHER, MISSING = 3, 4  # exit statuses: the cache is of another Triton, or has not all
 EXAMPLES = "python bench/kernel_cache.py fill OUT/triton --model resnet50 --batch 256 64 --dtype bf16 --jobs 16"
 
 
@@ -192,6 +193,22 @@ def adopt(folder: Path) -> int:
     return kernels
 
 
+def rehearse(folder: Path, model: str, batch: int, dtype: str, size: int) -> tuple[int, list[str], list[str]]:
+    """(launches, kernels that were found in the cache, kernels that were not) of a training step, launched as on a GPU.
+
+    What is not found is compiled into the cache. Nothing is computed, and memory that only kernels touch is never taken.
+    """
+    triton.knobs.cache.dir = str(folder.resolve())
+    found: dict[bool, list[str]] = {True: [], False: []}
+    triton.knobs.compilation.listener = lambda src, cache_hit, **more: found[cache_hit].append(src.name)
+    calls = install(ARCHITECTURE)
+    with fused_resnet.backend(Launched.name), torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"):
+        network = fused_resnet.models.get_model(model).to(memory_format=torch.channels_last)
+        images = torch.zeros(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+        torch.nn.functional.cross_entropy(network(images).float(), torch.zeros(batch, dtype=torch.long)).backward()
+    return len(calls), found[True], found[False]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=f"example: {EXAMPLES}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -202,6 +219,12 @@ def main(arguments: list[str] | None = None) -> int:
     filling.add_argument("--dtype", nargs="+", default=["bf16"], choices=DTYPES, metavar="D", help=f"of {', '.join(DTYPES)}")
     filling.add_argument("--size", type=int, default=224, metavar="PIXELS")
     filling.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one for each core)")
+    rehearsing = commands.add_parser("rehearse", help="launch a training step by a driver without a GPU, and look it up")
+    rehearsing.add_argument("cache", type=Path)
+    rehearsing.add_argument("--model", default="resnet50", choices=fused_resnet.models.list_models(), metavar="MODEL")
+    rehearsing.add_argument("--batch", type=int, default=256, metavar="N")
+    rehearsing.add_argument("--dtype", default="bf16", choices=DTYPES, metavar="D")
+    rehearsing.add_argument("--size", type=int, default=224, metavar="PIXELS")
     adopting = commands.add_parser("adopt", help="take a cache that was carried here")
     adopting.add_argument("cache", type=Path)
     args = parser.parse_args(arguments)
@@ -211,6 +234,10 @@ def main(arguments: list[str] | None = None) -> int:
             return ANOTHER
         print(f"{args.cache}: {adopt(args.cache)} kernels")
         return 0
+    if args.command == "rehearse":
+        launches, found, missing = rehearse(args.cache, args.model, args.batch, args.dtype, args.size)
+        print("\n".join([*missing, f"{launches} launches of {len(found) + len(missing)} kernels: {len(found)} were found"]))
+        return MISSING if missing else 0
     kernels = wanted(args.model, args.batch, args.dtype, args.size)
     print(f"{len(kernels)} kernels, {args.jobs} processes", flush=True)
     refused = [reason for reason in fill(args.cache, kernels, args.jobs) if reason]

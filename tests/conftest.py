@@ -1,5 +1,6 @@
 """What all tests share: the device, a seed that a failure prints, the tiers, and torchvision where only its Python code loads."""
 
+import importlib.util
 import os
 import random
 import sys
@@ -16,7 +17,7 @@ if not CUDA:  # before the kernels are imported: Triton's interpreter then runs 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.pop("FUSED_RESNET_BACKEND", None)
 
-from support import executed  # noqa: E402
+from support import devices, executed  # noqa: E402
 from support.emulated import Emulated  # noqa: E402
 
 from fused_resnet import backends, native  # noqa: E402
@@ -26,6 +27,14 @@ if path := os.environ.get("FUSED_RESNET_TEST_CPU_LIBRARY"):  # another build of 
 backends.BACKENDS[Emulated.name] = Emulated()
 if executed.ARCHITECTURE:
     executed.install()
+
+
+if importlib.util.find_spec("triton"):
+    from fused_resnet.kernels import launch
+
+    LAUNCHES = devices.Launches(launch)
+else:
+    LAUNCHES = None
 
 
 def _import_torchvision() -> bool:
@@ -75,6 +84,17 @@ def on_device(device) -> Iterator[torch.device]:
     yield device
     if CUDA:
         torch.set_default_device(before)
+
+
+@pytest.fixture(autouse=True)
+def launches_where_a_gpu_would(request) -> Iterator[None]:
+    """Without a GPU, a test that launches kernels on a CPU's tensors whatever device there is fails: with one it would, too."""
+    before = LAUNCHES.count if LAUNCHES else 0
+    yield
+    launched = LAUNCHES and not CUDA and LAUNCHES.count > before
+    says_where = any(request.node.get_closest_marker(name) for name in ("cpu", "skipif"))
+    if launched and not says_where and not devices.takes_the_device(request.function, request.fixturenames, request.module):
+        pytest.fail("Triton's kernels were launched on a CPU's tensors, which fails where a GPU is: make them on the fixture `device`")
 
 
 @pytest.fixture
@@ -145,6 +165,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu") and not CUDA:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if item.get_closest_marker("cpu") and CUDA:
+            item.add_marker(pytest.mark.skip(reason="its kernels run on a CPU, which they do not where a GPU is"))
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -177,7 +177,8 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+# The tuner launches Triton's kernels where the model is.
+@pytest.mark.parametrize("command", [pytest.param(name, marks=[pytest.mark.cpu] if name == "tune" else []) for name in COMMANDS])
 def test_a_model_that_exists_is_measured_and_left_as_it_was(command, mine, capsys):
     before = {name: t.clone() for name, t in mine.existing.state_dict().items()}
     modes = [(type(m), m.training) for m in mine.existing.modules()]

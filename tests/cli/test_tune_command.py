@@ -4,13 +4,12 @@ import re
 import time
 
 import pytest
-import torch
 
 from fused_resnet.bench import tune
 from fused_resnet.cli import main
 from fused_resnet.tuning.table import read_table
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its network is a CPU's")
+pytestmark = pytest.mark.cpu  # where its network is
 COMMAND = [
     "tune",
     "--model",

@@ -46,7 +46,7 @@ def arithmetic(monkeypatch):
     backends._remembered.cache_clear()
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU cuDNN itself is tested")
+@pytest.mark.cpu  # on a GPU cuDNN itself is tested
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", [Arithmetic.name, Mixed.name, OnlyForward.name])
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda c: c.__name__)
@@ -63,7 +63,7 @@ def test_error_is_at_most_twice_eagers_by_cudnns_arithmetic(chain, backend, dtyp
         assert ("fprop norm" in arithmetic) == (chain.__name__ == "norm_act_conv" and dtype == torch.float16)
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU cuDNN itself is tested")
+@pytest.mark.cpu  # on a GPU cuDNN itself is tested
 def test_a_backward_that_did_not_know_of_the_rounding_is_seen(arithmetic, monkeypatch):
     """The planted fault: only forward rounds. Its mask and backward's then differ."""
     torch.manual_seed(0)
@@ -116,7 +116,7 @@ def test_inference_is_one_graph_where_there_is_a_relu(relu, refuses, monkeypatch
     torch.testing.assert_close(act, torch.full_like(residual, 7.0) if relu and not refuses else expected)
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU cuDNN itself is tested")
+@pytest.mark.cpu  # on a GPU cuDNN itself is tested
 def test_a_folded_convolution_has_a_scale_of_one_in_cudnns_graph(monkeypatch):
     """The graph multiplies; float32 vectors go in, whatever the network's dtype."""
     given = {}
@@ -177,7 +177,7 @@ def test_the_forced_triton_backend_has_tiles_where_cudnn_was_faster(monkeypatch)
     assert isinstance(BACKENDS["triton"].choose(task, torch.device("cpu")), Configuration)
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU cuDNN itself is tested")
+@pytest.mark.cpu  # on a GPU cuDNN itself is tested
 def test_the_tuner_tries_cudnn_and_checks_it_first(monkeypatch):
     from fused_resnet.bench import tune
 

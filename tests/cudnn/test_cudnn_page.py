@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from support.chains import DEVICE
 from support.checkout import ROOT, script
 
 from fused_resnet.problem import ConvProblem
@@ -46,7 +45,7 @@ def test_the_floor_counts_every_operand_once():
     assert made.floor_bytes(Task("dgrad", c, "float16", "norm", dact=True, compact=2, compact_k=16)) == 2 * y + w + 3 * x + x // 4
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="tiny, by the interpreter")
+@pytest.mark.cpu  # tiny, by the interpreter
 def test_the_shapes_are_timed_with_every_peer(tmp_path):
     made = script("bench/cudnn_graphs.py")
     arguments = [

@@ -128,7 +128,7 @@ def preact_stage():
     ids=["plain20", "pre-activation", "behind a layer", "one block"],
 )  # fmt: skip
 @pytest.mark.parametrize("backend, dtype", WAYS[:2])
-def test_other_networks_and_single_blocks(make, backend, dtype, made):
+def test_other_networks_and_single_blocks(make, backend, dtype, made, on_device):
     model = make().to(dtype)
     x = images(dtype, (4, 3, 12, 12) if hasattr(model, "fc") else (4, 8, 6, 6))
     again = fused_resnet.recompute(copy.deepcopy(model))
@@ -425,13 +425,13 @@ def test_train_without_the_operators_has_no_use_for_it(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("impl", ["ours:recompute", "ours:triton_recompute"])
-def test_the_benchmarks_have_it(impl):
+def test_the_benchmarks_have_it(impl, device):
     subject = Subject("small", lambda: network(dtype=torch.float32), SIZE[1:])
-    step = TrainingStep(subject, impl, torch.float32, 4, torch.device("cpu"))
+    step = TrainingStep(subject, impl, torch.float32, 4, device)
     assert all(block.recompute for stage in step.module.stages() for block in stage)
     block = Subject("block", lambda: Bottleneck(8, 2), (8, 6, 6))
-    assert BlockStep(block, impl, torch.float32, 2, torch.device("cpu")).module.recompute
-    assert not TrainingStep(subject, "ours", torch.float32, 4, torch.device("cpu")).module.layer1[0].recompute
+    assert BlockStep(block, impl, torch.float32, 2, device).module.recompute
+    assert not TrainingStep(subject, "ours", torch.float32, 4, device).module.layer1[0].recompute
 
 
 def test_inference_has_nothing_to_make_again(capsys):
