@@ -15,7 +15,7 @@ import torch
 from . import environment
 
 #: What the library for CPUs is compiled for, from the plainest to the best; numbered as in csrc/cpu/dispatch.cpp.
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 #: What `use_instruction_set` chose last, and the best that there is; "" before they were asked for.
 _in_use = _best = ""
 

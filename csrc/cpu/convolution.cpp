@@ -1,4 +1,4 @@
-// The operators that are convolutions with the passes around them, for machines with AMX: 1x1 (pointwise.h) and 3x3 (window.h).
+// The operators that are convolutions with the passes around them, by products of matrices: 1x1 (pointwise.h) and 3x3 (window.h).
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -87,17 +87,18 @@ void share_weight_gradient(WeightGradient& given) {
 }
 
 struct Weight {
+  Element element;
   int64_t outputs, inputs, taps;
 
   // Of a convolution that reads `x`.
-  Weight(const Arguments& check, const Tensor& weight, const Tensor& x) : outputs(0), inputs(x.size(1)), taps(1) {
-    if (x.scalar_type() != ScalarType::BFloat16) check.fail("expected tensors of bfloat16");
+  Weight(const Arguments& check, const Tensor& weight, const Tensor& x) : element(extent_of(x).element), outputs(0), inputs(x.size(1)), taps(1) {
+    if (element == Element::kHalf) check.fail("x: expected float32 or bfloat16, got float16");
     const int64_t window = weight.dim() == 4 ? weight.size(2) : 0;
     const bool known = (window == 1 || window == 3) && weight.size(3) == window && weight.size(1) == inputs && weight.size(0) > 0;
     const bool dense = known && weight.stride(1) == 1 && weight.stride(0) == inputs * window * window &&
                        (window == 1 || (weight.stride(2) == inputs * window && weight.stride(3) == inputs));
-    if (!dense || !weight.is_cpu() || weight.scalar_type() != ScalarType::BFloat16) {
-      check.fail("weight: expected a bfloat16 [K, ", inputs, ", 1, 1] or [K, ", inputs, ", 3, 3] in channels_last on the CPU, got ", shape_of(weight));
+    if (!dense || !weight.is_cpu() || weight.scalar_type() != x.scalar_type()) {
+      check.fail("weight: expected a tensor of x's dtype, [K, ", inputs, ", 1, 1] or [K, ", inputs, ", 3, 3] in channels_last on the CPU, got ", shape_of(weight));
     }
     outputs = weight.size(0);
     taps = window * window;
@@ -109,7 +110,7 @@ struct Weight {
 
   Tensor packed(const Tensor& weight, bool forward) const {
     const Tensor packed = torch::stable::new_empty(weight, {outputs, taps * inputs});
-    const PackWeight arguments{weight.const_data_ptr(), outputs, inputs, taps, forward, packed.mutable_data_ptr()};
+    const PackWeight arguments{element, weight.const_data_ptr(), outputs, inputs, taps, forward, packed.mutable_data_ptr()};
     share(kernels().pack_weight, arguments, (forward ? outputs : inputs) / kTileSide, kTileSide * taps * (forward ? inputs : outputs));
     return packed;
   }
@@ -260,9 +261,9 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
   }
   if (need_dw) {
     dw = torch::stable::empty_like(weight);
-    MergeWeight merged{arguments.sums, arguments.groups, shape.outputs, channels, shape.taps, write<void>(dw)};
+    MergeWeight merged{shape.element, arguments.sums, arguments.groups, shape.outputs, channels, shape.taps, write<void>(dw)};
     if (!merged.sums) {
-      WeightGradient whole{arguments.apply.dy, arguments.act, rows, shape.outputs, channels, shape.taps, arguments.images, 1, nullptr};
+      WeightGradient whole{shape.element, arguments.apply.dy, arguments.act, rows, shape.outputs, channels, shape.taps, arguments.images, 1, nullptr};
       weight_sums = torch::stable::new_empty(x, {shape.taps, shape.outputs, channels}, ScalarType::Float);
       whole.sums = write<float>(weight_sums);
       share_weight_gradient(whole);

@@ -24,13 +24,15 @@ bool runs_avx512() {
          __builtin_cpu_supports("avx512dq");
 }
 
+bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
 // Linux saves the tiles of those processes alone that asked for it: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
 bool runs_amx() {
 #if defined(__linux__)
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
   constexpr long kRequest = 0x1023, kTileData = 18;
   unsigned a, b, c, d;
-  if (!runs_avx512() || !__builtin_cpu_supports("avx512bf16") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (!runs_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   return (d & kBFloat16) && (d & kTiles) && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
   return false;
@@ -45,6 +47,7 @@ const InstructionSet kInstructionSets[] = {
     {&avx2::kKernels,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
     {&avx512::kKernels, runs_avx512},
+    {&avx512_bf16::kKernels, runs_avx512_bf16},
     {&amx::kKernels, runs_amx},
 #endif
 };

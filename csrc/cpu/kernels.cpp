@@ -99,12 +99,70 @@ void avg_pool_of(const AvgPool& given, int64_t first, int64_t last) {
   });
 }
 
+// Convolutions are of fp32 and of bfloat16.
+template <typename Body>
+FUSED_RESNET_INLINE auto with_conv_element(Element element, Body&& body) {
+  return element == Element::kFloat ? body(static_cast<float*>(nullptr)) : body(static_cast<BFloat16*>(nullptr));
+}
+
+void pack_weight_of(const PackWeight& given, int64_t first, int64_t last) {
+  with_conv_element(given.element, [&](auto element) { pack_weight<typename Pointee<decltype(element)>::Type>(given, first, last); });
+}
+
 void pointwise_forward_of(const ConvForward& given, int64_t first, int64_t last, void* scratch) {
-  with_residual(given.norm.kind, [&](auto kind) { pointwise_forward<static_cast<Residual>(kind.value)>(given, first, last, scratch); });
+  with_conv_element(given.norm.extent.element, [&](auto element) {
+    using T = typename Pointee<decltype(element)>::Type;
+    with_residual(given.norm.kind, [&](auto kind) { pointwise_forward<T, static_cast<Residual>(kind.value)>(given, first, last, scratch); });
+  });
+}
+
+int64_t pointwise_forward_scratch_of(const ConvForward& given) {
+  return with_conv_element(given.norm.extent.element,
+                           [&](auto element) { return pointwise_forward_scratch<typename Pointee<decltype(element)>::Type>(given); });
+}
+
+void pointwise_backward_of(const ConvBackward& given, int64_t first, int64_t last, void* scratch) {
+  with_conv_element(given.reduce.extent.element,
+                    [&](auto element) { pointwise_backward<typename Pointee<decltype(element)>::Type>(given, first, last, scratch); });
+}
+
+int64_t pointwise_backward_scratch_of(const ConvBackward& given) {
+  return with_conv_element(given.reduce.extent.element,
+                           [&](auto element) { return pointwise_backward_scratch<typename Pointee<decltype(element)>::Type>(given); });
 }
 
 void window_forward_of(const ConvForward& given, int64_t first, int64_t last, void* scratch) {
-  with_residual(given.norm.kind, [&](auto kind) { window_forward<static_cast<Residual>(kind.value)>(given, first, last, scratch); });
+  with_conv_element(given.norm.extent.element, [&](auto element) {
+    using T = typename Pointee<decltype(element)>::Type;
+    with_residual(given.norm.kind, [&](auto kind) { window_forward<T, static_cast<Residual>(kind.value)>(given, first, last, scratch); });
+  });
+}
+
+int64_t window_forward_scratch_of(const ConvForward& given) {
+  return with_conv_element(given.norm.extent.element,
+                           [&](auto element) { return window_forward_scratch<typename Pointee<decltype(element)>::Type>(given); });
+}
+
+void window_backward_of(const ConvBackward& given, int64_t first, int64_t last, void* scratch) {
+  with_conv_element(given.reduce.extent.element,
+                    [&](auto element) { window_backward<typename Pointee<decltype(element)>::Type>(given, first, last, scratch); });
+}
+
+int64_t window_backward_scratch_of(const ConvBackward& given) {
+  return with_conv_element(given.reduce.extent.element,
+                           [&](auto element) { return window_backward_scratch<typename Pointee<decltype(element)>::Type>(given); });
+}
+
+void weight_gradient_of(const WeightGradient& given, int64_t first, int64_t last, void* scratch) {
+  with_conv_element(given.element, [&](auto element) { weight_gradient<typename Pointee<decltype(element)>::Type>(given, first, last, scratch); });
+}
+
+int64_t weight_gradient_scratch_of(const WeightGradient& given) {
+  return with_conv_element(given.element, [&](auto element) { return weight_gradient_scratch<typename Pointee<decltype(element)>::Type>(given); });
+}
+
+void merge_weight_of(const MergeWeight& given, int64_t first, int64_t last) {
+  with_conv_element(given.element, [&](auto element) { merge_weight<typename Pointee<decltype(element)>::Type>(given, first, last); });
 }
 
 }  // namespace
@@ -112,10 +170,10 @@ void window_forward_of(const ConvForward& given, int64_t first, int64_t last, vo
 const Kernels kKernels = {
     norm_add_act_of, moments_of,    merge_moments, backward_reduce_of, merge_sums,
     prepare_apply,   backward_apply_of, max_pool_of,   avg_pool_of,
-    pack_weight,
-    pointwise_forward_of, pointwise_backward, pointwise_forward_scratch, pointwise_backward_scratch,
-    window_forward_of, window_backward, window_forward_scratch, window_backward_scratch,
-    weight_gradient, weight_gradient_scratch, merge_weight,
+    pack_weight_of,
+    pointwise_forward_of, pointwise_backward_of, pointwise_forward_scratch_of, pointwise_backward_scratch_of,
+    window_forward_of, window_backward_of, window_forward_scratch_of, window_backward_scratch_of,
+    weight_gradient_of, weight_gradient_scratch_of, merge_weight_of,
 };
 
 }  // namespace FUSED_RESNET_ISA

@@ -139,8 +139,9 @@ struct AvgPool {
 // a 3x3 convolution that has a block of its own, half a tile deep.
 constexpr int kTileSide = 16, kBlockSide = 2 * kTileSide, kNarrowChannels = 16;
 
-// Convolutions of bfloat16 with the passes around them: 1x1 (pointwise.h), and 3x3 with a padding of 1 (window.h).
+// Convolutions of bfloat16 or fp32 with the passes around them: 1x1 (pointwise.h), and 3x3 with a padding of 1 (window.h).
 struct PackWeight {
+  Element element;
   const void* weight;  // [outputs, taps, inputs]
   int64_t outputs, inputs, taps;
   bool forward;
@@ -175,6 +176,7 @@ struct ConvBackward {
 
 // dweight of the whole dy, where its sums are too many for a cache: each thread sums a part of it over all pixels.
 struct WeightGradient {
+  Element element;
   const void* dy;
   const void* act;
   int64_t rows, outputs, inputs, taps;
@@ -184,6 +186,7 @@ struct WeightGradient {
 };
 
 struct MergeWeight {
+  Element element;
   const float* sums;
   int64_t groups, outputs, inputs, taps;
   void* dweight;  // [outputs, taps, inputs]
@@ -223,6 +226,9 @@ namespace avx2 {
 extern const Kernels kKernels;
 }
 namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512_bf16 {
 extern const Kernels kKernels;
 }
 namespace amx {

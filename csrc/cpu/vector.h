@@ -65,6 +65,11 @@ FUSED_RESNET_INLINE void store(Half* to, Floats values) {
 FUSED_RESNET_INLINE void store(uint8_t* to, Floats values) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(values)));
 }
+// Of words that are pairs of bfloat16.
+FUSED_RESNET_INLINE Floats first_of_pairs(Floats words) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(words), 16)); }
+FUSED_RESNET_INLINE Floats second_of_pairs(Floats words) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(words), _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
 FUSED_RESNET_INLINE Flags is_above(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 FUSED_RESNET_INLINE Flags is_equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 FUSED_RESNET_INLINE Flags is_nan(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
@@ -120,6 +125,10 @@ FUSED_RESNET_INLINE void store(Half* to, Floats values) {
 FUSED_RESNET_INLINE void store(uint8_t* to, Floats values) {
   const __m128i halves = low_halves(_mm256_cvttps_epi32(values));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(halves, halves));
+}
+FUSED_RESNET_INLINE Floats first_of_pairs(Floats words) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(words), 16)); }
+FUSED_RESNET_INLINE Floats second_of_pairs(Floats words) {
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(words), _mm256_set1_epi32(static_cast<int>(0xffff0000))));
 }
 FUSED_RESNET_INLINE Flags is_above(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 FUSED_RESNET_INLINE Flags is_equal(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
@@ -225,6 +234,10 @@ FUSED_RESNET_INLINE void store(Half* to, Floats values) {
 }
 FUSED_RESNET_INLINE void store(uint8_t* to, Floats values) {
   for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint8_t>(values[i]);
+}
+FUSED_RESNET_INLINE Floats first_of_pairs(Floats words) { return reinterpret_cast<Floats>(reinterpret_cast<Flags>(words) << 16); }
+FUSED_RESNET_INLINE Floats second_of_pairs(Floats words) {
+  return reinterpret_cast<Floats>(reinterpret_cast<Flags>(words) & static_cast<int32_t>(0xffff0000));
 }
 FUSED_RESNET_INLINE Flags is_above(Floats a, Floats b) { return a > b; }
 FUSED_RESNET_INLINE Flags is_equal(Floats a, Floats b) { return a == b; }

@@ -17,16 +17,18 @@ CHANNELS, NARROW_CHANNELS = 32, 16
 IMAGE_BYTES, LINE_PIXELS = 2**20, 256
 #: And where there are so many images, since threads share them.
 LEAST_IMAGES = 16
-#: The instruction sets with which it is faster so. The others have it in plain loops, for the tests.
-INSTRUCTION_SETS = ("amx",)
+#: The dtypes with which it is faster so, by instruction set. The others run it for the tests.
+DTYPES = {"avx512": (torch.float32,), "avx512_bf16": (torch.float32, torch.bfloat16), "amx": (torch.float32, torch.bfloat16)}
+#: Settings of `torch.backends.mkldnn.conv.fp32_precision` that let oneDNN round float32 and be faster.
+FASTER = ("bf16", "tf32")
 
 
 class PassesCpu(PassesNative):
     """The passes on CPUs, by PyTorch's threads; and those convolutions as products of matrices that are faster so.
 
-    In inference, a convolution and what follows it is one primitive of oneDNN's. With AMX, in training, 1x1 and 3x3
-    convolutions of bfloat16 run together with the passes around them, part by part of their pixels. Where oneDNN has no convolutions
-    of a narrow dtype, those of float32 stand for them.
+    In inference, a convolution and what follows it is one primitive of oneDNN's. With AVX-512, in training, 1x1 and 3x3 convolutions
+    of float32 run together with the passes around them, part by part of their pixels, and so do those of bfloat16 where the processor
+    multiplies it. Where oneDNN has no convolutions of a narrow dtype, those of float32 stand for them.
     """
 
     name = "passes_cpu"
@@ -145,12 +147,12 @@ def runs_with_passes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
     pads = 0 if window == [1, 1] else 1
     return (
         window in ([1, 1], [3, 3])
-        and x.dtype == torch.bfloat16
+        and x.dtype in DTYPES.get(native.cpu_instruction_set(), ())
         and (c % CHANNELS == k % CHANNELS == 0 or (pads and c == k == NARROW_CHANNELS))
         and geometry.groups == max(geometry.stride) == max(geometry.dilation) == 1
         and list(geometry.padding) == [pads, pads]
         and (_windows_pay(x) if pads else weight.stride()[:2] == (c, 1))
-        and native.cpu_instruction_set() in INSTRUCTION_SETS
+        and (x.dtype != torch.float32 or torch.backends.mkldnn.conv.fp32_precision not in FASTER)  # type: ignore[attr-defined]
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_resnet import native
+from fused_resnet import environment, native
 from fused_resnet.backends import BACKENDS, passes_cpu
 from fused_resnet.values import Conv, ConvGeometry, ConvOutput, Norm, Source
 
@@ -15,39 +15,45 @@ SHAPES = [
     *((3, *shape) for shape in ((2, 32, 64, 24, 13), (2, 16, 16, 34, 31), (33, 16, 16, 5, 4), (49, 64, 32, 2, 3), (1, 96, 32, 7, 42))),
     *((3, *shape) for shape in ((1, 32, 32, 1, 1), (17, 32, 32, 1, 9), (2, 256, 128, 5, 5), (1, 16, 16, 40, 33))),
 ]
+#: Instruction sets and dtypes. "best" is what the machine has, of tiles for bfloat16 with AMX.
+CASES = [("best", "bfloat16"), ("best", "float32"), ("portable", "bfloat16"), ("avx2", "float32")]
 KINDS = ("act", "norm", "norm_add", "norm_add_raw")
 
 
-@pytest.fixture(autouse=True, params=["portable", "best"])
-def instruction_set(request, monkeypatch):
-    """Plain loops, and the best that this machine has: AMX, or others' plain loops."""
+@pytest.fixture(autouse=True, params=CASES, ids="-".join)
+def dtype(request, monkeypatch):
+    """The dtype of a case, and its instruction set in use."""
+    name, dtype = request.param
     if reason := PASSES.why_not(torch.device("cpu"), torch.bfloat16):
         pytest.skip(reason)
     before = native.cpu_instruction_set()
-    monkeypatch.setattr(passes_cpu, "INSTRUCTION_SETS", native.INSTRUCTION_SETS)
+    monkeypatch.setattr(passes_cpu, "DTYPES", dict.fromkeys(native.INSTRUCTION_SETS, (torch.float32, torch.bfloat16)))
     monkeypatch.setattr(passes_cpu, "LEAST_IMAGES", 1)
-    native.use_instruction_set("portable" if request.param == "portable" else None)
-    yield
+    try:
+        native.use_instruction_set(None if name == "best" else name)
+    except environment.VariableError as error:
+        pytest.skip(str(error))
+    yield getattr(torch, dtype)
     native.use_instruction_set(before)
 
 
-def activation(*shape):
-    return torch.randn(shape).bfloat16().contiguous(memory_format=torch.channels_last)
+def activation(dtype, *shape):
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def norm_of(channels):
     return Norm(torch.rand(channels) + 0.5, torch.randn(channels), torch.zeros(channels), torch.ones(channels), True, 1e-5)
 
 
-def source_of(kind, shape):
-    x = activation(*shape) * 3 + 1
+def source_of(kind, dtype, shape):
+    x = activation(dtype, *shape) * 3 + 1
     if kind == "act":
         return Source(x)
     norm = norm_of(shape[1])
     mean, invstd, _, scale, bias = PASSES.batch_stats(x, norm.gamma, norm.beta, norm.eps)
     if kind == "norm":
         return Source(x, mean, invstd, scale, bias)
-    residual = activation(*shape)
+    residual = activation(dtype, *shape)
     if kind == "norm_add":
         return Source(x, mean, invstd, scale, bias, residual)
     other = norm_of(shape[1])
@@ -55,9 +61,9 @@ def source_of(kind, shape):
     return Source(x, mean, invstd, scale, bias, residual, r_mean, r_invstd, r_scale, r_bias)
 
 
-def convolution(kind, window, n, c, k, h, w):
-    weight = (torch.randn(k, c, window, window) / (window * c**0.5)).bfloat16().contiguous(memory_format=torch.channels_last)
-    return source_of(kind, (n, c, h, w)), Conv(weight, norm_of(k), ConvGeometry([1, 1], [window // 2] * 2, [1, 1], 1))
+def convolution(kind, dtype, window, n, c, k, h, w):
+    weight = (torch.randn(k, c, window, window) / (window * c**0.5)).to(dtype).contiguous(memory_format=torch.channels_last)
+    return source_of(kind, dtype, (n, c, h, w)), Conv(weight, norm_of(k), ConvGeometry([1, 1], [window // 2] * 2, [1, 1], 1))
 
 
 def apart(monkeypatch):
@@ -72,8 +78,8 @@ def assert_as_near(ours, theirs, exact):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_is_that_of_the_passes_and_a_convolution(kind, shape, monkeypatch):
-    source, conv = convolution(kind, *shape)
+def test_forward_is_that_of_the_passes_and_a_convolution(kind, shape, dtype, monkeypatch):
+    source, conv = convolution(kind, dtype, *shape)
     (pending,), act, mask = PASSES.convolve(source, [conv], True)
     again = PASSES.convolution_again(source, conv, True)(Source(act))
     apart(monkeypatch)
@@ -90,8 +96,8 @@ def test_forward_is_that_of_the_passes_and_a_convolution(kind, shape, monkeypatc
 @pytest.mark.parametrize("summed", [False, True], ids=["one reader", "two readers"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_backward_is_that_of_the_passes_and_a_convolution(kind, shape, summed, monkeypatch):
-    source, conv = convolution(kind, *shape)
+def test_backward_is_that_of_the_passes_and_a_convolution(kind, shape, summed, dtype, monkeypatch):
+    source, conv = convolution(kind, dtype, *shape)
     (pending,), act, mask = PASSES.convolve(source, [conv], True)
     k = len(conv.weight)
     dz, dact = torch.randn_like(pending.y) + 0.3, torch.randn_like(act) if summed else None
@@ -124,8 +130,8 @@ def test_backward_is_that_of_the_passes_and_a_convolution(kind, shape, summed, m
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 64, 128, 29, 29), (3, 9, 64, 128, 15, 17), (3, 40, 16, 16, 9, 9)], ids=str)
-def test_any_number_of_threads_gives_the_same_bits(shape):
-    source, conv = convolution("norm", *shape)
+def test_any_number_of_threads_gives_the_same_bits(shape, dtype):
+    source, conv = convolution("norm", dtype, *shape)
     k = len(conv.weight)
     before, results = torch.get_num_threads(), []
     try:
@@ -143,8 +149,8 @@ def test_any_number_of_threads_gives_the_same_bits(shape):
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
-def test_a_weight_in_nchw_gives_the_same_bits():
-    source, conv = convolution("norm", 3, 2, 32, 64, 9, 7)
+def test_a_weight_in_nchw_gives_the_same_bits(dtype):
+    source, conv = convolution("norm", dtype, 3, 2, 32, 64, 9, 7)
     made = []
     for weight in (conv.weight, conv.weight.contiguous()):
         given = conv._replace(weight=weight)
@@ -160,8 +166,8 @@ def test_a_weight_in_nchw_gives_the_same_bits():
 
 
 @pytest.mark.parametrize(("window", "channels"), [(1, 32), (3, 32), (3, 16)])
-def test_nan_and_infinity_are_handed_on_to_their_windows_alone(window, channels):
-    source, conv = convolution("act", window, 2, channels, channels, 8, 8)
+def test_nan_and_infinity_are_handed_on_to_their_windows_alone(window, channels, dtype):
+    source, conv = convolution("act", dtype, window, 2, channels, channels, 8, 8)
     source.x[0, 3, 2, 1], source.x[0, 4, 5, 7], source.x[1, 0, 0, 0] = torch.nan, torch.inf, torch.nan
     (pending,), *_ = PASSES.convolve(source, [conv], True)
     expected = torch.conv2d(source.x.double(), conv.weight.double(), padding=conv.geometry.padding)
@@ -169,21 +175,39 @@ def test_nan_and_infinity_are_handed_on_to_their_windows_alone(window, channels)
     assert torch.equal(pending.y.isnan(), expected.isnan())
 
 
+def test_a_precision_that_the_user_lowered_is_onednns(dtype):
+    source, conv = convolution("act", dtype, 3, 2, 32, 32, 8, 8)
+    assert passes_cpu.runs_with_passes(source.x, conv.weight, conv.geometry)
+    setting = torch.backends.mkldnn.conv
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        assert passes_cpu.runs_with_passes(source.x, conv.weight, conv.geometry) == (dtype != torch.float32)
+    finally:
+        setting.fp32_precision = before
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.ones(64, 32, 3, 3, dtype=torch.bfloat16)}, r"weight: expected a bfloat16 \[K, 32, 1, 1\] or \[K, 32, 3, 3\]"),
-        ({"weight": torch.ones(64, 32, 5, 5, dtype=torch.bfloat16)}, r"weight: expected a bfloat16 \[K, 32, 1, 1\] or \[K, 32, 3, 3\]"),
-        ({"weight": torch.ones(48, 32, 1, 1, dtype=torch.bfloat16)}, "weight: expected channels that are multiples of 32"),
-        ({"weight": torch.ones(64, 32, 1, 1)}, "weight: expected a bfloat16"),
-        ({"x": torch.ones(1, 32, 4, 4).contiguous(memory_format=torch.channels_last)}, "expected tensors of bfloat16"),
+        ({"weight": (64, 32, 3, 3)}, r"weight: expected a tensor of x's dtype, \[K, 32, 1, 1\] or \[K, 32, 3, 3\] in channels_last"),
+        ({"weight": (64, 32, 5, 5)}, r"weight: expected a tensor of x's dtype, \[K, 32, 1, 1\] or \[K, 32, 3, 3\]"),
+        ({"weight": (48, 32, 1, 1)}, "weight: expected channels that are multiples of 32"),
+        ({"x": torch.float16}, "x: expected float32 or bfloat16, got float16"),
+        ({"x": torch.float64}, "x: expected"),
+        ({"weight": torch.float16}, "weight: expected a tensor of x's dtype"),
         ({"scale": torch.ones(32)}, "bias"),
-        ({"residual": activation(1, 32, 4, 4)}, "residual: expected None without a scale"),
+        ({"residual": (1, 32, 4, 4)}, "residual: expected None without a scale"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_bad_arguments_are_named(change, message):
-    given = {"x": activation(1, 32, 4, 4), "weight": torch.ones(64, 32, 1, 1, dtype=torch.bfloat16)}
-    given |= dict.fromkeys(("scale", "bias", "residual", "residual_scale", "residual_bias", "gamma", "beta"))
+def test_bad_arguments_are_named(change, message, dtype):
+    given = {"x": activation(dtype, 1, 32, 4, 4), "weight": torch.ones(64, 32, 1, 1, dtype=dtype)}
+    for name, value in change.items():
+        if isinstance(value, torch.dtype):
+            value = given[name].to(value)
+        elif isinstance(value, tuple):
+            value = torch.ones(value, dtype=dtype) if name == "weight" else activation(dtype, *value)
+        given[name] = value
+    none = dict.fromkeys(("scale", "bias", "residual", "residual_scale", "residual_bias", "gamma", "beta"))
     with pytest.raises(RuntimeError, match=message):
-        PASSES.operators.conv_forward(**(given | change), statistics=False, eps=1e-5)
+        PASSES.operators.conv_forward(**(none | given), statistics=False, eps=1e-5)
