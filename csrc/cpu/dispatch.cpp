@@ -14,8 +14,10 @@ namespace fused_resnet {
 namespace {
 
 struct InstructionSet {
-  const Kernels* kernels;
+  const Kernels* kernels;  // nullptr where the build left it out
   bool (*runs)();
+
+  bool available() const { return kernels && runs(); }
 };
 
 #if defined(__x86_64__)
@@ -55,7 +57,7 @@ constexpr int64_t kCount = sizeof kInstructionSets / sizeof *kInstructionSets;
 
 int64_t best() {
   int64_t number = kCount - 1;
-  while (!kInstructionSets[number].runs()) --number;
+  while (!kInstructionSets[number].available()) --number;
   return number;
 }
 
@@ -70,7 +72,7 @@ const Kernels& kernels() { return *kInstructionSets[in_use().load(std::memory_or
 
 int64_t use_instruction_set(int64_t number) {
   if (number < 0) number = best();
-  if (number >= kCount || !kInstructionSets[number].runs()) return -1;
+  if (number >= kCount || !kInstructionSets[number].available()) return -1;
   in_use() = number;
   return number;
 }

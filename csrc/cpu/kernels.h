@@ -217,23 +217,18 @@ struct Kernels {
   void (*merge_weight)(const MergeWeight&, int64_t first_block, int64_t last_block);  // of 16 outputs
 };
 
-// The tables that are compiled in. The numbers of fused_resnet.native.INSTRUCTION_SETS.
-namespace portable {
-extern const Kernels kKernels;
-}
+// The tables. The numbers of fused_resnet.native.INSTRUCTION_SETS. Weak: a build for tests leaves some out.
+#define FUSED_RESNET_TABLE(isa) \
+  namespace isa {               \
+  extern const Kernels kKernels __attribute__((weak)); \
+  }
+FUSED_RESNET_TABLE(portable)
 #if defined(__x86_64__)
-namespace avx2 {
-extern const Kernels kKernels;
-}
-namespace avx512 {
-extern const Kernels kKernels;
-}
-namespace avx512_bf16 {
-extern const Kernels kKernels;
-}
-namespace amx {
-extern const Kernels kKernels;
-}
+FUSED_RESNET_TABLE(avx2)
+FUSED_RESNET_TABLE(avx512)
+FUSED_RESNET_TABLE(avx512_bf16)
+FUSED_RESNET_TABLE(amx)
 #endif
+#undef FUSED_RESNET_TABLE
 
 }  // namespace fused_resnet

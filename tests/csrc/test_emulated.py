@@ -57,7 +57,7 @@ def test_the_passes_run_clean(flavour):
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("fault", [pytest.param(f, marks=[] if i in (0, 3, 5) else pytest.mark.slow) for i, f in enumerate(FAULTS)])
+@pytest.mark.parametrize("fault", [pytest.param(f, marks=[] if i in (0, 3) else pytest.mark.slow) for i, f in enumerate(FAULTS)])
 def test_a_planted_fault_is_reported(fault, tmp_path):
     name, right, wrong, flavour, message = FAULTS[fault]
     csrc = shutil.copytree(emulated.CSRC, tmp_path / "csrc")

@@ -13,7 +13,7 @@ from fused_resnet.roofline import resnet
 from fused_resnet.tuning import Task
 
 pytestmark = tested_triton
-FULL = pytest.mark.full
+SLOW = pytest.mark.slow
 
 #: Bytes that a program may have.
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
@@ -94,7 +94,7 @@ def test_what_the_heuristic_chooses_for_resnets_compiles(name, dtype, kind, tmp_
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize(
     "dtype, precision",
-    [("bfloat16", "tf32"), pytest.param("float16", "tf32", marks=FULL), ("float32", "tf32"), pytest.param("float32", "ieee", marks=FULL)],
+    [("bfloat16", "tf32"), pytest.param("float16", "tf32", marks=SLOW), ("float32", "tf32"), pytest.param("float32", "ieee", marks=SLOW)],
 )
 def test_folded_networks_compile(dtype, precision, name, tmp_path):
     wanted = [pair for batch in (256, 32, 1) for pair in inference(resnet(name, batch), dtype)]

@@ -31,15 +31,15 @@ def losses(model, images, labels, lr: float, backend: str) -> torch.Tensor:
 #: Network, batch, size of an image, learning rate: where eager's own drift stays small.
 CASES = [
     ("resnet18", 8, 64, 1e-4, "eager"),
-    ("resnet50", 8, 64, 2e-5, "eager"),
+    ("resnet50", 4, 64, 2e-5, "eager"),
     ("resnet20", 16, 16, 1e-4, "eager"),
-    *(("resnet20", 8, 8, 1e-4, name) for name in LANGUAGES),
+    *(("resnet8", 8, 8, 1e-4, name) for name in LANGUAGES),  # a block a stage: an interpreter is slow
 ]
 
 
 @pytest.mark.parametrize(("name", "batch", "size", "lr", "backend"), CASES, ids=lambda v: str(v))
 def test_losses_drift_no_more_than_eagers_own(name, batch, size, lr, backend, device):
-    model = models.get_model(name, num_classes=10).to(device)
+    model = (models.CifarResNet(8) if name == "resnet8" else models.get_model(name, num_classes=10)).to(device)
     calm(model)
     images = torch.randn(STEPS, batch, 3, size, size, device=device)
     labels = torch.randint(10, (STEPS, batch), device=device)

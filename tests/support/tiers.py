@@ -7,7 +7,7 @@
 | `make slow` | the tests marked `slow` | of the test's name |
 | `make fuzz MINUTES=10` | drawn cases of the operators, for that long (tests/fuzz.py); what fails is kept and run by `make test` from then on | fresh |
 
-So a new test needs no marker, and a new value of a parameter runs in `make test` at once. `pytest FILE` runs all cases of a file, `--quick` those of `make test`,
+So a new test needs no marker, and a new value of a parameter runs in `make test` at once. `pytest FILE` runs all cases of a file but slow ones, `--quick` those of `make test`,
 `--fresh-seeds` draws new seeds, and FUSED_RESNET_TEST_SEED=N repeats one.
 """
 
