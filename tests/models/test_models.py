@@ -107,7 +107,7 @@ def test_passes_agree_with_float64_in_a_whole_network(name, passes, operator_cal
     """In float32: at most twice PyTorch's error, or what sums in float32 explain: on a CPU PyTorch's batch norm sums in float64."""
     model = CROPPED[name]().to(device)
     calm(model)
-    x, weight = torch.randn(4, 3, 21, 29, device=device), torch.randn(4, 10, device=device)
+    x, weight = torch.randn(8, 3, 13, 17, device=device), torch.randn(8, 10, device=device)
     truth = outcome(copy.deepcopy(model).double(), x.double(), weight, "off")
     eager, ours = (outcome(model, x, weight, backend) for backend in ("off", passes))
     for key, value in truth.items():
