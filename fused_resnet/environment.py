@@ -4,7 +4,7 @@
 |---|---|
 | `FUSED_RESNET_BACKEND` | the backend to use: auto (the default), off, eager, passes, triton, cudnn, tuned, … (`backends.choices()`) |
 | `FUSED_RESNET_CACHE` | folder for downloads and tuned tables; default `$XDG_CACHE_HOME/fused_resnet`, else `~/.cache/fused_resnet` |
-| `FUSED_RESNET_CPU_ISA` | the instruction set of the kernels for CPUs: portable, avx2, avx512, avx512_bf16, amx; default: the best there is |
+| `FUSED_RESNET_CPU_ISA` | the instruction set of the kernels for CPUs: portable, avx2, avx512, avx512_bf16, amx; default: the best |
 | `FUSED_RESNET_DATA` | folder that is searched first for data sets |
 | `LOCAL_RANK` | set by torchrun: which of its machine's processes this is |
 

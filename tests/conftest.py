@@ -17,7 +17,7 @@ if not CUDA:  # before the kernels are imported: Triton's interpreter then runs 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.pop("FUSED_RESNET_BACKEND", None)
 
-from support import devices, executed  # noqa: E402
+from support import executed  # noqa: E402
 from support.emulated import Emulated  # noqa: E402
 
 from fused_resnet import backends, native  # noqa: E402
@@ -28,6 +28,8 @@ backends.BACKENDS[Emulated.name] = Emulated()
 if executed.ARCHITECTURE:
     executed.install()
 
+
+from support import devices  # noqa: E402  (it lists the backends that are tested: those of above among them)
 
 if importlib.util.find_spec("triton"):
     from fused_resnet.kernels import launch

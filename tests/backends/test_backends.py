@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from support.chains import TESTED
 
 import fused_resnet
 from fused_resnet import native, ops
-from fused_resnet.backends import BACKENDS, PASSES, choices, resolve
+from fused_resnet.backends import BACKENDS, PASSES, TUNED, choices, resolve
 from fused_resnet.functional import conv_bn_act
 from fused_resnet.tuning import Configuration
 from fused_resnet.values import ConvGeometry, Source
@@ -57,6 +58,11 @@ def test_every_backend_is_asked_the_same_way():
     for name, backend in BACKENDS.items():
         assert backend.name == name
         assert backend.why_not(CPU, torch.int32)
+
+
+def test_the_tests_know_every_backend():
+    """Those of the tests alone, too: a list that was made before they were registered would leave their cases out unseen."""
+    assert set(TESTED) == {name for name in BACKENDS if name not in TUNED} and "emulated" in TESTED
 
 
 def test_both_languages_of_the_passes_run_where_the_tests_run(device):
