@@ -185,7 +185,9 @@ struct WindowScratch {
   }
 
   // Of the right factor of a band: its positions, and those that its windows reach.
-  FUSED_RESNET_INLINE static int64_t right_rows(const Padded& shape) { return (band_positions<T>(shape, kBand<T>) + 2 * shape.border() + kDepth<T> - 1) / kDepth<T> * kDepth<T>; }
+  FUSED_RESNET_INLINE static int64_t right_rows(const Padded& shape) {
+    return (band_positions<T>(shape, kBand<T>) + 2 * shape.border() + kDepth<T> - 1) / kDepth<T> * kDepth<T>;
+  }
 };
 
 // Where the right factor of dweight begins for a tap, `distance` positions along depth. Depth goes by words, which for bfloat16 are pairs: the
@@ -200,8 +202,8 @@ FUSED_RESNET_INLINE const T* at_distance(const T* even, const T* odd, int64_t di
 template <typename T>
 struct Band {
   static constexpr int64_t kMostRuns = 64;
-  int64_t runs, words;     // words of a run; the last of a line may be half a pair, whose other half is zero
-  int64_t at[kMostRuns];   // where the windows of a run begin, in positions after those of the first
+  int64_t runs, words;    // words of a run; the last of a line may be half a pair, whose other half is zero
+  int64_t at[kMostRuns];  // where the windows of a run begin, in positions after those of the first
 
   Band() = default;
   // One run of so many pixels.
