@@ -72,7 +72,7 @@ def process(library: Path, *arguments: object) -> subprocess.CompletedProcess:
     [
         ("test_native_cpu.py", "not wide_registers and not depends_on"),
         ("test_passes.py", "passes_cpu and not offsets"),
-        ("test_conv_with_passes.py", ""),
+        ("test_conv_with_passes.py", "not avx2"),  # which this build lacks, unless it is the best
     ],
 )
 def test_the_operators_run_clean(library, file, chosen):
