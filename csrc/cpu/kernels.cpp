@@ -100,69 +100,63 @@ void avg_pool_of(const AvgPool& given, int64_t first, int64_t last) {
 }
 
 // Convolutions are of fp32 and of bfloat16.
-template <typename Body>
-FUSED_RESNET_INLINE auto with_conv_element(Element element, Body&& body) {
-  return element == Element::kFloat ? body(static_cast<float*>(nullptr)) : body(static_cast<BFloat16*>(nullptr));
+template <typename Function>
+FUSED_RESNET_INLINE Function* of_element(Element element, Function* of_fp32, Function* of_bfloat16) {
+  return element == Element::kFloat ? of_fp32 : of_bfloat16;
 }
 
 void pack_weight_of(const PackWeight& given, int64_t first, int64_t last) {
-  with_conv_element(given.element, [&](auto element) { pack_weight<typename Pointee<decltype(element)>::Type>(given, first, last); });
+  of_element(given.element, pack_weight<float>, pack_weight<BFloat16>)(given, first, last);
 }
 
 void pointwise_forward_of(const ConvForward& given, int64_t first, int64_t last, void* scratch) {
-  with_conv_element(given.norm.extent.element, [&](auto element) {
-    using T = typename Pointee<decltype(element)>::Type;
-    with_residual(given.norm.kind, [&](auto kind) { pointwise_forward<T, static_cast<Residual>(kind.value)>(given, first, last, scratch); });
+  with_residual(given.norm.kind, [&](auto kind) {
+    constexpr auto kResidual = static_cast<Residual>(kind.value);
+    of_element(given.norm.extent.element, pointwise_forward<float, kResidual>, pointwise_forward<BFloat16, kResidual>)(given, first, last, scratch);
   });
 }
 
 int64_t pointwise_forward_scratch_of(const ConvForward& given) {
-  return with_conv_element(given.norm.extent.element,
-                           [&](auto element) { return pointwise_forward_scratch<typename Pointee<decltype(element)>::Type>(given); });
+  return of_element(given.norm.extent.element, pointwise_forward_scratch<float>, pointwise_forward_scratch<BFloat16>)(given);
 }
 
 void pointwise_backward_of(const ConvBackward& given, int64_t first, int64_t last, void* scratch) {
-  with_conv_element(given.reduce.extent.element,
-                    [&](auto element) { pointwise_backward<typename Pointee<decltype(element)>::Type>(given, first, last, scratch); });
+  of_element(given.reduce.extent.element, pointwise_backward<float>, pointwise_backward<BFloat16>)(given, first, last, scratch);
 }
 
 int64_t pointwise_backward_scratch_of(const ConvBackward& given) {
-  return with_conv_element(given.reduce.extent.element,
-                           [&](auto element) { return pointwise_backward_scratch<typename Pointee<decltype(element)>::Type>(given); });
+  return of_element(given.reduce.extent.element, pointwise_backward_scratch<float>, pointwise_backward_scratch<BFloat16>)(given);
 }
 
 void window_forward_of(const ConvForward& given, int64_t first, int64_t last, void* scratch) {
-  with_conv_element(given.norm.extent.element, [&](auto element) {
-    using T = typename Pointee<decltype(element)>::Type;
-    with_residual(given.norm.kind, [&](auto kind) { window_forward<T, static_cast<Residual>(kind.value)>(given, first, last, scratch); });
+  with_residual(given.norm.kind, [&](auto kind) {
+    constexpr auto kResidual = static_cast<Residual>(kind.value);
+    of_element(given.norm.extent.element, window_forward<float, kResidual>, window_forward<BFloat16, kResidual>)(given, first, last, scratch);
   });
 }
 
 int64_t window_forward_scratch_of(const ConvForward& given) {
-  return with_conv_element(given.norm.extent.element,
-                           [&](auto element) { return window_forward_scratch<typename Pointee<decltype(element)>::Type>(given); });
+  return of_element(given.norm.extent.element, window_forward_scratch<float>, window_forward_scratch<BFloat16>)(given);
 }
 
 void window_backward_of(const ConvBackward& given, int64_t first, int64_t last, void* scratch) {
-  with_conv_element(given.reduce.extent.element,
-                    [&](auto element) { window_backward<typename Pointee<decltype(element)>::Type>(given, first, last, scratch); });
+  of_element(given.reduce.extent.element, window_backward<float>, window_backward<BFloat16>)(given, first, last, scratch);
 }
 
 int64_t window_backward_scratch_of(const ConvBackward& given) {
-  return with_conv_element(given.reduce.extent.element,
-                           [&](auto element) { return window_backward_scratch<typename Pointee<decltype(element)>::Type>(given); });
+  return of_element(given.reduce.extent.element, window_backward_scratch<float>, window_backward_scratch<BFloat16>)(given);
 }
 
 void weight_gradient_of(const WeightGradient& given, int64_t first, int64_t last, void* scratch) {
-  with_conv_element(given.element, [&](auto element) { weight_gradient<typename Pointee<decltype(element)>::Type>(given, first, last, scratch); });
+  of_element(given.element, weight_gradient<float>, weight_gradient<BFloat16>)(given, first, last, scratch);
 }
 
 int64_t weight_gradient_scratch_of(const WeightGradient& given) {
-  return with_conv_element(given.element, [&](auto element) { return weight_gradient_scratch<typename Pointee<decltype(element)>::Type>(given); });
+  return of_element(given.element, weight_gradient_scratch<float>, weight_gradient_scratch<BFloat16>)(given);
 }
 
 void merge_weight_of(const MergeWeight& given, int64_t first, int64_t last) {
-  with_conv_element(given.element, [&](auto element) { merge_weight<typename Pointee<decltype(element)>::Type>(given, first, last); });
+  of_element(given.element, merge_weight<float>, merge_weight<BFloat16>)(given, first, last);
 }
 
 }  // namespace

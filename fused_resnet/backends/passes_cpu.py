@@ -152,7 +152,7 @@ def runs_with_passes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
         and geometry.groups == max(geometry.stride) == max(geometry.dilation) == 1
         and list(geometry.padding) == [pads, pads]
         and (_windows_pay(x) if pads else weight.stride()[:2] == (c, 1))
-        and (x.dtype != torch.float32 or torch.backends.mkldnn.conv.fp32_precision not in FASTER)  # type: ignore[attr-defined]
+        and (x.dtype != torch.float32 or torch.backends.mkldnn.conv.fp32_precision not in FASTER)
     )
 
 

@@ -9,11 +9,12 @@ from fused_resnet.values import Conv, ConvGeometry, ConvOutput, Norm, Source
 
 PASSES = BACKENDS["passes_cpu"]
 #: The window, n, c, k, h, w: whole blocks of pixels and not, one part and several, dweight summed on the way and of the whole dy; of
-#: 3x3 also one image and several at once, a unit of fewer, and 16 channels.
+#: 3x3 also one image and several at once, a unit of fewer, 16 channels, and lines of whole groups and not.
 SHAPES = [
     *((1, *shape) for shape in ((1, 32, 64, 56, 45), (3, 96, 32, 7, 5), (1, 32, 32, 1, 2), (2, 512, 128, 5, 5), (4, 64, 64, 33, 31))),
     *((3, *shape) for shape in ((2, 32, 64, 24, 13), (2, 16, 16, 34, 31), (33, 16, 16, 5, 4), (49, 64, 32, 2, 3), (1, 96, 32, 7, 42))),
     *((3, *shape) for shape in ((1, 32, 32, 1, 1), (17, 32, 32, 1, 9), (2, 256, 128, 5, 5), (1, 16, 16, 40, 33))),
+    *((3, *shape) for shape in ((19, 32, 64, 8, 8), (2, 64, 32, 5, 56), (2, 96, 64, 6, 14), (3, 16, 16, 5, 32))),  # whole groups of a line
 ]
 #: Instruction sets and dtypes. "best" is what the machine has, of tiles for bfloat16 with AMX.
 CASES = [("best", "bfloat16"), ("best", "float32"), ("portable", "bfloat16"), ("avx2", "float32")]
