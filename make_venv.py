@@ -6,6 +6,7 @@ first. Then the package is built against that PyTorch, without a second copy in 
 """
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -83,11 +84,11 @@ class Pip:
         self.command = [str(python), "-m", "pip", "--disable-pip-version-check"]
         self.flags, self.constraints = flags, ["-c", constraints] if constraints else []
 
-    def install(self, *arguments: str) -> None:
-        """Install, showing progress. Raises SystemExit with pip's last lines where it fails."""
+    def install(self, *arguments: str, **environment: str) -> None:
+        """Install, showing progress; `environment` is for builds. Raises SystemExit with pip's last lines where it fails."""
         command = [*self.command, "install", "--progress-bar", "off", *self.constraints, *self.flags, *arguments]
-        lines = []
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        lines, pipe, environment = [], subprocess.PIPE, {**os.environ, **environment}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
             for line in process.stdout:
                 lines.append(line)
                 if text := shown(line):
@@ -139,8 +140,11 @@ def main(arguments: list[str] | None = None) -> None:
     python = args.folder / "bin" / "python"
     pip = Pip(python.absolute(), args.constraints, flags)
     if args.tests:
+        if not python.exists():
+            parser.error(f"folder: expected an environment, and {args.folder} has no {python.relative_to(args.folder)}; make it without --tests")
         print("fetching what the tests need: about 0.2 GB", flush=True)
-        pip.install("--no-build-isolation", "-e", ".[test]")
+        # The native libraries are built, which takes minutes: a package in place keeps what it has.
+        pip.install("--no-build-isolation", "-e", ".[test]", FUSED_RESNET_NATIVE="0")
         # torchvision has no build that goes with every PyTorch; the tests need no more than its Python code. timm asks for torchvision.
         pip.install("--no-deps", "torchvision", "timm")
         return

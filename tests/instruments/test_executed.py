@@ -267,6 +267,35 @@ def test_a_step_of_resnet20(architecture):
         assert ours <= max(2 * eager, 8 * torch.finfo(torch.float32).eps), name
 
 
+#: How much of a convolution of positive numbers a product of float32 loses, and one of TF32.
+LOSS = """
+import conftest, json, torch
+from support.ptx import cases
+from fused_resnet.kernels.fprop import fprop
+from fused_resnet.problem import ConvProblem
+from fused_resnet.values import ConvGeometry, Source, nhwc
+problem, geometry = ConvProblem(2, 32, 8, 8, 32, 1, 1, (1, 1), (0, 0)), ConvGeometry((1, 1), (0, 0), (1, 1), 1)
+torch.manual_seed(0)
+x, weight = nhwc(torch.randn(2, 32, 8, 8).abs()), nhwc(torch.randn(32, 32, 1, 1).abs())
+tiles = cases.tiles_of("fprop", problem, torch.float32, "act", ARCHITECTURE)
+exact = torch.conv2d(x.double(), weight.double()).mean()
+lost = [1 - fprop(Source(x), weight, geometry, False, False, tiles, tf32)[0].double().mean() / exact for tf32 in (False, True)]
+print(json.dumps([value.item() for value in lost]))
+"""
+
+
+@cuda_free
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
+def test_tf32_cuts_operands_off(architecture):
+    """Each loses 0 to 2⁻¹⁰ of itself, always towards zero, so that products of TF32 are too small by the same share everywhere."""
+    script = LOSS.replace("ARCHITECTURE", str(architecture))
+    of_float32, of_tf32 = json.loads(process(architecture, "-c", script).splitlines()[-1])
+    assert abs(of_float32) < 1e-6
+    assert 6e-4 < of_tf32 < 8e-4  # docs/training-modes.md says so
+
+
 @cuda_free
 @pytest.mark.slow
 @pytest.mark.timeout(7200)

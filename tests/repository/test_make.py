@@ -31,10 +31,12 @@ def pip(made, monkeypatch):
 
     class Recorded(made.Pip):
         asked: ClassVar = []
+        environments: ClassVar = []
         known = LISTING
 
-        def install(self, *arguments):
+        def install(self, *arguments, **environment):
             self.asked.append(arguments)
+            self.environments.append(environment)
 
         def listing(self, package):
             return self.known
@@ -105,9 +107,19 @@ def test_a_shared_environment_sees_this_pythons_packages(made, monkeypatch, tmp_
         assert done.stdout.strip() == str(shared), done.stderr
 
 
-def test_the_tests_come_into_an_environment_that_is_there(made, pip):
-    made.main(["somewhere", "--tests", "--", "--extra-index-url", "file:///nowhere"])
+def test_the_tests_come_into_an_environment_that_is_there(made, pip, tmp_path):
+    """And the native libraries, which are built by then, are not built again."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    made.main([str(tmp_path), "--tests", "--", "--extra-index-url", "file:///nowhere"])
     assert pip.asked == [("--no-build-isolation", "-e", ".[test]"), ("--no-deps", "torchvision", "timm")]
+    assert pip.environments[0] == {"FUSED_RESNET_NATIVE": "0"}
+
+
+def test_the_tests_come_into_no_environment_that_is_not_there(made, pip, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        made.main([str(tmp_path), "--tests"])
+    assert stopped.value.code == 2 and "expected an environment" in capsys.readouterr().err and not pip.asked
 
 
 @pytest.mark.parametrize(
