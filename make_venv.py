@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     pip = Pip(python.absolute(), args.constraints, flags)
     if args.tests:
         if not python.exists():
-            parser.error(f"folder: expected an environment, and {args.folder} has no {python.relative_to(args.folder)}; make it without --tests")
+            parser.error(f"folder: expected an environment, but there is no {python}; make it without --tests first")
         print("fetching what the tests need: about 0.2 GB", flush=True)
         # The native libraries are built, which takes minutes: a package in place keeps what it has.
         pip.install("--no-build-isolation", "-e", ".[test]", FUSED_RESNET_NATIVE="0")
