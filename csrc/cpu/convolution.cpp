@@ -78,21 +78,22 @@ void share_with_scratch(void (*kernel)(const Arguments&, int64_t, int64_t, void*
 }
 
 // Of as many images at once as a band of kWindowBand positions has; inputs in so many groups that kPartUnit threads have work.
-void share_weight_gradient(WeightGradient& given) {
+void share_weight_gradient(const Convolutions& with, WeightGradient& given) {
   Images& images = given.images;
   if (given.taps > 1) images.per_unit = std::clamp<int64_t>(kWindowBand / ((images.height + 1) * (images.width + 1)), 1, images.count);
   const int64_t blocks = given.outputs / kBlockSide, columns = given.inputs / kBlockSide;
   while (blocks * given.column_groups < kPartUnit && columns % (2 * given.column_groups) == 0) given.column_groups *= 2;
-  share_with_scratch(kernels().weight_gradient, given, blocks * given.column_groups, kernels().weight_gradient_scratch(given));
+  share_with_scratch(with.weight_gradient, given, blocks * given.column_groups, with.weight_gradient_scratch(given));
 }
 
 struct Weight {
-  Element element;
+  const Convolutions& with;  // in use when the operator began
   int64_t outputs, inputs, taps;
 
   // Of a convolution that reads `x`.
-  Weight(const Arguments& check, const Tensor& weight, const Tensor& x) : element(extent_of(x).element), outputs(0), inputs(x.size(1)), taps(1) {
-    if (element == Element::kHalf) check.fail("x: expected float32 or bfloat16, got float16");
+  Weight(const Arguments& check, const Tensor& weight, const Tensor& x)
+      : with(kernels().convolutions(extent_of(x).element)), outputs(0), inputs(x.size(1)), taps(1) {
+    if (x.scalar_type() == ScalarType::Half) check.fail("x: expected float32 or bfloat16, got float16");
     const int64_t window = weight.dim() == 4 ? weight.size(2) : 0;
     const bool known = (window == 1 || window == 3) && weight.size(3) == window && weight.size(1) == inputs && weight.size(0) > 0;
     const bool dense = known && weight.stride(1) == 1 && weight.stride(0) == inputs * window * window &&
@@ -110,8 +111,8 @@ struct Weight {
 
   Tensor packed(const Tensor& weight, bool forward) const {
     const Tensor packed = torch::stable::new_empty(weight, {outputs, taps * inputs});
-    const PackWeight arguments{element, weight.const_data_ptr(), outputs, inputs, taps, forward, packed.mutable_data_ptr()};
-    share(kernels().pack_weight, arguments, (forward ? outputs : inputs) / kTileSide, kTileSide * taps * (forward ? inputs : outputs));
+    const PackWeight arguments{weight.const_data_ptr(), outputs, inputs, taps, forward, packed.mutable_data_ptr()};
+    share(with.pack_weight, arguments, (forward ? outputs : inputs) / kTileSide, kTileSide * taps * (forward ? inputs : outputs));
     return packed;
   }
 };
@@ -162,9 +163,9 @@ conv_forward(const Tensor& x, const OptionalTensor& scale, const OptionalTensor&
     arguments.moments.parts = parts;
   }
   if (windows) {
-    share_with_scratch(kernels().window_forward, arguments, units_of(arguments.images), kernels().window_forward_scratch(arguments));
+    share_with_scratch(shape.with.window_forward, arguments, units_of(arguments.images), shape.with.window_forward_scratch(arguments));
   } else {
-    share_with_scratch(kernels().pointwise_forward, arguments, parts.count, kernels().pointwise_forward_scratch(arguments));
+    share_with_scratch(shape.with.pointwise_forward, arguments, parts.count, shape.with.pointwise_forward_scratch(arguments));
   }
   if (!statistics) return {y, act, mask, {}, {}, {}, {}, {}};
   const Coefficients5 results = empty_coefficients(y, shape.outputs);
@@ -255,22 +256,22 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     }
   }
   if (windows) {
-    share_with_scratch(kernels().window_backward, arguments, arguments.groups, kernels().window_backward_scratch(arguments));
+    share_with_scratch(shape.with.window_backward, arguments, arguments.groups, shape.with.window_backward_scratch(arguments));
   } else {
-    share_with_scratch(kernels().pointwise_backward, arguments, arguments.groups, kernels().pointwise_backward_scratch(arguments));
+    share_with_scratch(shape.with.pointwise_backward, arguments, arguments.groups, shape.with.pointwise_backward_scratch(arguments));
   }
   if (need_dw) {
     dw = torch::stable::empty_like(weight);
-    MergeWeight merged{shape.element, arguments.sums, arguments.groups, shape.outputs, channels, shape.taps, write<void>(dw)};
+    MergeWeight merged{arguments.sums, arguments.groups, shape.outputs, channels, shape.taps, write<void>(dw)};
     if (!merged.sums) {
-      WeightGradient whole{shape.element, arguments.apply.dy, arguments.act, rows, shape.outputs, channels, shape.taps, arguments.images, 1, nullptr};
+      WeightGradient whole{arguments.apply.dy, arguments.act, rows, shape.outputs, channels, shape.taps, arguments.images, 1, nullptr};
       weight_sums = torch::stable::new_empty(x, {shape.taps, shape.outputs, channels}, ScalarType::Float);
       whole.sums = write<float>(weight_sums);
-      share_weight_gradient(whole);
+      share_weight_gradient(shape.with, whole);
       merged.sums = whole.sums;
       merged.groups = 1;
     }
-    share(kernels().merge_weight, merged, shape.outputs / kTileSide, kTileSide * shape.taps * channels * merged.groups);
+    share(shape.with.merge_weight, merged, shape.outputs / kTileSide, kTileSide * shape.taps * channels * merged.groups);
   }
   if (sums) {
     const MergeSums merged{reduce.sums, reduce.parts.count, static_cast<int>(channels), static_cast<int>(count),

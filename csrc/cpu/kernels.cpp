@@ -99,75 +99,40 @@ void avg_pool_of(const AvgPool& given, int64_t first, int64_t last) {
   });
 }
 
-// Convolutions are of fp32 and of bfloat16.
-template <typename Function>
-FUSED_RESNET_INLINE Function* of_element(Element element, Function* of_fp32, Function* of_bfloat16) {
-  return element == Element::kFloat ? of_fp32 : of_bfloat16;
-}
-
-void pack_weight_of(const PackWeight& given, int64_t first, int64_t last) {
-  of_element(given.element, pack_weight<float>, pack_weight<BFloat16>)(given, first, last);
-}
-
-void pointwise_forward_of(const ConvForward& given, int64_t first, int64_t last, void* scratch) {
-  with_residual(given.norm.kind, [&](auto kind) {
-    constexpr auto kResidual = static_cast<Residual>(kind.value);
-    of_element(given.norm.extent.element, pointwise_forward<float, kResidual>, pointwise_forward<BFloat16, kResidual>)(given, first, last, scratch);
-  });
-}
-
-int64_t pointwise_forward_scratch_of(const ConvForward& given) {
-  return of_element(given.norm.extent.element, pointwise_forward_scratch<float>, pointwise_forward_scratch<BFloat16>)(given);
-}
-
-void pointwise_backward_of(const ConvBackward& given, int64_t first, int64_t last, void* scratch) {
-  of_element(given.reduce.extent.element, pointwise_backward<float>, pointwise_backward<BFloat16>)(given, first, last, scratch);
-}
-
-int64_t pointwise_backward_scratch_of(const ConvBackward& given) {
-  return of_element(given.reduce.extent.element, pointwise_backward_scratch<float>, pointwise_backward_scratch<BFloat16>)(given);
-}
-
-void window_forward_of(const ConvForward& given, int64_t first, int64_t last, void* scratch) {
-  with_residual(given.norm.kind, [&](auto kind) {
-    constexpr auto kResidual = static_cast<Residual>(kind.value);
-    of_element(given.norm.extent.element, window_forward<float, kResidual>, window_forward<BFloat16, kResidual>)(given, first, last, scratch);
-  });
-}
-
-int64_t window_forward_scratch_of(const ConvForward& given) {
-  return of_element(given.norm.extent.element, window_forward_scratch<float>, window_forward_scratch<BFloat16>)(given);
-}
-
-void window_backward_of(const ConvBackward& given, int64_t first, int64_t last, void* scratch) {
-  of_element(given.reduce.extent.element, window_backward<float>, window_backward<BFloat16>)(given, first, last, scratch);
-}
-
-int64_t window_backward_scratch_of(const ConvBackward& given) {
-  return of_element(given.reduce.extent.element, window_backward_scratch<float>, window_backward_scratch<BFloat16>)(given);
-}
-
-void weight_gradient_of(const WeightGradient& given, int64_t first, int64_t last, void* scratch) {
-  of_element(given.element, weight_gradient<float>, weight_gradient<BFloat16>)(given, first, last, scratch);
-}
-
-int64_t weight_gradient_scratch_of(const WeightGradient& given) {
-  return of_element(given.element, weight_gradient_scratch<float>, weight_gradient_scratch<BFloat16>)(given);
-}
-
-void merge_weight_of(const MergeWeight& given, int64_t first, int64_t last) {
-  of_element(given.element, merge_weight<float>, merge_weight<BFloat16>)(given, first, last);
-}
+template <typename T>
+constexpr Convolutions convolutions = {
+    pack_weight<T>,
+    pointwise_forward<T>, pointwise_backward<T>, pointwise_forward_scratch<T>, pointwise_backward_scratch<T>,
+    window_forward<T>, window_backward<T>, window_forward_scratch<T>, window_backward_scratch<T>,
+    weight_gradient<T>, weight_gradient_scratch<T>, merge_weight<T>,
+};
 
 }  // namespace
 
+// Those of fp32 are avx512's where AVX-512 is, and those of bfloat16 the portable ones where no instruction multiplies it: compiled once.
+#define FUSED_RESNET_NUMBER_portable 0
+#define FUSED_RESNET_NUMBER_avx2 1
+#define FUSED_RESNET_NUMBER_avx512 2
+#define FUSED_RESNET_NUMBER_avx512_bf16 3
+#define FUSED_RESNET_NUMBER_amx 4
+#define FUSED_RESNET_JOINED(a, b) a##b
+#define FUSED_RESNET_NUMBER_OF(isa) FUSED_RESNET_JOINED(FUSED_RESNET_NUMBER_, isa)
+#define FUSED_RESNET_NUMBER FUSED_RESNET_NUMBER_OF(FUSED_RESNET_ISA)
+
+#if FUSED_RESNET_NUMBER == FUSED_RESNET_NUMBER_portable
+const Convolutions kBFloat16Convolutions = convolutions<BFloat16>;
+#elif FUSED_RESNET_NUMBER == FUSED_RESNET_NUMBER_avx512
+const Convolutions kFloatConvolutions = convolutions<float>;
+#endif
+#if FUSED_RESNET_NUMBER <= FUSED_RESNET_NUMBER_avx512
+constexpr const Convolutions *kOfFloat = &convolutions<float>, *kOfBFloat16 = &portable::kBFloat16Convolutions;
+#else
+constexpr const Convolutions *kOfFloat = &avx512::kFloatConvolutions, *kOfBFloat16 = &convolutions<BFloat16>;
+#endif
+
 const Kernels kKernels = {
     norm_add_act_of, moments_of,    merge_moments, backward_reduce_of, merge_sums,
-    prepare_apply,   backward_apply_of, max_pool_of,   avg_pool_of,
-    pack_weight_of,
-    pointwise_forward_of, pointwise_backward_of, pointwise_forward_scratch_of, pointwise_backward_scratch_of,
-    window_forward_of, window_backward_of, window_forward_scratch_of, window_backward_scratch_of,
-    weight_gradient_of, weight_gradient_scratch_of, merge_weight_of,
+    prepare_apply,   backward_apply_of, max_pool_of,   avg_pool_of,    kOfFloat, kOfBFloat16,
 };
 
 }  // namespace FUSED_RESNET_ISA

@@ -141,7 +141,6 @@ constexpr int kTileSide = 16, kBlockSide = 2 * kTileSide, kNarrowChannels = 16;
 
 // Convolutions of bfloat16 or fp32 with the passes around them: 1x1 (pointwise.h), and 3x3 with a padding of 1 (window.h).
 struct PackWeight {
-  Element element;
   const void* weight;  // [outputs, taps, inputs]
   int64_t outputs, inputs, taps;
   bool forward;
@@ -176,7 +175,6 @@ struct ConvBackward {
 
 // dweight of the whole dy, where its sums are too many for a cache: each thread sums a part of it over all pixels.
 struct WeightGradient {
-  Element element;
   const void* dy;
   const void* act;
   int64_t rows, outputs, inputs, taps;
@@ -186,22 +184,13 @@ struct WeightGradient {
 };
 
 struct MergeWeight {
-  Element element;
   const float* sums;
   int64_t groups, outputs, inputs, taps;
   void* dweight;  // [outputs, taps, inputs]
 };
 
-struct Kernels {
-  void (*norm_add_act)(const NormAddAct&, int64_t first_row, int64_t last_row);
-  void (*moments)(const Moments&, int64_t first_part, int64_t last_part);
-  void (*merge_moments)(const MergeMoments&, int64_t first_channel, int64_t last_channel);
-  void (*backward_reduce)(const BackwardReduce&, int64_t first_part, int64_t last_part);
-  void (*merge_sums)(const MergeSums&, int64_t first_channel, int64_t last_channel);
-  void (*prepare_apply)(const BackwardApply&, int64_t first_channel, int64_t last_channel);
-  void (*backward_apply)(const BackwardApply&, int64_t first_row, int64_t last_row);
-  void (*max_pool)(const MaxPool&, int64_t first_line, int64_t last_line);  // lines of out: image by image, height by height
-  void (*avg_pool)(const AvgPool&, int64_t first_image, int64_t last_image);
+// Of one element type.
+struct Convolutions {
   void (*pack_weight)(const PackWeight&, int64_t first_block, int64_t last_block);  // of 16 columns
   // `scratch`: as many bytes as the function below tells.
   void (*pointwise_forward)(const ConvForward&, int64_t first_part, int64_t last_part, void* scratch);
@@ -217,6 +206,22 @@ struct Kernels {
   void (*merge_weight)(const MergeWeight&, int64_t first_block, int64_t last_block);  // of 16 outputs
 };
 
+struct Kernels {
+  void (*norm_add_act)(const NormAddAct&, int64_t first_row, int64_t last_row);
+  void (*moments)(const Moments&, int64_t first_part, int64_t last_part);
+  void (*merge_moments)(const MergeMoments&, int64_t first_channel, int64_t last_channel);
+  void (*backward_reduce)(const BackwardReduce&, int64_t first_part, int64_t last_part);
+  void (*merge_sums)(const MergeSums&, int64_t first_channel, int64_t last_channel);
+  void (*prepare_apply)(const BackwardApply&, int64_t first_channel, int64_t last_channel);
+  void (*backward_apply)(const BackwardApply&, int64_t first_row, int64_t last_row);
+  void (*max_pool)(const MaxPool&, int64_t first_line, int64_t last_line);  // lines of out: image by image, height by height
+  void (*avg_pool)(const AvgPool&, int64_t first_image, int64_t last_image);
+  const Convolutions* of_float;
+  const Convolutions* of_bfloat16;
+
+  const Convolutions& convolutions(Element element) const { return element == Element::kFloat ? *of_float : *of_bfloat16; }
+};
+
 // The tables. The numbers of fused_resnet.native.INSTRUCTION_SETS. Weak: a build for tests leaves some out.
 #define FUSED_RESNET_TABLE(isa) \
   namespace isa {               \
@@ -230,5 +235,13 @@ FUSED_RESNET_TABLE(avx512_bf16)
 FUSED_RESNET_TABLE(amx)
 #endif
 #undef FUSED_RESNET_TABLE
+
+// Those that other instruction sets take, too.
+namespace portable {
+extern const Convolutions kBFloat16Convolutions;
+}
+namespace avx512 {
+extern const Convolutions kFloatConvolutions;
+}
 
 }  // namespace fused_resnet

@@ -18,7 +18,17 @@
 namespace fused_resnet {
 namespace FUSED_RESNET_ISA {
 
-template <typename T, Residual kResidual>
+// The activation of some rows; with a residual, its mask.
+template <typename T>
+FUSED_RESNET_INLINE void write_act(const NormAddAct& norm, int64_t first_row, int64_t last_row) {
+  switch (norm.kind) {
+    case Residual::kNone: return norm_add_act<T, Residual::kNone, true, false>(norm, first_row, last_row);
+    case Residual::kMaterialised: return norm_add_act<T, Residual::kMaterialised, true, true>(norm, first_row, last_row);
+    default: return norm_add_act<T, Residual::kRaw, true, true>(norm, first_row, last_row);
+  }
+}
+
+template <typename T>
 void pointwise_forward(const ConvForward& given, int64_t first_part, int64_t last_part, void* scratch) {
   [[maybe_unused]] const Tiles<T> tiles;
   const NormAddAct& norm = given.norm;
@@ -28,13 +38,7 @@ void pointwise_forward(const ConvForward& given, int64_t first_part, int64_t las
   auto* y = static_cast<T*>(given.y);
   for (int64_t part = first_part; part < last_part; ++part) {
     const PartRows rows(moments_of_y.parts, part, norm.extent.rows);
-    if (given.pending) {
-      if constexpr (kResidual == Residual::kNone) {
-        norm_add_act<T, kResidual, true, false>(norm, rows.first, rows.last);
-      } else {
-        norm_add_act<T, kResidual, true, true>(norm, rows.first, rows.last);
-      }
-    }
+    if (given.pending) write_act<T>(norm, rows.first, rows.last);
     multiply(act + rows.first * inputs, rows.last - rows.first, inputs, static_cast<const T*>(given.packed), outputs,
              y + rows.first * outputs, static_cast<T*>(scratch));
     if (moments_of_y.mean) moments<T>(moments_of_y, part, part + 1);

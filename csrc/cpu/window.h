@@ -123,7 +123,7 @@ struct Unit {
   }
 };
 
-template <typename T, Residual kResidual>
+template <typename T>
 void window_forward(const ConvForward& given, int64_t first_unit, int64_t last_unit, void* scratch) {
   const NormAddAct& norm = given.norm;
   const Moments& moments_of_y = given.moments;
@@ -135,13 +135,7 @@ void window_forward(const ConvForward& given, int64_t first_unit, int64_t last_u
   __builtin_memset(padded, 0, shape.values(given.images.per_unit) * sizeof(T));
   for (int64_t i = first_unit; i < last_unit; ++i) {
     const Unit unit(given.images, moments_of_y.parts, i);
-    if (given.pending) {
-      if constexpr (kResidual == Residual::kNone) {
-        norm_add_act<T, kResidual, true, false>(norm, unit.first_row, unit.last_row);
-      } else {
-        norm_add_act<T, kResidual, true, true>(norm, unit.first_row, unit.last_row);
-      }
-    }
+    if (given.pending) write_act<T>(norm, unit.first_row, unit.last_row);
     copy_lines(shape, act + unit.first_row * inputs, unit.images * height, padded);  // a last unit's rest is of others: dropped
     for (int64_t part = unit.first_part; part < unit.last_part; ++part) {
       const PartRows rows(moments_of_y.parts, part, norm.extent.rows);
