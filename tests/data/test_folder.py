@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -256,11 +257,23 @@ def test_a_run_that_waits_for_its_images_says_so(apart, tmp_path, monkeypatch):
     assert note.startswith("The run waits for its images, ") and "% of the epoch: 0 workers make " in note
 
 
-def test_a_run_that_does_not_wait_says_nothing(apart):
+def test_a_run_that_does_not_wait_says_nothing(apart, monkeypatch):
+    """By a clock of its own: on a busy machine decoding may take as long as anything."""
+    clock, real = SimpleNamespace(now=0.0), folders.decoded
+    monkeypatch.setattr(folders, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     loader = make_loader(images(apart), images(apart).train, 4, CPU, True)
+
+    def decoded(path):
+        clock.now += 0.01
+        return real(path)
+
+    monkeypatch.setattr(folders, "decoded", decoded)
     for _ in loader.batches(0):
-        time.sleep(0.2)  # as a large network would
+        clock.now += 1.0  # as a large network would
     assert loader.notes() == []
+    for _ in loader.batches(0):
+        clock.now += 0.001
+    assert len(loader.notes()) == 1
 
 
 def test_the_command_trains_on_a_folder(apart, tmp_path, capsys):
