@@ -36,6 +36,7 @@ def output(compiler: str, folder: Path, *runner: str) -> str:
     return subprocess.run([*runner, program], check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.full
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compares with x86-64")
 def test_an_aarch64_machine_gives_the_same_bits(tmp_path):
     for name in ("here", "there"):

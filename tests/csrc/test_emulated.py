@@ -46,6 +46,7 @@ def process(flavour: str, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, arguments)], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("flavour", ["asan", "ubsan", "race"])
 def test_the_passes_run_clean(flavour):
@@ -56,6 +57,7 @@ def test_the_passes_run_clean(flavour):
     assert " passed" in done.stdout
 
 
+@pytest.mark.full
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=[] if i in (0, 3) else pytest.mark.slow) for i, f in enumerate(FAULTS)])
 def test_a_planted_fault_is_reported(fault, tmp_path):
@@ -69,6 +71,7 @@ def test_a_planted_fault_is_reported(fault, tmp_path):
     assert message in done.stderr
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("flavour", ["asan", "ubsan", "race"])
 def test_without_a_fault_nothing_is_reported(flavour):
     done = process(flavour, "-c", CALL, emulated.build(flavour=flavour))

@@ -33,12 +33,14 @@ def torchrun(*command: str, processes: int = 2, **environment: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("script", ["ddp", "sync_bn", "recompute", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "script", ["ddp", "sync_bn", pytest.param("recompute", marks=pytest.mark.full), pytest.param("fsdp", marks=pytest.mark.slow)]
+)
 def test_two_processes_train_as_one(script, seed):
     torchrun(str(ROOT / "tests" / "distributed" / f"{script}.py"), str(seed))
 
 
-@pytest.mark.parametrize("script", ["recipe", "fused", "fsdp1", "structured"])
+@pytest.mark.parametrize("script", ["structured", *(pytest.param(s, marks=pytest.mark.full) for s in ("recipe", "fused", "fsdp1"))])
 def test_networks_of_other_libraries(script, torchvision_models, seed):
     """The recipe of docs/drop-in.md; what FSDP2 and convert_sync_batchnorm make of a fused network; FSDP1; networks that are known by their
     structure. On CPUs."""

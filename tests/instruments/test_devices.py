@@ -63,6 +63,7 @@ def test_what_takes_the_device(function, takes):
     assert takes_the_device(function, ["tmp_path", "device"], module) and takes_the_device(function, ["on_device"], module)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels refuse a CPU's tensors themselves")
 def test_a_test_that_would_fail_on_a_gpu_fails(tmp_path):
     pytest.importorskip("triton")

@@ -203,7 +203,7 @@ cuda_free = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the
 @cuda_free
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("arithmetic", ["bfloat16", *(pytest.param(a, marks=pytest.mark.slow) for a in ("float16", "float32", "tf32"))])
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [80, pytest.param(90, marks=pytest.mark.full)])
 def test_some_of_the_kernels_run_clean(architecture, arithmetic):
     check([json.loads(line) for line in process(architecture, "-m", "tests.support.ptx.measure", arithmetic, "--every", "17").splitlines()])
 

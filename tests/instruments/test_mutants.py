@@ -37,6 +37,7 @@ def test_tests_that_the_page_names_are_there():
         assert re.search(rf"^def {function}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), (path, function)
 
 
+@pytest.mark.full
 def test_one_is_seen_and_one_survives(tmp_path):
     """By the command itself, on a list of its own: a file's fsync, and a comment."""
     seen = next(mutant for mutant in MUTANTS if mutant.name == "a file is renamed before it is on the disk")

@@ -77,6 +77,7 @@ def check(found: list[dict], precision: str = "tf32"):
             assert ("wgmma.mma_async" if c["architecture"] == 90 else "mma.sync") in c["ptx"], where
 
 
+@pytest.mark.full
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["fprop", "dgrad", "wgrad"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])  # float16's code is bfloat16's, but for the names of its instructions
