@@ -1,4 +1,4 @@
-"""Measured choices: a JSON file for each GPU, shipped with the package or made by `fused-resnet tune` in the user's cache.
+"""Measured choices: a JSON file for each GPU and release of Triton, shipped, or made by `fused-resnet tune` in the user's cache.
 
     {"version": 1, "device": "NVIDIA H100 80GB HBM3", …, "entries": [{"task": …, "configuration": …, "ms": …, "passes_ms": …}]}
 
@@ -15,7 +15,7 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-from .. import environment
+from .. import environment, versions
 from ..files import locked, replace_file
 from ..problem import ConvProblem
 from .configuration import CUDNN, Choice, Configuration
@@ -83,9 +83,14 @@ class Table:
 
 
 def path_of(device: str, folder: Path | None = None) -> Path:
-    """The file of a GPU's name in the user's cache, or in `folder`."""
+    """The file of a GPU's name in the user's cache, or in `folder`.
+
+    It is of the installed release of Triton, too, with whose compiler and assembler tiles take other registers and other times.
+    """
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return (folder or environment.cache_dir() / "tuned") / f"{name}.json"
+    release = versions.installed("triton")
+    compiler = "no-triton" if release is None else f"triton-{'.'.join(map(str, release))}"
+    return (folder or environment.cache_dir() / "tuned") / f"{name}-{compiler}.json"
 
 
 def write_table(path: Path, meta: Meta, table: Table) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from fused_resnet.bench import tune
 from fused_resnet.cli import main
-from fused_resnet.tuning.table import read_table
+from fused_resnet.tuning.table import path_of, read_table
 
 pytestmark = pytest.mark.cpu  # where its network is
 COMMAND = [
@@ -43,7 +43,7 @@ def test_it_measures_writes_and_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fused_resnet.cli.tune.tune", slow)
     assert main([*COMMAND, "--limit", "1"]) == 0
     assert len(asked) == 1
-    meta, table = read_table(tmp_path / "tuned" / "cpu.json")
+    meta, table = read_table(path_of("cpu", tmp_path / "tuned"))
     assert (meta.device, meta.commit) == ("cpu", "c0ffee")
     assert [entry.task for entry in table.entries] == asked
     assert all(0 < entry.ms <= entry.passes_ms for entry in table.entries)
@@ -63,12 +63,12 @@ def test_a_kernel_that_is_wrong_is_not_chosen(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(tune.Trial, "call", wrong)
     assert main([*COMMAND, "--limit", "1", "--out", str(tmp_path)]) == 1
-    _, table = read_table(tmp_path / "cpu.json")
+    _, table = read_table(path_of("cpu", tmp_path))
     assert table.entries and all(entry.configuration is None for entry in table.entries)
     assert re.search(r"wrong: result \d differs by 1\.0e\+00 of its largest value", capsys.readouterr().err)
 
 
 def test_a_broken_table_is_refused_before_anything_is_measured(tmp_path, capsys):
-    (tmp_path / "cpu.json").write_text("{")
+    path_of("cpu", tmp_path).write_text("{")
     assert main([*COMMAND, "--out", str(tmp_path)]) == 2
-    assert f"argument --out: {tmp_path / 'cpu.json'}" in capsys.readouterr().err
+    assert f"argument --out: {path_of('cpu', tmp_path)}" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Configurations, tasks, and the tables of measured choices."""
 
+import importlib.metadata
 import json
 import multiprocessing
 import warnings
@@ -7,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from fused_resnet import versions
 from fused_resnet.problem import ConvProblem
 from fused_resnet.tuning import CUDNN, Configuration, Entry, Table, Task
 from fused_resnet.tuning.table import Meta, TableError, add_to_table, path_of, read_table, table_of, write_table
@@ -74,10 +76,26 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
         [entry(256), entry(64, None), entry(32, CUDNN), entry(256, kind="dgrad", source="norm_add_raw", dact=True, compact=2, compact_k=64)]
     )
     path = path_of("NVIDIA H100 80GB HBM3", tmp_path)
-    assert path == tmp_path / "nvidia-h100-80gb-hbm3.json"
+    major, minor, *_ = importlib.metadata.version("triton").split(".")
+    assert path == tmp_path / f"nvidia-h100-80gb-hbm3-triton-{major}.{minor}.json"
     write_table(path, META, table)
     meta, again = read_table(path)
     assert meta == META and again.entries == table.entries
+
+
+def test_what_another_triton_compiled_faster_is_not_known_to_be_so_with_this_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path))
+    monkeypatch.setattr(versions, "installed", lambda name: (3, 6))
+    write_table(path_of("a gpu"), META, Table([entry(256)]))
+    table_of.cache_clear()
+    assert len(table_of("a gpu").entries) == 1
+    monkeypatch.setattr(versions, "installed", lambda name: (3, 9))
+    table_of.cache_clear()
+    assert table_of("a gpu").entries == []
+    monkeypatch.setattr(versions, "installed", lambda name: None)
+    table_of.cache_clear()
+    assert table_of("a gpu").entries == []
+    table_of.cache_clear()
 
 
 def broken(change) -> dict:
