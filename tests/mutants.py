@@ -4,7 +4,7 @@ A mutant is a line of the package that is made wrong in a copy of the checkout; 
 One that no test sees survives, and the exit code is 1. At the end the tests that failed run unharmed, so that a failure is the mutant's. The
 list is tests/support/mutations.py; tests/instruments/test_mutants.py holds that each still fits the code.
 
-    python tests/mutants.py                       # all: half an hour on two cores (`make mutants`)
+    python tests/mutants.py                       # all, two at a time: half an hour on two cores (`make mutants`)
     python tests/mutants.py --only "fsync" "eps"  # those whose name holds one of these words; the page stays as it is
 """
 
@@ -18,13 +18,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
 from support.checkout import ROOT
 from support.mutations import MUTANTS, Mutant
+
+from fused_resnet import native
 
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- made by: python tests/mutants.py -->", "<!-- end -->"
@@ -60,6 +64,8 @@ def build(copy: Path) -> None:
     commands = [["cmake", "--build", str(into)]]
     if not into.exists():
         settings = [f"-DTORCH_INCLUDE_DIRS={include}", f"-DTORCH_LIBRARY_DIR={package / 'lib'}"]
+        # For this machine, and soon: a mutant need not be fast.
+        settings += [f"-DFUSED_RESNET_CPU_ISAS={native.best_cpu_instruction_set()}", "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG"]
         commands.insert(0, ["cmake", "-S", str(copy / "csrc" / "cpu"), "-B", str(into), "-G", "Ninja", *settings])
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # of cmake and ninja, which pip installs
     for command in commands:
@@ -98,22 +104,28 @@ def planted(copy: Path, mutant: Mutant) -> Iterator[None]:
         path.write_text(text, encoding="utf-8")
 
 
-def run(mutants: list[Mutant]) -> Iterator[Outcome]:
-    """Each mutant's outcome. Raises RuntimeError where a test that saw one fails without it, too."""
-    with tempfile.TemporaryDirectory() as name:
-        copy, saw = copied(Path(name)), {}
+def run(mutants: list[Mutant], jobs: int) -> Iterator[Outcome]:
+    """Each mutant's outcome, `jobs` at a time. Raises RuntimeError where a test that saw one fails without it, too."""
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
+        unharmed, free, saw = copied(Path(name) / "unharmed"), SimpleQueue(), []
         for mutant in mutants:  # before the first of them takes its time
-            mutant.applied((copy / mutant.path).read_text(encoding="utf-8"))
-        # Those of the library last: it stays a mutant's until the next is built.
-        for mutant in sorted(mutants, key=lambda mutant: mutant.is_native):
-            start = time.perf_counter()
-            with planted(copy, mutant):
-                seen_by = first_failure(copy, shlex.split(mutant.tests))
-            saw |= {seen_by: mutant} if seen_by else {}
-            yield Outcome(mutant, seen_by, time.perf_counter() - start)
-        if any(mutant.is_native for mutant in mutants):
-            build(copy)
-        if saw and (failed := first_failure(copy, list(saw))):
+            mutant.applied((unharmed / mutant.path).read_text(encoding="utf-8"))
+        for job in range(jobs):
+            free.put(copied(Path(name) / str(job)))
+
+        def outcome(mutant: Mutant) -> Outcome:
+            copy, start = free.get(), time.perf_counter()
+            try:
+                with planted(copy, mutant):
+                    return Outcome(mutant, first_failure(copy, shlex.split(mutant.tests)), time.perf_counter() - start)
+            finally:
+                free.put(copy)
+
+        # Those of the library last: a copy's stays a mutant's until the next is built.
+        for found in pool.map(outcome, sorted(mutants, key=lambda mutant: mutant.is_native)):
+            saw += [found.seen_by] if found.seen_by else []
+            yield found
+        if saw and (failed := first_failure(unharmed, saw)):
             raise RuntimeError(f"{failed} fails without a mutant")
 
 
@@ -129,12 +141,15 @@ def section(outcomes: list[Outcome]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="WORDS", help="mutants whose name holds one of these")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="mutants at a time, each in a process of one thread (default 2)")
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"argument --jobs: expected at least 1, got {args.jobs}")
     mutants = [mutant for mutant in MUTANTS if not args.only or any(words in mutant.name for words in args.only)]
     if not mutants:
         parser.error(f"argument --only: expected a part of a mutant's name, such as {MUTANTS[0].name!r}; got {args.only}")
     outcomes = []
-    for outcome in run(mutants):
+    for outcome in run(mutants, args.jobs):
         outcomes.append(outcome)
         print(f"{outcome.seconds:4.0f} s  {outcome.mutant.name}: {outcome.seen_by or 'SURVIVED'}", flush=True)
     if not args.only:
