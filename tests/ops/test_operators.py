@@ -7,17 +7,10 @@ masks; and masks differ from float64's only where the pre-activation is within r
 import pytest
 import torch
 from support.chains import CHAINS, Ours, PyTorch, Shape, run
-from support.rule import PAIRS, errors, inputs, loss_weight, matched_truth, refused_of_draws
+from support.rule import PAIRS, SHAPES, errors, inputs, loss_weight, matched_truth, refused_of_draws
 
 import fused_resnet
 
-SHAPES = [
-    Shape(2, 16, 6, 5, 24, size=3),
-    Shape(3, 8, 7, 7, 10, size=3, stride=2),
-    Shape(2, 64, 4, 4, 64),
-    Shape(1, 3, 9, 8, 16, size=7, stride=2),
-    Shape(5, 6, 3, 3, 12, size=3, groups=3, dilation=2),
-]
 TINY = Shape(16, 10, 1, 1, 3)
 
 

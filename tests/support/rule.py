@@ -3,6 +3,8 @@
 Each is held against the float64 result on its own ReLU masks.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from fused_resnet.backends import BACKENDS
@@ -16,6 +18,21 @@ PAIRS = [
     # The interpreter takes long for convolutions; tests/kernels/test_fprop.py, test_dgrad.py and test_wgrad.py have the others.
     and (name != "triton" or DEVICE.type == "cuda" or dtype == torch.float16)
 ]  # fmt: skip
+SHAPES = [
+    Shape(2, 16, 6, 5, 24, size=3),
+    Shape(3, 8, 7, 7, 10, size=3, stride=2),
+    Shape(2, 64, 4, 4, 64),
+    Shape(1, 3, 9, 8, 16, size=7, stride=2),
+    Shape(5, 6, 3, 3, 12, size=3, groups=3, dilation=2),
+]
+
+
+class Margin(NamedTuple):
+    """Of a result: its error, eager's, and what the rule allows."""
+
+    error: float
+    eager: float
+    allowed: float
 
 
 def inputs(shape: Shape, device: torch.device):
@@ -61,21 +78,20 @@ def floor(dtype: torch.dtype, count: int) -> float:
     return ulps * torch.finfo(dtype).eps * (1 + 4 * count**-0.5)
 
 
-def refused(chain, layers, x, r, weight, dtype, slack=1, **options) -> list[str]:
-    """What the rule has against the operators, by the backend in force, on this chain: a line for each result that is too far off.
-
-    `slack` widens the rule.
-    """
+def margins(chain, layers, x, r, weight, dtype, **options) -> dict[str, Margin]:
+    """How far each result of the operators is off on this chain, by the backend in force."""
     peer = run(chain, PyTorch, layers, x, r, weight, dtype, **options)
     ours = run(chain, Ours, layers, x, r, weight, dtype, **options)
-    allowed = errors(peer, matched_truth(chain, layers, x, r, weight, peer, **options))
+    eager = errors(peer, matched_truth(chain, layers, x, r, weight, peer, **options))
     found = errors(ours, matched_truth(chain, layers, x, r, weight, ours, **options))
     count = {name: value.numel() for name, value in results(ours).items()}
-    return [
-        f"{name}: error {error:.2e}, eager's {allowed[name]:.2e}"
-        for name, error in found.items()
-        if not error <= slack * max(2 * allowed[name], floor(dtype, count[name]))
-    ]
+    return {name: Margin(e, eager[name], max(2 * eager[name], floor(dtype, count[name]))) for name, e in found.items()}
+
+
+def refused(chain, layers, x, r, weight, dtype, slack=1, **options) -> list[str]:
+    """What the rule has against the operators: a line for each result that is too far off. `slack` widens the rule."""
+    found = margins(chain, layers, x, r, weight, dtype, **options)
+    return [f"{name}: error {m.error:.2e}, eager's {m.eager:.2e}" for name, m in found.items() if not m.error <= slack * m.allowed]
 
 
 def refused_of_draws(chain, shape, dtype, training, device) -> list[str]:
