@@ -91,6 +91,7 @@ def test_what_the_heuristic_chooses_for_resnets_compiles(name, dtype, kind, tmp_
         assert registers and max(registers) <= 128
 
 
+@pytest.mark.full
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize(
