@@ -2,16 +2,18 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from textwrap import fill
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..bench.fusion import designs
 from ..bench.load import LoadError, builder
 from ..bench.machine import measure_ceilings
 from ..bench.table import Column, console, show
+from ..communication import LINK_BYTES_PER_S, Sent, sent
 from ..devices import DEVICES
 from ..roofline import (
     DEPTHS,
@@ -44,6 +46,7 @@ EXAMPLES = """example:
   fused-resnet roofline --model resnet50 --tflops 500 --tbytes 3.0 --layers
   fused-resnet roofline --model torchvision:mobilenet_v2 --device a100
   fused-resnet roofline --model my_models:make_net --size 64
+  fused-resnet roofline --model resnet50 --batch 32 --gpus 256 --link 25
 """
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MEASURED = "measured"
@@ -91,6 +94,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--tbytes", type=positive_number, metavar="RATE", help="in place of the device's, 10^12 bytes/s")
     parser.add_argument("--issue", action="store_true",
                         help="also what the instructions of the row triton's convolutions allow: compiles them, minutes once")  # fmt: skip
+    parser.add_argument("--gpus", type=positive, metavar="N", help="also what N GPUs send each other in a step, --batch images each")
+    parser.add_argument("--link", type=positive_number, metavar="RATE",
+                        help=f"of a GPU, each way, 10^9 bytes/s (default: {LINK_BYTES_PER_S / 1e9:g}, a port of 400 Gbit/s)")  # fmt: skip
     parser.add_argument("--layers", action="store_true", help="a row for each layer as well; saved: for backward, of an image")
     add_form(parser)
     parser.set_defaults(run=roofline)
@@ -114,6 +120,10 @@ def roofline(args: argparse.Namespace) -> int:
             forward = step.forward_flops
     if args.issue and args.model not in DEPTHS:
         raise UsageError("--issue", f"expected --model to be one of {', '.join(DEPTHS)}; got {args.model}")
+    if args.gpus == 1:
+        raise UsageError("--gpus", "expected at least 2; got 1")
+    if args.link and not args.gpus:
+        raise UsageError("--link", "expected --gpus beside it")
     flops_per_s, bytes_per_s, words = _rates(args, dtype)
     images = f"{args.batch} images of {args.size} x {args.size}, {args.dtype}"
     ridge = flops_per_s / bytes_per_s
@@ -137,6 +147,8 @@ def roofline(args: argparse.Namespace) -> int:
         steps = {name: inference_step(network, name, dtype.itemsize) for name in INFERENCE}
         inference = _inference_table(steps, args.batch, flops_per_s, bytes_per_s)
         tables.append(("inference, by design", inference, _legend(steps, INFERENCE_WORDS)))
+    if args.gpus:
+        tables.append(_communication(args, make, min(floor_seconds(step, flops_per_s, bytes_per_s) for step in kernels.values())))
     if args.layers:
         tables.append(("by layer, forward and backward", _layers_table(kernels, saved, args.batch, flops_per_s, bytes_per_s), ""))
     if args.form != "table":
@@ -230,6 +242,26 @@ def _inference_table(steps: dict[str, list[Kernel]], batch: int, flops_per_s: fl
         floor = floor_seconds(step, flops_per_s, bytes_per_s)
         lines.append((name, f"{total_bytes(step) / batch / 1e6:,.1f}", f"{len(step):,}", f"{1e3 * floor:,.2f}", f"{batch / floor:,.0f}"))
     return _columns(("design", "MB/image", "launches", "floor, ms", "floor, images/s"), lines)
+
+
+def _communication(args: argparse.Namespace, make: Callable[[], torch.nn.Module], floor: float) -> tuple[str, list[Column], str]:
+    """What GPUs send each other, beside the lowest floor of a step, in seconds."""
+    with FakeTensorMode():
+        model = make()
+    norms = [module.num_features for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    ways, link = sent(sum(p.numel() for p in model.parameters()), norms, args.gpus), (args.link or LINK_BYTES_PER_S / 1e9) * 1e9
+    lines = [
+        (name, "" if way.messages is None else f"{way.messages:,}", f"{way.bytes / 1e6:,.1f}", f"{1e3 * way.seconds(link):,.2f}",
+         f"{way.seconds(link) / floor:.0%}")
+        for name, way in ways.items()
+    ]  # fmt: skip
+    columns = _columns(("way", "messages", "MB sent\nby a GPU", f"ms at\n{link / 1e9:g} GB/s", "of a step's\nlowest floor"), lines)
+    legend = "Gradients leave while backward goes on: a GPU waits for what takes longer. Latency is not counted: it decides +sync-bn.\n"
+    return f"what {args.gpus} GPUs send each other in a step", columns, legend + _ways(ways)
+
+
+def _ways(ways: dict[str, Sent]) -> str:
+    return "\n".join(f"  {name:<14}{way.what}" for name, way in ways.items())
 
 
 def _layers_table(
