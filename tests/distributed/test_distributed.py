@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -150,3 +151,23 @@ def test_a_killed_worker_and_a_stopped_run_go_on_with_the_same_bits(tmp_path):
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (straight, parts))
     assert same_states(a["model"], b["model"]) and same_states(a["optimizer"], b["optimizer"])
     assert without_times(metrics(straight)) == without_times(metrics(parts)) and len(metrics(parts)) == 2
+
+
+@pytest.mark.full
+def test_two_machines_train_as_two_processes_of_one(tmp_path):
+    """Each with a torchrun of its own, which meet at an address: here both on this machine."""
+    size = ("-m", "fused_resnet", "train", *TRAIN, "--limit-train", "64", "--backend", "off")
+    torchrun(*size, "--out", str(tmp_path / "one"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=run")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", *meet, *size, "--out", str(tmp_path / "two")]
+    agents = [
+        subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
+    ]
+    told = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], told
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
+    assert same_states(a["model"], b["model"]) and same_states(a["optimizer"], b["optimizer"])

@@ -14,7 +14,7 @@ ORDER = [
     ["_version", "derived", "devices", "environment", "files", "problem", "processors", "binary", "versions", "words"],
     ["values", "policy"],
     ["reference"],
-    ["roofline", "native"],
+    ["roofline", "communication", "native"],
     ["native_kernels"],
     ["tuning"],
     ["kernels", "cudnn"],
