@@ -53,10 +53,7 @@ def update_running_statistics(statistics: Sequence[BatchStatistics]) -> None:
         momentum = norm.momentum
         if mean is None or (momentum is None and count is None):  # PyTorch then leaves them alone, too
             continue
-        before = 0
-        if norm in told:
-            before = told[norm] + 1
-        told[norm] = before
+        told[norm] = before = told.get(norm, -1) + 1
         groups[before, momentum, batch_mean is None].append((count, mean, var, batch_mean, batch_var, size))
     for (_, momentum, empty), members in groups.items():
         counts, *rest = zip(*members, strict=True)

@@ -5,6 +5,7 @@ modules' attributes, and the next forward compares the two: one comparison of di
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -23,7 +24,7 @@ from .activation import BatchStatistics
 from .modules import Requirement, batch_statistics, geometry, met, norm_of, weight_for
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_attributes, _members = attrgetter("__dict__"), attrgetter("_modules")
+_attributes, _members, _parameters = attrgetter("__dict__"), attrgetter("_modules"), attrgetter("_parameters")
 _GLOBAL_HOOKS = _global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks
 
 
@@ -71,6 +72,7 @@ class Prepared:
         self.is_whole = self.beside or not block.shortcut or block.downsample is None
         pairs = [*self.pairs, *([self.projection] if self.beside else [])]
         self._usual, self._modules = all(pair.usual for pair in pairs), [module for pair in pairs for module in pair[:2]]
+        self._norms, self._tell = [pair.norm for pair in pairs], all(pair.tells for pair in pairs)
         self._kept: tuple[list, Sequence[Layer]] = [], ()
 
     def layers(self, x: Tensor) -> Sequence[Layer]:
@@ -78,9 +80,7 @@ class Prepared:
         if not self._usual or torch.compiler.is_compiling():
             return self._layers(x)
         # What may change while the modules stay as they are.
-        now = [x.dtype]
-        for module in self._modules:
-            now += map(id, module._parameters.values())
+        now = [x.dtype, *map(id, chain.from_iterable(map(dict.values, map(_parameters, self._modules))))]
         before, layers = self._kept
         if now != before:
             layers = self._layers(x)
@@ -94,10 +94,15 @@ class Prepared:
 
     def statistics(self, made: Sequence[Convolved]) -> list[BatchStatistics]:
         """What the layers of the block tell the running statistics of its norms, in the order of PyTorch's modules."""
-        told = [(pair, pendings[0]) for pair, (pendings, _, _) in zip(self.pairs, made, strict=True)]
+        outs = [first for (first, *_), _, _ in made]
         if self.beside:
-            told.append((self.projection, made[0].pendings[-1]))
-        return [batch for pair, out in told for batch in pair.statistics(out)]
+            ((_, projected), _, _), *_ = made
+            outs.append(projected)
+        if self._tell and outs[0].y.shape[0]:
+            norms = zip(self._norms, outs, strict=True)
+            return [BatchStatistics(norm, mean, var, values_per_channel(y)) for norm, (y, mean, _, var, _, _) in norms]
+        pairs = [*self.pairs, self.projection] if self.beside else self.pairs
+        return [batch for pair, out in zip(pairs, outs, strict=True) for batch in pair.statistics(out)]
 
     def _layers(self, x: Tensor) -> list[Layer]:
         layers = [[pair.layer(x)] for pair in self.pairs]

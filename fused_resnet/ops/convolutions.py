@@ -170,6 +170,10 @@ class Operator:
         outputs = [output.ready() for output in outputs]
         return BACKENDS[backend].convolve_backward(source, present(act), present(mask), outputs, channels_last(dact), need_dx)
 
+    def own_gradients(self, source, act, mask, outputs, dact, need_dx, backend) -> Gradients:
+        """`gradients`, of what a backend itself made and kept: it is as the backend takes it. No norm is shared."""
+        return BACKENDS[backend].convolve_backward(source, act, mask, outputs, dact, need_dx)
+
     def dispatched_gradients(self, source, act, mask, outputs, dact, need_dx, backend) -> Gradients:
         """`gradients`, behind the dispatcher."""
         args = [*self._flat_source(source), *(nothing(source.x, torch.uint8) if t is None else t for t in (act, mask))]
@@ -224,8 +228,6 @@ OPERATORS = {
         Operator("norm_add_act_conv_pair", pending=True, residual=True, convs=2),
     )
 }
-#: What reads a pending activation that nobody else does.
-INNER = OPERATORS["norm_act_conv"]
 _MEMBERS = {(o.pending, o.residual, o.convs): o for o in OPERATORS.values()}
 
 
@@ -233,3 +235,8 @@ def operator_for(source: Source, convs: Sequence[Conv], act_is_read: bool) -> Op
     """The operator for these convolutions; `act_is_read` tells whether others read a pending source's activation, too."""
     others = act_is_read or source.residual is not None or len(convs) > 1
     return _MEMBERS[source.pending, source.pending and others, len(convs)]
+
+
+def inner_operator(convs: Sequence[Conv]) -> Operator:
+    """The operator for convolutions of a pending activation that nobody else reads."""
+    return _MEMBERS[True, len(convs) > 1, len(convs)]

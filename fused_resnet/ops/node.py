@@ -5,28 +5,41 @@ layer before it, which nobody else sees. One node for a run costs the host less 
 somebody looks for operators, each layer is an operator, and a node, of its own.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
 from ..reference import Reference
-from ..values import Conv, ConvOutput, Pending, Source
+from ..values import Conv, ConvGeometry, ConvOutput, Pending, Source
 from .checks import check_conv, check_source
-from .convolutions import INNER, OPERATORS, Convolved, Operator, operator_for
+from .convolutions import OPERATORS, Convolved, Operator, inner_operator, operator_for
 from .library import is_watched, is_wrapped, wants_gradient
 
 #: The convolutions that read one activation.
 Layer = Sequence[Conv]
 #: The fields of a source that a gradient is defined for.
 DIFFERENTIABLE = ("x", "mean", "invstd", "residual", "residual_mean", "residual_invstd")
-#: What a node saves of each output: the fields of the source that it becomes.
-KEPT = ("y", "mean", "invstd", "scale", "bias")
+#: What a node saves of each output, the fields of the source that it becomes: what its norm's backward reads, and the rest.
+READ, APPLIED = ("y", "mean", "invstd"), ("scale", "bias")
+#: For how many inputs layers remember that their arguments are right: few shapes take turns, in training and between epochs.
+MOST_FACTS = 4
+#: The gradients of an output that nobody has used.
+_NONE = None, None, None
 _facts = attrgetter("shape", "dtype", "device")
+
+
+class Shape(NamedTuple):
+    """What backward needs to know of layers, but for tensors."""
+
+    sizes: Sequence[int]  #: how many convolutions each layer has
+    settings: Sequence[tuple[bool, ConvGeometry]]  #: of each convolution: whether its norm trains, and how it moves
+    groups: Sequence[str]  #: of each convolution's norm
+    inner: Sequence[Operator]  #: of each layer but the first, whose operator depends on what it reads
 
 
 class Layers(tuple[Layer, ...]):
@@ -35,39 +48,33 @@ class Layers(tuple[Layer, ...]):
     def __new__(cls, layers: Iterable[Layer]) -> "Layers":
         """Of convolutions that stay as they are."""
         self = super().__new__(cls, layers)
-        self.parameters, self.kept, self.settings, self._tensors, self._right = [], [], [], [], set()
-        for layer in self:
-            of_layer = []
-            for weight, norm, geometry in layer:
-                self.parameters += weight, norm.gamma, norm.beta
-                self.kept += weight, norm.gamma
-                self._tensors += [t for t in (weight, *norm) if isinstance(t, Tensor)]
-                # The next layer reads the first output, and nobody else does.
-                of_layer.append((not of_layer and layer is not self[-1], (norm.training, geometry, norm.group)))
-            self.settings.append(of_layer)
+        convs = [conv for layer in self for conv in layer]
+        settings = [(norm.training, geometry) for _, norm, geometry in convs]
+        inner = [inner_operator(layer) for layer in self[1:]]
+        self.shape = Shape([len(layer) for layer in self], settings, [norm.group for _, norm, _ in convs], inner)
+        self.parameters = [t for weight, norm, _ in convs for t in (weight, norm.gamma, norm.beta)]
+        self.kept = [t for weight, norm, _ in convs for t in (weight, norm.gamma)]
+        self._tensors = [t for weight, norm, _ in convs for t in (weight, *norm) if isinstance(t, Tensor)]
+        self._right: list[list[tuple]] = []
         return self
-
-    def facts(self, source: Source) -> tuple:
-        """All that checks look at, of these convolutions on a source, but for layouts."""
-        return tuple(map(_facts, [*[t for t in source if t is not None], *self._tensors])), source.kind()
 
     def run(self, first: Operator, source: Source, passes: Reference) -> list[tuple]:
         """What each layer makes by a backend, one after the other; `first` is the operator of the first.
 
-        Arguments that were right before are not looked at again.
+        Arguments that were right before are not looked at again: `check_conv` asks of x and of the convolutions' tensors for these facts.
         """
-        facts = self.facts(source)
-        known, operator, made = facts in self._right, first, []
-        for convs in self:
+        facts, made = list(map(_facts, (source.x, *self._tensors))), []
+        known = facts in self._right  # a list: to compare is cheaper than to make a hash of all
+        for operator, convs in zip((first, *self.shape.inner), self, strict=True):
             if made:
                 ((y, mean, invstd, _, scale, bias), *_), _, _ = made[-1]
                 source = Source(y, mean, invstd, scale, bias)
-                operator = INNER if len(convs) == 1 else operator_for(source, convs, False)
             if not known:
                 for conv in convs:
                     check_conv(source.x, conv)
             made.append(operator.run(source, convs, passes))
-        self._right.add(facts)
+        if not known:
+            self._right = [facts, *self._right[: MOST_FACTS - 1]]
         return made
 
 
@@ -93,22 +100,24 @@ class Run:
             self.made.append(self.make(layers, first, source))
         return self.made
 
-    def as_node(self, apply: Callable[..., Any]) -> list[list[Convolved]]:
+    def as_node(self, apply: Callable[..., Any]) -> list[list[tuple]]:
         """Run, as a node. Its results, which have a graph, stand in the place of what the last block made."""
         x, mean, invstd, _, _, residual, residual_mean, residual_invstd, _, _ = self.source
-        parameters = [t for layers in self.blocks for t in layers.parameters]
+        parameters: list[Tensor | None] = []
+        for layers in self.blocks:
+            parameters += layers.parameters
         results = apply(self, x, mean, invstd, residual, residual_mean, residual_invstd, *parameters)
-        made = [[Convolved(pendings, None, mask) for pendings, _, mask in block] for block in self.made]
-        rest, last = iter(results), made[-1]
-        for (pendings, _, _), of_layer in zip(last, self.blocks[-1].settings, strict=True):
-            for i, (read_next, _) in enumerate(of_layer):
-                if not read_next:
-                    *_, var, scale, bias = pendings[i]
-                    pendings[i] = Pending(next(rest), next(rest), next(rest), var, scale, bias)
+        *inner, block = self.made
+        rest, last = iter(results), [Convolved(pendings, None, mask) for pendings, _, mask in block]
+        for layer in last:
+            pendings = layer.pendings
+            for i in range(layer is not last[-1], len(pendings)):
+                *_, var, scale, bias = pendings[i]
+                pendings[i] = Pending(next(rest), next(rest), next(rest), var, scale, bias)
         first, (pendings, _, mask) = self.firsts[-1], last[0]
         if first.residual or not first.pending:
             last[0] = Convolved(pendings, results[-1] if first.residual else x, mask)
-        return made
+        return [*inner, last]
 
 
 def behind(made: Sequence[tuple], act_is_read: bool) -> Source:
@@ -185,8 +194,8 @@ class Node(torch.autograd.Function):
     """A run as a node of autograd.
 
     Its arguments are the run and the tensors that a gradient is defined for: x, mean, invstd, the residual's three, and of each convolution
-    weight, gamma, beta. Results are those with a gradient: y, mean, invstd of each output that the next layer does not read; act where
-    others read it.
+    weight, gamma, beta. Results are those with a gradient: y, mean, invstd of each output of the last block that its next layer does not
+    read; act where others read it.
     """
 
     @staticmethod
@@ -196,17 +205,19 @@ class Node(torch.autograd.Function):
         made, source, blocks = run.run(), run.source, run.blocks
         x, mean, invstd, scale, bias, *residual = source
         saved = [x, mean, invstd, scale, bias, *(residual if source.residual_mean is not None else [None] * len(residual))]
-        kept, results, last = [], [], made[-1]
+        reads, applied, parameters, results, last = [], [], [], [], made[-1]
         for block, layers in zip(made, blocks, strict=True):
-            for (pendings, act, mask), of_layer in zip(block, layers.settings, strict=True):
+            for pendings, act, mask in block:
                 saved += None if act is x else act, mask
-                for (y, mean, invstd, _, scale, bias), (read_next, _) in zip(pendings, of_layer, strict=True):
-                    kept += y, mean, invstd, scale, bias
-                    if block is last and not read_next:
-                        results += y, mean, invstd
-            kept += layers.kept
-        ctx.save_for_backward(*saved, *kept)
-        ctx.known = run.firsts, [layers.settings for layers in blocks], run.backend, run.act_is_read, source.residual is not None
+                for y, mean, invstd, _, scale, bias in pendings:
+                    reads += y, mean, invstd
+                    applied += scale, bias
+            parameters += layers.kept
+        for layer in last:
+            for y, mean, invstd, *_ in islice(layer[0], layer is not last[-1], None):
+                results += y, mean, invstd
+        ctx.save_for_backward(*saved, *reads, *applied, *parameters)
+        ctx.known = run.firsts, [layers.shape for layers in blocks], run.backend, run.act_is_read, source.residual is not None
         if run.firsts[-1].residual:
             (_, act, _), *_ = last
             results.append(act)
@@ -215,52 +226,75 @@ class Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of the arguments. Autograd casts them to the arguments' dtypes."""
-        firsts, settings, backend, act_is_read, has_residual = ctx.known
-        saved, needs, given = iter(ctx.saved_tensors), iter(ctx.needs_input_grad), iter(grads)
-        next(needs)  # of the run itself
-        source, need_dx = Source(*islice(saved, len(Source._fields))), True in tuple(islice(needs, len(DIFFERENTIABLE)))
-        acts = iter([(next(saved), next(saved)) for of_block in settings for _ in of_block])
-        blocks = []
-        for operator, of_block in zip(firsts, settings, strict=True):
-            outputs = iter([tuple(islice(saved, len(KEPT))) for of_layer in of_block for _ in of_layer])
-            is_last, layers = len(blocks) + 1 == len(firsts), []
-            for of_layer in of_block:
-                (act, mask), parts, wanted = next(acts), [], need_dx
-                for read_next, setting in of_layer:
-                    of_output = (next(given), next(given), next(given)) if is_last and not read_next else None  # made on the way
-                    needed = next(needs), next(needs), next(needs)
-                    parts.append((of_output, next(outputs), (next(saved), next(saved)), setting, needed))
-                    wanted = wanted or True in needed
-                layers.append((operator, source, act if operator.pending else source.x, mask, parts, need_dx))
-                (_, out, *_), *_ = parts
-                operator, source, need_dx = INNER, Source(*out), wanted
-            (*_, (_, *beside), _), *_ = layers
-            for _, raw, *_ in beside:
-                source = Source(*out, *raw)
-            blocks.append(layers)
-        backward = Operator.gradients if _is_plain_backward(source.x, grads) else Operator.dispatched_gradients
-        gradients, of_act, of_next, of_beside = [], next(given, None), None, None
-        for layers in reversed(blocks):
-            while layers:
-                operator, source, act, mask, parts, need_dx = layers.pop()
-                outputs, dact = [], of_act if operator.pending and not layers else None
-                for of_output, (y, mean, invstd, _, _), (weight, gamma), (training, geometry, group), (need_dw, _, _) in parts:
-                    dz, s1, s2 = of_output or (of_beside if outputs else of_next)
-                    outputs.append(ConvOutput(dz, s1, s2, y, mean, invstd, weight, gamma, training, geometry, need_dw, group))
-                if dact is not None or any([output.dz is not None for output in outputs]):  # noqa: C419
+        firsts, shapes, backend, act_is_read, has_residual = ctx.known
+        blocks, given, gradients = _saved_blocks(ctx, firsts, shapes), iter(grads), []
+        *inner, last = shapes[-1].sizes  # of a layer that another follows, the first output is not a result
+        triples = zip(given, given, given)  # noqa: B905
+        of_results = [*([None, *islice(triples, size - 1)] for size in inner), list(islice(triples, last))]
+        of_act, of_next, of_beside = next(given, None), _NONE, _NONE
+        plain = _is_plain_backward(blocks[0][0][1].x, grads)
+        backward = within = Operator.gradients if plain else Operator.dispatched_gradients
+        if plain and not any(chain.from_iterable([shape.groups for shape in shapes])):
+            within = Operator.own_gradients
+        for block in reversed(blocks):
+            while block:
+                operator, source, act, mask, parts, need_dx = block.pop()
+                outputs, of_outputs = [], of_results.pop() if of_results else (None, _NONE if block else of_beside)
+                for of_output, (read, _, weights, setting, group, (need_dw, _, _)) in zip(of_outputs, parts):  # noqa: B905
+                    outputs.append(ConvOutput(*(of_output or of_next), *read, *weights, *setting, need_dw, group))
+                dact = of_act if operator.pending and not block else None
+                if outputs[0].dz is not None or dact is not None or outputs[-1].dz is not None:
                     (dx, s1, s2, residual_s2), dws = backward(operator, source, act, mask, outputs, dact, need_dx, backend)
                 else:
                     dx, s1, s2, residual_s2, dws = None, None, None, None, [None] * len(outputs)
                 of_next, of_layer = (dx, s1, s2), []
-                for output, dw, (*_, (_, need_dgamma, need_dbeta)) in zip(outputs, dws, parts, strict=True):
+                for output, dw, (_, _, _, _, _, (_, need_dgamma, need_dbeta)) in zip(outputs, dws, parts, strict=True):
                     of_layer += dw, output.s2 if need_dgamma else None, output.s1 if need_dbeta else None
-                gradients = of_layer + gradients
+                gradients.append(of_layer)
             if not operator.pending and of_act is not None and need_dx:  # as autograd adds where a run is a block: the bits are the same
                 dx = of_act if dx is None else dx + of_act
             # A residual shares dz, and where it is raw, s1.
             of_act, of_beside = dx if act_is_read and source.residual_mean is None else None, (dx, s1, residual_s2)
+            backward = within  # what the last block handed out has gradients of any strides
         of_residual = dx if has_residual else None, None if residual_s2 is None else s1, residual_s2
-        return None, dx, s1, s2, *of_residual, *gradients
+        return None, dx, s1, s2, *of_residual, *chain.from_iterable(reversed(gradients))
+
+
+def _saved_blocks(ctx: Any, firsts: Sequence[Operator], shapes: Sequence["Shape"]) -> list[list[tuple]]:
+    """Of each block the layers: (operator, source, act, mask, what is known of each convolution, whether the source wants a gradient).
+
+    Known of a convolution: `READ` and `APPLIED` of its output, (weight, gamma), its setting, its group, which parameters want a gradient.
+    """
+    saved, needs = iter(ctx.saved_tensors), iter(ctx.needs_input_grad)
+    next(needs)  # of the run itself
+    source, need_dx = Source(*islice(saved, len(Source._fields))), True in tuple(islice(needs, len(DIFFERENTIABLE)))
+    sizes, settings, groups, _ = ([*chain.from_iterable(field)] for field in zip(*shapes, strict=True))
+    acts, count = iter(_groups(saved, 2, len(sizes))), len(settings)
+    reads, applied, weights = _groups(saved, len(READ), count), _groups(saved, len(APPLIED), count), zip(saved, saved)  # noqa: B905
+    convs = zip(reads, applied, weights, settings, groups, zip(needs, needs, needs))  # noqa: B905
+    blocks: list[list[tuple]] = []
+    parts, beside = [], []
+    for first, shape in zip(firsts, shapes, strict=True):
+        if blocks:  # as `behind`
+            (read, applied, *_), *_ = parts
+            source = Source(*read, *applied, *[t for read, applied, *_ in beside for t in (*read, *applied)])
+        layers = []
+        for operator, size in zip((first, *shape.inner), shape.sizes, strict=True):
+            if layers:
+                (read, applied, *_), *_ = parts
+                source = Source(*read, *applied)
+            (act, mask), parts = next(acts), list(islice(convs, size))
+            if not layers:
+                _, *beside = parts
+            layers.append((operator, source, act if operator.pending else source.x, mask, parts, need_dx))
+            need_dx = need_dx or any([True in needed for *_, needed in parts])  # noqa: C419
+        blocks.append(layers)
+    return blocks
+
+
+def _groups(values: Iterator[Any], size: int, count: int) -> list[tuple]:
+    """The next `count` groups of `size` values."""
+    return list(islice(zip(*[values] * size), count))  # noqa: B905
 
 
 def _is_plain_backward(x: Tensor, grads: Sequence[Tensor | None]) -> bool:
