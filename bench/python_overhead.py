@@ -1,6 +1,6 @@
-"""What a training step of ResNet-50 costs the host when every kernel is a no-op: Python, dispatcher, autograd.
+"""What a training step costs the host when every kernel is a no-op: Python, dispatcher, autograd.
 
-    python bench/python_overhead.py [--rounds 30] [--profile]
+    python bench/python_overhead.py [--model resnet50] [--rounds 30] [--profile]
 
 Eager's kernels are replaced by C++ functions that allocate their results (noop_kernels.cpp, compiled on the first run), ours by a
 backend that does the same. Both step on CPU tensors, in turn, in one thread; the figure is the least CPU time of that thread.
@@ -91,21 +91,26 @@ def step(model: torch.nn.Module, x: Tensor, dy: Tensor) -> tuple[float, float]:
     return middle - start, time.thread_time() - middle
 
 
-def measure(rounds: int) -> dict[str, tuple[float, float]]:
-    """{"eager", "fused", "recompute"} -> the least seconds of a forward and of a backward; the last is fused, with `recompute`."""
+def builder(name: str) -> Callable[[], torch.nn.Module]:
+    """torchvision's network of that name; ours, for CIFAR, where torchvision has none."""
     import torchvision
 
-    models = {"eager": torchvision.models.resnet50(), "fused": fused_resnet.fuse(torchvision.models.resnet50())}
-    models["recompute"] = fused_resnet.recompute(fused_resnet.fuse(torchvision.models.resnet50()))
+    return getattr(torchvision.models, name, None) or getattr(fused_resnet.models, name)
+
+
+def measure(rounds: int, network: str = "resnet50") -> dict[str, tuple[float, float]]:
+    """{"eager", "fused", "recompute"} -> the least seconds of a forward and of a backward; the last is fused, with `recompute`."""
+    build = builder(network)
+    models = {"eager": build(), "fused": fused_resnet.fuse(build()), "recompute": fused_resnet.recompute(fused_resnet.fuse(build()))}
     x = torch.zeros(8, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     models["eager"].to(memory_format=torch.channels_last)
-    dy = torch.zeros(8, 1000)
-    steps: dict[str, Callable] = {name: lambda m=model: step(m, x, dy) for name, model in models.items()}
-    times = {name: [] for name in steps}
-    with fused_resnet.backend(NoKernels.name):
-        for _ in range(rounds):
-            for name, run in steps.items():
-                times[name].append(run())
+    times = {name: [] for name in models}
+    with fused_resnet.backend(NoKernels.name), torch.no_grad():
+        dy = torch.zeros_like(models["fused"](x))
+    for _ in range(rounds):
+        for name, model in models.items():
+            with fused_resnet.backend("off" if name == "eager" else NoKernels.name):
+                times[name].append(step(model, x, dy))
     return {name: (min(t[0] for t in pairs), min(t[1] for t in pairs)) for name, pairs in times.items()}
 
 
@@ -121,6 +126,7 @@ def load_kernels() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--model", default="resnet50", help="a builder of torchvision.models or fused_resnet.models")
     parser.add_argument("--profile", action="store_true", help="where the fused step's time goes, too")
     options = parser.parse_args()
     sys.path.insert(0, str(HERE.parent / "tests"))
@@ -129,14 +135,18 @@ def main() -> int:
     torch.set_num_threads(1)
     BACKENDS[NoKernels.name] = NoKernels()
     load_kernels()
-    found = measure(options.rounds)
+    found = measure(options.rounds, options.model)
     for name, (forward, backward) in found.items():
         print(f"{name}: forward {forward * 1e3:.2f} ms, backward {backward * 1e3:.2f} ms, together {(forward + backward) * 1e3:.2f} ms")
     totals = {name: sum(pair) for name, pair in found.items()}
-    print(json.dumps({"python_overhead": {**totals, "ratio": totals["fused"] / totals["eager"], "torch": torch.__version__}}))
+    print(
+        json.dumps(
+            {"python_overhead": {"model": options.model, **totals, "ratio": totals["fused"] / totals["eager"], "torch": torch.__version__}}
+        )
+    )
     if options.profile:
         profile = cProfile.Profile()
-        profile.runcall(measure, options.rounds)
+        profile.runcall(measure, options.rounds, options.model)
         pstats.Stats(profile).sort_stats("tottime").print_stats(45)
     return 0
 
