@@ -31,10 +31,9 @@ print(inspect.compile_launch(launch, "", 90).ptx)
 """
 
 
+@pytest.mark.full
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize(
-    "dtype", [pytest.param("float32", marks=pytest.mark.full), "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_kernels_compile_without_a_spill_and_keep_nan(dtype):
     compiled = json.loads(run("-c", COMPILE, dtype))
     assert {c["architecture"] for c in compiled} == {80, 90}

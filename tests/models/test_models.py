@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.chains import LANGUAGES, RUNNABLE, calm
+from support.chains import DEVICE, LANGUAGES, RUNNABLE, calm
 from torch import nn
 
 import fused_resnet
@@ -102,7 +102,15 @@ def outcome(model: nn.Module, x: torch.Tensor, weight: torch.Tensor, backend: st
 WITH_TRITON = [(name, "triton") for name in ("basic", "bottleneck", "cifar B") if "triton" in RUNNABLE]
 
 
-@pytest.mark.parametrize("name, passes", [*((name, passes) for name in CROPPED for passes in LANGUAGES), *WITH_TRITON])
+def in_tiers(name: str, passes: str):
+    """In the interpreter a network takes as long as a hundred other cases: `make test` has the smallest."""
+    interpreted = passes in ("passes_triton", "triton") and DEVICE.type == "cpu"
+    return pytest.param(name, passes, marks=pytest.mark.full if interpreted and name != "cifar B" else ())
+
+
+@pytest.mark.parametrize(
+    "name, passes", [in_tiers(*case) for case in (*((name, passes) for name in CROPPED for passes in LANGUAGES), *WITH_TRITON)]
+)
 def test_passes_agree_with_float64_in_a_whole_network(name, passes, operator_calls, device):
     """In float32: at most twice PyTorch's error, or what sums in float32 explain: on a CPU PyTorch's batch norm sums in float64."""
     model = CROPPED[name]().to(device)
