@@ -22,7 +22,9 @@ BEGIN, END = "<!-- made by: python tests/errors.py -->", "<!-- end -->"
 
 
 class Row(NamedTuple):
-    """Of a backend in a dtype: how many results were compared, their median error over eager's, and the largest share of what is allowed."""
+    """Of a backend in a dtype: how many results eager has not exactly, their median error over eager's, and of all the largest share of what
+    is allowed.
+    """
 
     backend: str
     dtype: str
@@ -55,7 +57,7 @@ def row(backend: str, dtype: torch.dtype) -> Row:
 
 def table(rows: list[Row]) -> Iterator[str]:
     """The page's lines."""
-    yield "| backend | dtype | results | median error, eager's is 1 | largest share of what is allowed | which |"
+    yield "| backend | dtype | results that eager rounds | median error, eager's is 1 | largest share of what is allowed | which |"
     yield "|---|---|---|---|---|---|"
     for r in rows:
         yield f"| `{r.backend}` | {r.dtype} | {r.results:,} | {r.median:.2f} | {r.most:.2f} | {r.worst} |"
