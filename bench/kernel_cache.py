@@ -28,13 +28,11 @@ from unittest import mock
 
 import torch
 import triton
+from fake_driver import FakeDriver, Launched, install
 from torch import Tensor
 from triton.backends.nvidia import compiler, driver
 from triton.compiler import ASTSource
 from triton.runtime import build, cache
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from support.fake_driver import FakeDriver, Launched, install
 
 import fused_resnet
 from fused_resnet import roofline

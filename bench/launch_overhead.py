@@ -4,7 +4,7 @@
     python bench/launch_overhead.py --beside v0.1.0      # the same of another commit, side by side
 
 Triton binds, specialises and looks up each launch as on a GPU, up to the call that would start the kernel
-(tests/support/fake_driver.py). That call, the CUDA driver's time and a GPU's allocator are not in the figures. A process for each commit
+(fake_driver.py). That call, the CUDA driver's time and a GPU's allocator are not in the figures. A process for each commit
 steps in turn, in one thread, on tiny images; a figure is the least time of each call of a function over all rounds, summed. The first run
 compiles the kernels: minutes.
 """
@@ -41,9 +41,8 @@ class Step:
     """A training step on tiny images, whose launches are timed."""
 
     def __init__(self, model: str, size: int) -> None:
-        sys.path.insert(0, str(HERE.parent / "tests"))
         import torch
-        from support.fake_driver import Launched, install
+        from fake_driver import Launched, install
 
         import fused_resnet
 

@@ -8,15 +8,15 @@ pytest.importorskip("triton")
 import torch
 from support.checkout import ROOT, script
 from support.compiled import run
-from support.fake_driver import SHARED, check, install
 
 from fused_resnet.kernels.launch import INTERPRETED
 
+DRIVER = script("bench/fake_driver.py")
 ADD = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch, triton, triton.language as tl
-from support.fake_driver import install
+from fake_driver import install
 
 @triton.jit
 def add_kernel(x_ptr, y_ptr, n, step, BLOCK: tl.constexpr):
@@ -35,7 +35,7 @@ def test_a_call_is_what_would_start_the_kernel(tmp_path):
     """Its function is another one where a pointer is not at a multiple of 16 bytes, and where a number is not, or is 1."""
     path = tmp_path / "add.py"  # Triton reads a kernel's source from its file
     path.write_text(ADD)
-    calls = json.loads(run(str(path), str(ROOT / "tests")))
+    calls = json.loads(run(str(path), str(ROOT / "bench")))
     assert [function for _, function, *_ in calls] == [1, 1, 2, 3, 4]
     assert {(kernel, *grid) for kernel, _, grid, *_ in calls} == {("add_kernel", 2, 3, 1)}
     assert {packed[0] for *_, packed, _ in calls} == {2}
@@ -48,25 +48,25 @@ def test_a_call_is_what_would_start_the_kernel(tmp_path):
 )
 def test_an_argument_that_does_not_fit_is_refused(kind, value):
     with pytest.raises(TypeError, match=rf"n: expected what a kernel takes as .*{kind[1:]}"):
-        check("n", kind, value)
+        DRIVER.check("n", kind, value)
 
 
 @pytest.mark.parametrize(
     "kind, value", [("*fp32", None), ("*fp32", torch.zeros(1)), ("i32", -(2**31)), ("i64", 2**31), ("fp32", 0.5), ("constexpr", "tf32")]
 )
 def test_an_argument_that_fits_is_taken(kind, value):
-    check("n", kind, value)
+    DRIVER.check("n", kind, value)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter has not taken the kernels")
 def test_interpreted_kernels_can_not_be_launched():
     with pytest.raises(RuntimeError, match="unset it"):
-        install(90)
+        DRIVER.install(90)
 
 
 def test_an_unknown_architecture_is_refused():
-    arguments = "-c", "import sys; sys.path.insert(0, 'tests'); from support.fake_driver import install; install(75)"
-    with pytest.raises(AssertionError, match=f"expected one of {', '.join(map(str, SHARED))}; got 75"):
+    arguments = "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r}); from fake_driver import install; install(75)"
+    with pytest.raises(AssertionError, match=f"expected one of {', '.join(map(str, DRIVER.SHARED))}; got 75"):
         run(*arguments)
 
 

@@ -29,7 +29,7 @@ LAUNCH = """
 import json, sys
 sys.path[:0] = sys.argv[2:]
 import torch, triton
-from support.fake_driver import install
+from fake_driver import install
 from support.small import SIZE, SmallNetwork
 import fused_resnet
 

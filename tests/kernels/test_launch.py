@@ -22,7 +22,7 @@ sys.path.insert(0, sys.argv[1])
 import torch, triton
 from unittest import mock
 from fused_resnet.kernels import launch
-from support.fake_driver import install
+from fake_driver import install
 
 calls, bound = install(90), []
 by_triton = triton.runtime.JITFunction.run
@@ -98,7 +98,7 @@ print(json.dumps(steps))
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """{what was launched three times: (the calls, how many of them Triton bound)}, what a hook was told, and an error."""
-    return json.loads(run("-c", ONE, str(ROOT / "tests")).splitlines()[-1])
+    return json.loads(run("-c", ONE, str(ROOT / "bench")).splitlines()[-1])
 
 
 @of_a_known_triton
@@ -144,7 +144,7 @@ def test_names_that_the_kernel_has_not_are_refused(one):
 def test_a_whole_step_calls_what_triton_would_call():
     """Every kernel of a network: its first two steps are bound, the others are not. Tensors by shape, strides and place within 16 bytes."""
     (first, bound), (second, bound_again), (third, bound_once_more), (fourth, direct), (fifth, last) = json.loads(
-        run("-c", STEPS, str(ROOT / "tests")).splitlines()[-1]
+        run("-c", STEPS, str(ROOT / "bench")).splitlines()[-1]
     )
     assert first == second == third == fourth == fifth
     assert bound == bound_again == len(first) > 100 and 0 < bound_once_more <= len(first) and direct == last == 0

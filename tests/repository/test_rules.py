@@ -81,6 +81,12 @@ def test_an_import_of_a_test_file_is_seen(line, tmp_path):
     assert len([*imported_tests(tmp_path / "test_new.py")]) == 1
 
 
+def test_no_program_of_bench_takes_what_the_tests_share():
+    """Benchmarks are run beside other commits, and carried to machines, by themselves."""
+    for path in sorted((ROOT / "bench").glob("*.py")):
+        assert "from support" not in path.read_text(encoding="utf-8"), path
+
+
 def test_every_test_file_has_a_name_of_its_own():
     """pytest imports them by it, seeds follow from it, and so do the steps of bench/gpu_check.sh."""
     names = [path.name for path in TESTS.rglob("test_*.py")]
