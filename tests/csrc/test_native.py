@@ -62,6 +62,7 @@ def library(tmp_path_factory) -> Path:
 # ---- the binary ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_compiles_without_a_warning(tmp_path):
     assert compiled(tmp_path, "-DCMAKE_CUDA_ARCHITECTURES=90a-real").exists()
 
