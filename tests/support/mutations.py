@@ -55,7 +55,7 @@ MUTANTS = [
     Mutant("a running variance is of the biased one", RUNNING, "[n / (n - 1) if n else 1.0 for n in sizes]", "[1.0 for n in sizes]", f"{MODES} -k batch_norms"),
     Mutant("batches are not counted", RUNNING, "torch._foreach_add_(counts, 1)", "torch._foreach_add_(counts, 0)", f"{MODES} -k batch_norms"),
     Mutant("half statistics are blended in half precision", RUNNING, "dtypes = [torch.promote_types(t.dtype, b.dtype) for", "dtypes = [t.dtype for", AS_PYTORCH),
-    Mutant("a shared norm is told of one batch", "fused_resnet/nn/activation.py", "before = told[norm] + 1", "continue", AS_PYTORCH),
+    Mutant("a shared norm is told of one batch", "fused_resnet/nn/activation.py", "told[norm] = before = told.get(norm, -1) + 1", "if norm in told:\n            continue\n        told[norm] = before = 0", AS_PYTORCH),
     Mutant("a checkpoint's second forward tells the statistics", RUNNING, "if torch._C._current_graph_task_id() != -1:\n        return", "if False:\n        return", f"{MODES} -k 'checkpointing and blocks'"),
     # Nodes of autograd, modules, fuse.
     Mutant("a projection's gradient does not reach the input", NODE, "of_act, of_beside = dx if act_is_read and source.residual_mean is None else None, (dx, s1, residual_s2)", "of_act, of_beside = dx if act_is_read and source.residual_mean is None else None, (None, s1, residual_s2)", f"{MODES} -k batch_norms"),
