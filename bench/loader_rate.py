@@ -27,7 +27,7 @@ CLASSES = 10
 
 
 def drawn(folder: Path, count: int) -> None:
-    """`count` JPEGs in folders of classes, the first nine tenths to train on."""
+    """`count` JPEGs to train on, in folders of classes, and one of each class to evaluate."""
     from PIL import Image
 
     torch.manual_seed(0)
@@ -74,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64, metavar="N")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that decode, each with one thread")
     args = parser.parse_args(arguments)
-    if args.images < args.batch:
-        parser.error(f"argument --images: expected at least a batch of {args.batch}; got {args.images}")
+    if args.images < (least := max(args.batch, CLASSES)):
+        parser.error(f"argument --images: expected at least {least}, a batch and an image a class; got {args.images}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         drawn(Path(name), args.images)
