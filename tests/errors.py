@@ -7,17 +7,17 @@ each result is held against float64 by the rule of tests/support/rule.py. Minute
 import argparse
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import conftest  # noqa: F401  (the backends of the tests)
 import torch
 from support.chains import CHAINS, DEVICE
+from support.checkout import ROOT
 from support.rule import PAIRS, SHAPES, inputs, loss_weight, margins
 
 import fused_resnet
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
+PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- made by: python tests/errors.py -->", "<!-- end -->"
 
 
@@ -46,9 +46,8 @@ def row(backend: str, dtype: torch.dtype) -> Row:
                 with fused_resnet.backend(backend):
                     found = margins(chain, layers, x, r, weight, dtype, training=training)
                 for name, margin in found.items():
-                    shares[f"{name} of {chain.__name__}"] = max(
-                        margin.error / margin.allowed, shares.get(f"{name} of {chain.__name__}", 0.0)
-                    )
+                    which = f"{name} of {chain.__name__}"
+                    shares[which] = max(margin.error / margin.allowed, shares.get(which, 0.0))
                     ratios += [margin.error / margin.eager] if margin.eager else []
     worst = max(shares, key=shares.get)
     median = torch.tensor(ratios, dtype=torch.float64).median().item()

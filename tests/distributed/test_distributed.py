@@ -22,12 +22,17 @@ from fused_resnet.cli import main
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no distributed package")
 
 
-def torchrun(*command: str, processes: int = 2, **environment: str) -> str:
-    """What the processes printed; the test fails with it where one of them did."""
+def environment(**more: str) -> dict[str, str]:
+    """Of processes that find this checkout, each with one thread."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+def torchrun(*command: str, processes: int = 2, **more: str) -> str:
+    """What the processes printed; the test fails with it where one of them did."""
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *command],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        env=environment(**more),
         capture_output=True, text=True, timeout=500, cwd=ROOT,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-10000:]
@@ -128,9 +133,8 @@ def test_a_killed_worker_and_a_stopped_run_go_on_with_the_same_bits(tmp_path):
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     torchrun("-m", "fused_resnet", "train", *size, "--out", str(straight))
     again = ("--max-restarts=1", "-m", "fused_resnet", "train", *size, "--auto-resume", "--out", str(parts))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *again]
-    agent = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
+    agent = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL)
 
     def reached(place: tuple[int, int]) -> None:
         ends = time.monotonic() + 120
@@ -162,10 +166,10 @@ def test_two_machines_train_as_two_processes_of_one(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     meet = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=run")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", *meet, *size, "--out", str(tmp_path / "two")]
     agents = [
-        subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
+        subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
     ]
     told = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], told
