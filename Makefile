@@ -38,10 +38,12 @@ ifeq ($(strip $(VENV)),)
 RUN = PYTHONPATH=$(CURDIR) $(PYTHON)
 READY = build/native.stamp
 TEST_READY = $(READY)
+ALL_TESTS_READY = $(READY)
 else
 RUN = $(VENV)/bin/python
 READY = $(VENV)/installed.stamp
 TEST_READY = $(VENV)/tests.stamp
+ALL_TESTS_READY = $(VENV)/all_tests.stamp
 endif
 
 .PHONY: help demo test test-all slow fuzz mutants bench lint findings clean
@@ -57,7 +59,7 @@ test: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PYTEST_FLAGS) --quick -m "not slow and not alone"
 	$(RUN) -m pytest -q --quick -m "alone and not slow"
 
-test-all: $(TEST_READY)
+test-all: $(ALL_TESTS_READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PYTEST_FLAGS) -m "not slow and not alone"
 	$(RUN) -m pytest -q -m "alone and not slow"
 
@@ -91,6 +93,10 @@ $(VENV)/installed.stamp: $(NATIVE) $(CONSTRAINTS)
 $(VENV)/tests.stamp: $(VENV)/installed.stamp
 	@$(SET_UP) --tests -- $(PIP_FLAGS)
 	@touch $@
+
+$(VENV)/all_tests.stamp: $(VENV)/installed.stamp
+	@$(SET_UP) --all-tests -- $(PIP_FLAGS)
+	@touch $@ $(VENV)/tests.stamp
 
 build/native.stamp: $(NATIVE)
 	$(PYTHON) setup.py -q build_native --build-lib . --build-temp build/temp

@@ -1,4 +1,4 @@
-"""What `make` runs to set up its environment: `python make_venv.py .venv [--tests] [--constraints FILE] [-- flags of pip]`.
+"""What `make` runs to set up its environment: `python make_venv.py .venv [--tests | --all-tests] [--constraints FILE] [-- flags of pip]`.
 
 Of PyTorch it takes, in this order: the one that this Python has already, where it is new enough; on a machine without an NVIDIA GPU a
 build for CPUs, where a configured index has one; else the default build, which on Linux brings CUDA's libraries. What it fetches it says
@@ -132,21 +132,23 @@ def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Set up an environment.", epilog="After -- stand flags of pip.")
     parser.add_argument("folder", type=Path, help="of the environment")
-    parser.add_argument("--tests", action="store_true", help="what the tests need, into an environment that is there")
+    tests = parser.add_mutually_exclusive_group()
+    tests.add_argument("--tests", action="store_true", help="what the tests need, into an environment that is there")
+    tests.add_argument("--all-tests", action="store_true", help="and the libraries that make test-all shows a fused network to")
     parser.add_argument("--constraints", default="", help="a file of pip's constraints")
     own = sys.argv[1:] if arguments is None else arguments
     end = own.index("--") if "--" in own else len(own)
     args, flags = parser.parse_args(own[:end]), own[end + 1 :]
     python = args.folder / "bin" / "python"
     pip = Pip(python.absolute(), args.constraints, flags)
-    if args.tests:
+    if args.tests or args.all_tests:
         if not python.exists():
             parser.error(f"folder: expected an environment, but there is no {python}; make it without --tests first")
-        print("fetching what the tests need: about 0.2 GB", flush=True)
+        print(f"fetching what the tests need: about {0.4 if args.all_tests else 0.2} GB", flush=True)
         # The native libraries are built, which takes minutes: a package in place keeps what it has.
-        pip.install("--no-build-isolation", "-e", ".[test]", FUSED_RESNET_NATIVE="0")
-        # torchvision has no build that goes with every PyTorch; the tests need no more than its Python code. timm asks for torchvision.
-        pip.install("--no-deps", "torchvision", "timm")
+        pip.install("--no-build-isolation", "-e", ".[test-all]" if args.all_tests else ".[test]", FUSED_RESNET_NATIVE="0")
+        # torchvision has no build that goes with every PyTorch; the tests need no more than its Python code. The others ask for it.
+        pip.install("--no-deps", "torchvision", "timm", *(["grad-cam", "ttach"] if args.all_tests else []))
         return
     pinned = pinned_torch(args.constraints)
     if here := torch_here(pinned):

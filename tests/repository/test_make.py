@@ -107,12 +107,13 @@ def test_a_shared_environment_sees_this_pythons_packages(made, monkeypatch, tmp_
         assert done.stdout.strip() == str(shared), done.stderr
 
 
-def test_the_tests_come_into_an_environment_that_is_there(made, pip, tmp_path):
+@pytest.mark.parametrize(("flag", "extra", "alone"), [("--tests", "test", ()), ("--all-tests", "test-all", ("grad-cam", "ttach"))])
+def test_the_tests_come_into_an_environment_that_is_there(flag, extra, alone, made, pip, tmp_path):
     """And the native libraries, which are built by then, are not built again."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()
-    made.main([str(tmp_path), "--tests", "--", "--extra-index-url", "file:///nowhere"])
-    assert pip.asked == [("--no-build-isolation", "-e", ".[test]"), ("--no-deps", "torchvision", "timm")]
+    made.main([str(tmp_path), flag, "--", "--extra-index-url", "file:///nowhere"])
+    assert pip.asked == [("--no-build-isolation", "-e", f".[{extra}]"), ("--no-deps", "torchvision", "timm", *alone)]
     assert pip.environments[0] == {"FUSED_RESNET_NATIVE": "0"}
 
 
