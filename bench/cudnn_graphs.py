@@ -26,13 +26,13 @@ from fused_resnet.bench.table import console, results_table
 from fused_resnet.bench.timing import Times, attempt, measure
 from fused_resnet.bench.tune import EPS, Trial, in_order, tasks_of
 from fused_resnet.cudnn import library, probe
+from fused_resnet.files import with_section
 from fused_resnet.problem import NormProblem
 from fused_resnet.tuning import CUDNN, Entry, Table, Task, heuristics
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ROOT / "bench" / "cudnn_graphs"
 PAGE = ROOT / "docs" / "backends.md"
-BEGIN, END = "<!-- made by bench/cudnn_graphs.py: begin -->", "<!-- end -->"
 DTYPES = ("float16", "bfloat16", "float32")
 NOTHING = "\n**Not measured.** `bench/gpu_check.sh cudnn OUT` writes the files that this table is made of.\n"
 
@@ -102,8 +102,7 @@ def _cell(reason: str | None, ran: bool) -> str:
 
 def page(text: str, folder: Path) -> str:
     """docs/backends.md with the tables of the files in `folder`."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{tables(folder)}\n{END}{rest.partition(END)[2]}"
+    return with_section(text, "python bench/cudnn_graphs.py table", tables(folder))
 
 
 def run_table(args: argparse.Namespace) -> int:

@@ -41,6 +41,19 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         part.unlink(missing_ok=True)
 
 
+def with_section(page: str, command: str, section: str) -> str:
+    """The text of a page in which `section` stands where `command` makes it: between a line that names the command and the next end mark.
+
+    Raises ValueError where the page has no such lines.
+    """
+    begin, end = f"<!-- made by: {command} -->\n", "\n<!-- end -->"
+    before, found, rest = page.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"expected the lines {begin.strip()!r} and {end.strip()!r}")
+    return before + begin + section + end + after
+
+
 def link_file(source: Path, path: Path) -> None:
     """Gives the file `source` the name `path` as well, at once and whole; where the file system has one name a file, a copy.
 

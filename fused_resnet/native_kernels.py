@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from . import binary, native
+from .files import with_section
 
 #: Of a block, in every kernel: kThreads in csrc/layout.h.
 THREADS = 256
@@ -74,7 +75,7 @@ def names() -> list[str]:
 
 # ---- the page --------------------------------------------------------------------------------------------------------
 
-BEGIN, END = "<!-- made by: fused-resnet kernels --language cuda --page docs/kernels/cuda.md -->", "<!-- end -->"
+COMMAND = "fused-resnet kernels --language cuda --page docs/kernels/cuda.md"
 #: What a backward reduction's gradient is made of: (words, what is read in units of rows * C, FLOPs an element).
 GRADIENTS = {
     "Plain": ("d", "e", 0.0),
@@ -135,7 +136,6 @@ def section(element: str = "bfloat16", width: int = 8) -> str:
         if dtype in ("", element) and options.partition(", ")[0] in ("", str(width)):
             found.setdefault((row["kernel"].removesuffix("_kernel"), options.partition(", ")[2].strip()), []).append(row)
     lines = [
-        BEGIN,
         f"{compiler()}, {element}, loads of {width} elements; of two figures the first is of sm_80, the second of sm_90a. All {count} "
         f"variants of both, of every element type, with and without 16-byte loads: {spilled} bytes spilled or on a stack.",
         "",
@@ -146,7 +146,7 @@ def section(element: str = "bfloat16", width: int = 8) -> str:
         figures = (" / ".join(dict.fromkeys(row[name] for row in of_kernel)) for name in ("registers", "shared", "occupancy", "16-byte"))
         cells = (f"`{kernel}`", *contract(kernel, variant.split(", ")), *figures)
         lines.append("| " + " | ".join(cell or "-" for cell in cells) + " |")
-    return "\n".join([*lines, END])
+    return "\n".join(lines)
 
 
 def compiler() -> str:
@@ -157,9 +157,8 @@ def compiler() -> str:
 
 def write_page(path: Path) -> None:
     """Put the table into a page, between its marks. Raises ValueError where it has none."""
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path}: expected the lines {BEGIN!r} and {END!r}")
-    path.write_text(before + section() + after, encoding="utf-8")
+    try:
+        text = with_section(path.read_text(encoding="utf-8"), COMMAND, section())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    path.write_text(text, encoding="utf-8")

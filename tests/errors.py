@@ -5,20 +5,20 @@ each result is held against float64 by the rule of tests/support/rule.py. Minute
 """
 
 import argparse
-import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import conftest  # noqa: F401  (the backends of the tests)
 import torch
+from support import tiers
 from support.chains import CHAINS, DEVICE
 from support.checkout import ROOT
 from support.rule import PAIRS, SHAPES, inputs, loss_weight, margins
 
 import fused_resnet
+from fused_resnet.files import with_section
 
 PAGE = ROOT / "docs" / "reliability.md"
-BEGIN, END = "<!-- made by: python tests/errors.py -->", "<!-- end -->"
 
 
 class Row(NamedTuple):
@@ -40,7 +40,7 @@ def row(backend: str, dtype: torch.dtype) -> Row:
     for chain in CHAINS:
         for i, shape in enumerate(SHAPES):
             for training in (True, False):
-                torch.manual_seed(zlib.crc32(f"{chain.__name__} {i}".encode()))
+                torch.manual_seed(tiers.number(f"{chain.__name__} {i}"))
                 layers, x, r = inputs(shape, DEVICE)
                 weight = loss_weight(chain, layers, x, r)
                 with fused_resnet.backend(backend):
@@ -68,8 +68,7 @@ def main() -> int:
     for backend, dtype in PAIRS:
         rows.append(row(backend, dtype))
         print(rows[-1], flush=True)
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text("\n".join([before + BEGIN, *table(rows), END]) + rest.partition(END)[2], encoding="utf-8")
+    PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), "python tests/errors.py", "\n".join(table(rows))), encoding="utf-8")
     return any(r.most > 1 for r in rows)
 
 

@@ -29,9 +29,9 @@ from support.checkout import ROOT
 from support.mutations import MUTANTS, Mutant
 
 from fused_resnet import native
+from fused_resnet.files import with_section
 
 PAGE = ROOT / "docs" / "reliability.md"
-BEGIN, END = "<!-- made by: python tests/mutants.py -->", "<!-- end -->"
 LIMIT_S = 900  #: of one mutant's tests: one that hangs is seen, too
 
 
@@ -132,10 +132,10 @@ def run(mutants: list[Mutant], jobs: int) -> Iterator[Outcome]:
 def section(outcomes: list[Outcome]) -> str:
     """The page's table."""
     seen = sum(outcome.seen_by is not None for outcome in outcomes)
-    lines = [BEGIN, f"{len(outcomes)} mutants, {seen} seen.", "", "| mutant | file | first test that fails |", "|---|---|---|"]
+    lines = [f"{len(outcomes)} mutants, {seen} seen.", "", "| mutant | file | first test that fails |", "|---|---|---|"]
     for mutant, seen_by, _ in outcomes:
         lines.append(f"| {mutant.name} | `{mutant.path}` | " + (f"`{seen_by}` |".replace("tests/", "") if seen_by else "**none** |"))
-    return "\n".join([*lines, END])
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -153,10 +153,8 @@ def main() -> int:
         outcomes.append(outcome)
         print(f"{outcome.seconds:4.0f} s  {outcome.mutant.name}: {outcome.seen_by or 'SURVIVED'}", flush=True)
     if not args.only:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        PAGE.write_text(
-            before + section(sorted(outcomes, key=lambda o: MUTANTS.index(o.mutant))) + rest.partition(END)[2], encoding="utf-8"
-        )
+        table = section(sorted(outcomes, key=lambda o: MUTANTS.index(o.mutant)))
+        PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), "python tests/mutants.py", table), encoding="utf-8")
     survivors = [outcome.mutant.name for outcome in outcomes if outcome.seen_by is None]
     print(f"{len(outcomes)} mutants, {len(survivors)} survived" + "".join(f"\n  {name}" for name in survivors))
     return bool(survivors)

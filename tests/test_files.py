@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fused_resnet import files
-from fused_resnet.files import Locked, locked, replace_file
+from fused_resnet.files import Locked, locked, replace_file, with_section
 
 FORK = multiprocessing.get_context("fork")
 
@@ -160,3 +160,12 @@ def test_one_thread_at_a_time(tmp_path):
 def test_where_the_file_can_not_be_made(tmp_path):
     with pytest.raises(OSError, match="No such file or directory"), locked(tmp_path / "absent" / "lock"):
         pass
+
+
+def test_a_section_of_a_page_is_replaced():
+    page = "a\n<!-- made by: b -->\nold\n<!-- end -->\nc\n<!-- made by: d -->\n\n<!-- end -->\n"
+    assert with_section(page, "b", "new\nlines") == page.replace("old", "new\nlines")
+    assert with_section(page, "d", "x") == page.replace("d -->\n\n", "d -->\nx\n")
+    for damaged, command in ((page, "e"), (page.replace("<!-- end -->", ""), "b")):
+        with pytest.raises(ValueError, match=f"expected the lines '<!-- made by: {command} -->' and"):
+            with_section(damaged, command, "x")

@@ -18,6 +18,7 @@ from support.checkout import ROOT
 from fused_resnet import native, native_kernels
 from fused_resnet.backends import BACKENDS
 from fused_resnet.cli import main
+from fused_resnet.files import with_section
 from fused_resnet.reference import Reference
 from fused_resnet.values import Source
 
@@ -119,8 +120,7 @@ def test_the_page_of_the_kernels_is_what_one_command_makes(library, monkeypatch,
     monkeypatch.setattr(native.CUDA, "path", library)
     text = page.read_text(encoding="utf-8")
     copy = tmp_path / "cuda.md"
-    begin, end = text.index(native_kernels.BEGIN), text.index(native_kernels.END)
-    copy.write_text(text[:begin] + native_kernels.BEGIN + "what was there before" + text[end:])
+    copy.write_text(with_section(text, native_kernels.COMMAND, "what was there before"))
     assert main(["kernels", "--language", "cuda", "--page", str(copy)]) == 0
     made = copy.read_text(encoding="utf-8")
     if native_kernels.compiler() in text:
