@@ -113,7 +113,7 @@ MUTANTS = [
     Mutant("mixtures draw from the run's generator", "fused_resnet/train/augment.py", "torch.default_generator.manual_seed(mixed(mixed(mixed(self.seed, epoch), batch), self.rank))", "pass", STEPS),
     Mutant("a run's folder is not locked", RUN_FOLDER, "held.enter_context(locked(folder / LOCK, wait=False))", "pass", RUNS),
     Mutant("a file is renamed before it is on the disk", "fused_resnet/files.py", "            os.fsync(file.fileno())\n", "", FILES),
-    Mutant("a failed write leaves its part", "fused_resnet/files.py", "        part.unlink(missing_ok=True)\n\n\ndef link_file", "        pass\n\n\ndef link_file", FILES),
+    Mutant("a failed write leaves its part", "fused_resnet/files.py", "        part.unlink(missing_ok=True)\n\n\ndef with_section", "        pass\n\n\ndef with_section", FILES),
     Mutant("a checkpoint may hold code", CHECKPOINT, "weights_only=True)", "weights_only=False)", "tests/train/test_checkpoint.py"),
     Mutant("evaluation leaves the last images out", "fused_resnet/data/loader.py", "zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True)", "zip(self.images.split(self.batch_size)[:-1], self.labels.split(self.batch_size)[:-1], strict=True)", LOADER),
     Mutant("each epoch draws the same", "fused_resnet/data/loader.py", "mixed(self.seed, epoch)", "mixed(self.seed, 0)", LOADER),
