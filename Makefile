@@ -32,6 +32,7 @@ MINUTES ?= 10
 OUT ?=
 
 SET_UP = $(PYTHON) make_venv.py $(VENV) $(if $(CONSTRAINTS),--constraints $(CONSTRAINTS))
+SOURCES = $(wildcard $(foreach folder,csrc csrc/cpu bench tests/support/aarch64 tests/support/simt,$(addprefix $(folder)/*.,cpp h cu cuh)))
 NATIVE = CMakeLists.txt setup.py pyproject.toml make_venv.py $(wildcard csrc/*.* csrc/cpu/*)
 
 ifeq ($(strip $(VENV)),)
@@ -79,6 +80,7 @@ lint: $(TEST_READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -c "import clang_format; clang_format.clang_format()" --dry-run -Werror $(SOURCES)
 
 findings:
 	PYTHON=$(PYTHON) PIP_FLAGS="$(PIP_FLAGS)" bash findings/all.bash

@@ -20,8 +20,8 @@ Tensor convolution(const Tensor& x, const Tensor& w, const Maybe&, at::IntArrayR
 }
 
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor&, const Tensor& x, const Tensor& w, at::OptionalIntArrayRef,
-                                                        at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, bool, at::IntArrayRef,
-                                                        int64_t, std::array<bool, 3> needed) {
+                                                        at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, bool, at::IntArrayRef, int64_t,
+                                                        std::array<bool, 3> needed) {
   return {needed[0] ? at::empty_like(x) : Tensor(), needed[1] ? at::empty_like(w) : Tensor(), Tensor()};
 }
 

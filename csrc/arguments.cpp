@@ -31,9 +31,7 @@ bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
-bool same_device(const Tensor& tensor, const Tensor& x) {
-  return on_device(tensor) && tensor.get_device_index() == x.get_device_index();
-}
+bool same_device(const Tensor& tensor, const Tensor& x) { return on_device(tensor) && tensor.get_device_index() == x.get_device_index(); }
 
 }  // namespace
 
@@ -97,8 +95,7 @@ void Arguments::mask(const char* name, const Tensor& tensor, const Tensor& x) co
   this->tensor(name, tensor, ScalarType::Byte, {x.size(0), x.size(2), x.size(3), groups_of(channels_of(x))}, x);
 }
 
-void Arguments::residual(const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& bias,
-                         const Tensor& x) const {
+void Arguments::residual(const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& bias, const Tensor& x) const {
   if (residual) activation_like("residual", *residual, x);
   if (scale && !residual) fail("residual_scale: expected a residual with it");
   together("residual_scale", scale.has_value(), "residual_bias", bias.has_value());
@@ -111,8 +108,8 @@ void Arguments::pool_index(const char* name, const Tensor& tensor, const Tensor&
   bool right = tensor.scalar_type() == ScalarType::Byte && tensor.dim() == 4;
   for (int64_t d = 0; right && d < 4; ++d) right = tensor.size(d) == out.size(d);
   if (!right || !is_channels_last(tensor)) {
-    fail(name, ": expected uint8 in channels_last of shape ", shape_of(out), ", got ",
-         torch::headeronly::toString(tensor.scalar_type()), " of shape ", shape_of(tensor));
+    fail(name, ": expected uint8 in channels_last of shape ", shape_of(out), ", got ", torch::headeronly::toString(tensor.scalar_type()),
+         " of shape ", shape_of(tensor));
   }
 }
 

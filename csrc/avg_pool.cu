@@ -6,9 +6,9 @@
 
 namespace fused_resnet {
 
-std::tuple<Tensor, OptionalTensor> norm_add_act_avg_pool(
-    const Tensor& x, const Tensor& scale, const Tensor& bias, const OptionalTensor& residual, const OptionalTensor& residual_scale,
-    const OptionalTensor& residual_bias) {
+std::tuple<Tensor, OptionalTensor> norm_add_act_avg_pool(const Tensor& x, const Tensor& scale, const Tensor& bias,
+                                                         const OptionalTensor& residual, const OptionalTensor& residual_scale,
+                                                         const OptionalTensor& residual_bias) {
   const Arguments check("norm_add_act_avg_pool");
   check.activation("x", x);
   check.vector("scale", scale, x);
@@ -25,8 +25,17 @@ std::tuple<Tensor, OptionalTensor> norm_add_act_avg_pool(
   with_element(x, [&](auto element) {
     using T = std::remove_pointer_t<decltype(element)>;
     const AvgPoolArguments<T> arguments{
-        read<T>(x), read<float>(scale), read<float>(bias), read<T>(residual), read<float>(residual_scale), read<float>(residual_bias),
-        write<T>(out), write<uint8_t>(mask), rows_of(x), channels, tile,
+        read<T>(x),
+        read<float>(scale),
+        read<float>(bias),
+        read<T>(residual),
+        read<float>(residual_scale),
+        read<float>(residual_bias),
+        write<T>(out),
+        write<uint8_t>(mask),
+        rows_of(x),
+        channels,
+        tile,
     };
     with_width<T>(channels, aligned(arguments.x, arguments.residual), [&](auto width) {
       with_residual(residual.has_value(), residual_scale.has_value(), [&](auto kind) {

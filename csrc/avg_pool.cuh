@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kThreads, 3) norm_add_act_avg_pool_kernel(cons
   const int channels = arguments.channels;
   const ReductionThread at(arguments.tile, arguments.rows, channels);
   const int valid = at.valid;
-  const Preactivation<kResidual> preactivation(arguments.scale, arguments.bias, arguments.residual_scale,
-                                               arguments.residual_bias, at.channel, valid);
+  const Preactivation<kResidual> preactivation(
+      arguments.scale, arguments.bias, arguments.residual_scale, arguments.residual_bias, at.channel, valid);
   float sum[1][kGroup] = {};
   at.go<steps_in_flight<T, kWidth>(kAdds ? 2 : 1)>([&](int64_t row, auto steps) {
     Group<T, kWidth> x[steps];

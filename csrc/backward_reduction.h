@@ -27,10 +27,21 @@ class BackwardReduction {
     const Tensor& x = inputs_.x;
     const int channels = channels_of(x);
     NormBackwardReduceArguments<T, Gradient> arguments{
-        gradient, read<T>(x), read<float>(inputs_.mean), read<float>(inputs_.invstd), read<float>(inputs_.scale),
-        read<float>(inputs_.bias), read<T>(inputs_.residual), read<float>(inputs_.residual_mean),
-        read<float>(inputs_.residual_invstd), read<uint8_t>(inputs_.mask), write<T>(dz),
-        {write<float>(s1), write<float>(s2), write<float>(residual_s2)}, rows_of(x), channels, tile_,
+        gradient,
+        read<T>(x),
+        read<float>(inputs_.mean),
+        read<float>(inputs_.invstd),
+        read<float>(inputs_.scale),
+        read<float>(inputs_.bias),
+        read<T>(inputs_.residual),
+        read<float>(inputs_.residual_mean),
+        read<float>(inputs_.residual_invstd),
+        read<uint8_t>(inputs_.mask),
+        write<T>(dz),
+        {write<float>(s1), write<float>(s2), write<float>(residual_s2)},
+        rows_of(x),
+        channels,
+        tile_,
     };
     MergeSumsArguments merge{nullptr, arguments.sum[0], arguments.sum[1], arguments.sum[2], tile_.parts, channels};
     OptionalTensor partial;

@@ -23,9 +23,8 @@ void reduce(const Arguments& check, const Tensor& y, const StatisticsOutput& out
     const BatchStatsArguments<T> arguments{
         read<T>(y), partials, partials + size, output, rows_of(y), channels, tile,
     };
-    with_width<T>(channels, aligned(arguments.y), [&](auto width) {
-      launch(check, batch_stats_kernel<T, width()>, tile.blocks(), y, arguments);
-    });
+    with_width<T>(
+        channels, aligned(arguments.y), [&](auto width) { launch(check, batch_stats_kernel<T, width()>, tile.blocks(), y, arguments); });
   });
   if (tile.parts > 1) {
     const MergeMomentsArguments arguments{
@@ -46,14 +45,11 @@ struct Results {
         scale(empty(like, channels)),
         bias(empty(like, channels)) {}
 
-  static Tensor empty(const Tensor& like, int64_t channels) {
-    return torch::stable::new_empty(like, {channels}, ScalarType::Float);
-  }
+  static Tensor empty(const Tensor& like, int64_t channels) { return torch::stable::new_empty(like, {channels}, ScalarType::Float); }
 
   StatisticsOutput output(const OptionalTensor& gamma, const OptionalTensor& beta, double eps) const {
-    return {read<float>(gamma), read<float>(beta),   write<float>(mean),  nullptr,
-            write<float>(invstd), write<float>(var), write<float>(scale), write<float>(bias),
-            static_cast<float>(eps)};
+    return {read<float>(gamma),  read<float>(beta),  write<float>(mean),     nullptr, write<float>(invstd), write<float>(var),
+            write<float>(scale), write<float>(bias), static_cast<float>(eps)};
   }
 
   Coefficients5 tuple() const { return {mean, invstd, var, scale, bias}; }
@@ -91,8 +87,13 @@ Coefficients5 merge_moments(const Tensor& counts, const Tensor& means, const Ten
   const DeviceGuard guard(means);
   const Results results(means, channels);
   const MergeMomentsArguments arguments{
-      read<float>(means), read<float>(m2s), channels, PartCounts{read<int64_t>(counts), 0, 0}, results.output(gamma, beta, eps),
-      static_cast<int>(means.size(0)), static_cast<int>(channels),
+      read<float>(means),
+      read<float>(m2s),
+      channels,
+      PartCounts{read<int64_t>(counts), 0, 0},
+      results.output(gamma, beta, eps),
+      static_cast<int>(means.size(0)),
+      static_cast<int>(channels),
   };
   launch(check, merge_moments_kernel, merge_blocks(arguments.channels), means, arguments);
   return results.tuple();

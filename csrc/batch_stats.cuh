@@ -70,8 +70,7 @@ struct BatchStatsArguments {
 };
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    batch_stats_kernel(const BatchStatsArguments<T> arguments) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) batch_stats_kernel(const BatchStatsArguments<T> arguments) {
   const ReductionTile& tile = arguments.tile;
   const ReductionThread at(tile, arguments.rows, arguments.channels);
   const T* y = arguments.y + at.channel;

@@ -29,11 +29,17 @@ __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162
 template <typename T>
 __device__ __forceinline__ T narrow(float value);
 template <>
-__device__ __forceinline__ float narrow(float value) { return value; }
+__device__ __forceinline__ float narrow(float value) {
+  return value;
+}
 template <>
-__device__ __forceinline__ __half narrow(float value) { return __float2half_rn(value); }
+__device__ __forceinline__ __half narrow(float value) {
+  return __float2half_rn(value);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 narrow(float value) { return __float2bfloat16_rn(value); }
+__device__ __forceinline__ __nv_bfloat16 narrow(float value) {
+  return __float2bfloat16_rn(value);
+}
 
 // kWidth consecutive elements, moved by one instruction.
 template <typename T, int kWidth>

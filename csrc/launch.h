@@ -30,8 +30,7 @@ void launch(const Arguments& arguments, void (*kernel)(Kernel), int64_t blocks, 
 
 inline int multiprocessors_of(const Arguments& arguments, const Tensor& x) {
   int count = 0;
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, ordinal_of(x)), arguments,
-             "the number of multiprocessors");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, ordinal_of(x)), arguments, "the number of multiprocessors");
   return count;
 }
 

@@ -25,10 +25,8 @@ DEFINE_LIBRARY(FUSED_RESNET_NAMESPACE, library) {
       "norm_backward_reduce(Tensor d, Tensor? dact, Tensor x, Tensor mean, Tensor invstd, Tensor scale, Tensor bias, "
       "Tensor? residual, Tensor? residual_mean, Tensor? residual_invstd, Tensor? mask, bool relu) -> "
       "(Tensor, Tensor, Tensor, Tensor?)");
-  library.def(
-      "norm_backward_apply(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor? gamma, Tensor s1, Tensor s2) -> Tensor");
-  library.def(
-      "norm_act_max_pool(Tensor x, Tensor scale, Tensor bias, int kernel_size, int stride, int padding) -> (Tensor, Tensor)");
+  library.def("norm_backward_apply(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor? gamma, Tensor s1, Tensor s2) -> Tensor");
+  library.def("norm_act_max_pool(Tensor x, Tensor scale, Tensor bias, int kernel_size, int stride, int padding) -> (Tensor, Tensor)");
   library.def(
       "norm_act_max_pool_backward(Tensor dout, Tensor index, Tensor x, Tensor mean, Tensor invstd, Tensor scale, Tensor bias, "
       "int kernel_size, int stride, int padding) -> (Tensor, Tensor, Tensor)");

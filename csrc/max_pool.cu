@@ -13,8 +13,13 @@ template <typename Body>
 void with_geometry(const Pool& pool, int64_t counted_height, int64_t counted_width, Body&& body) {
   const auto geometry = [&](auto window) {
     return PoolGeometry<decltype(window)>{
-        window, static_cast<int>(pool.height), static_cast<int>(pool.width), static_cast<int>(pool.pooled_height()),
-        static_cast<int>(pool.pooled_width()), Divisor(counted_width), Divisor(counted_height),
+        window,
+        static_cast<int>(pool.height),
+        static_cast<int>(pool.width),
+        static_cast<int>(pool.pooled_height()),
+        static_cast<int>(pool.pooled_width()),
+        Divisor(counted_width),
+        Divisor(counted_height),
     };
   };
   if (pool.size == StemWindow::size && pool.stride == StemWindow::stride && pool.padding == StemWindow::padding) {
@@ -26,8 +31,8 @@ void with_geometry(const Pool& pool, int64_t counted_height, int64_t counted_wid
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> norm_act_max_pool(const Tensor& x, const Tensor& scale, const Tensor& bias, int64_t kernel_size,
-                                             int64_t stride, int64_t padding) {
+std::tuple<Tensor, Tensor> norm_act_max_pool(const Tensor& x, const Tensor& scale, const Tensor& bias, int64_t kernel_size, int64_t stride,
+                                             int64_t padding) {
   const Arguments check("norm_act_max_pool");
   check.activation("x", x);
   check.vector("scale", scale, x);

@@ -162,8 +162,7 @@ struct MaxPooledGradient {
         const int r = h + window.padding - p * window.stride, s = w + window.padding - q * window.stride;
         if (p < 0 || p >= geometry.pooled_height || q < 0 || q >= geometry.pooled_width) continue;
         if (r >= window.size || s >= window.size) continue;
-        const int64_t from =
-            ((static_cast<int64_t>(image) * geometry.pooled_height + p) * geometry.pooled_width + q) * channels + channel;
+        const int64_t from = ((static_cast<int64_t>(image) * geometry.pooled_height + p) * geometry.pooled_width + q) * channels + channel;
         const auto gradient = Group<T, kWidth>::load(dout + from, valid);
         const auto winner = Group<uint8_t, kWidth>::load(index + from, valid);
 #pragma unroll

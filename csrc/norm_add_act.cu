@@ -6,9 +6,9 @@
 
 namespace fused_resnet {
 
-std::tuple<Tensor, OptionalTensor> norm_add_act(
-    const Tensor& x, const Tensor& scale, const Tensor& bias, const OptionalTensor& residual, const OptionalTensor& residual_scale,
-    const OptionalTensor& residual_bias, bool relu, bool save_mask) {
+std::tuple<Tensor, OptionalTensor> norm_add_act(const Tensor& x, const Tensor& scale, const Tensor& bias, const OptionalTensor& residual,
+                                                const OptionalTensor& residual_scale, const OptionalTensor& residual_bias, bool relu,
+                                                bool save_mask) {
   const Arguments check("norm_add_act");
   check.activation("x", x);
   check.vector("scale", scale, x);
@@ -25,8 +25,8 @@ std::tuple<Tensor, OptionalTensor> norm_add_act(
   with_element(x, [&](auto element) {
     using T = std::remove_pointer_t<decltype(element)>;
     const NormAddActArguments<T> arguments{
-        read<T>(x), read<float>(scale), read<float>(bias), read<T>(residual), read<float>(residual_scale), read<float>(residual_bias),
-        write<T>(act), write<uint8_t>(mask), rows_of(x), channels,
+        read<T>(x),    read<float>(scale),   read<float>(bias), read<T>(residual), read<float>(residual_scale), read<float>(residual_bias),
+        write<T>(act), write<uint8_t>(mask), rows_of(x),        channels,
     };
     with_width<T>(channels, aligned(arguments.x, arguments.residual, arguments.act), [&](auto width) {
       with_residual(residual.has_value(), residual_scale.has_value(), [&](auto kind) {

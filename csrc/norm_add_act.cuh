@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kThreads, 3) norm_add_act_kernel(const NormAdd
   constexpr bool kAdds = kResidual != Residual::kNone;
   Walk walk(arguments.rows, arguments.channels);
   const int valid = walk.valid;
-  const Preactivation<kResidual> preactivation(arguments.scale, arguments.bias, arguments.residual_scale,
-                                               arguments.residual_bias, walk.channel, valid);
+  const Preactivation<kResidual> preactivation(
+      arguments.scale, arguments.bias, arguments.residual_scale, arguments.residual_bias, walk.channel, valid);
   walk.go<steps_in_flight<T, kWidth>(kAdds ? 2 : 1)>([&](auto steps) {
     Group<T, kWidth> x[steps];
     [[maybe_unused]] Group<T, kWidth> residual[steps];

@@ -91,12 +91,12 @@ Tensor norm_backward_apply(const Tensor& dz, const Tensor& y, const Tensor& mean
   with_element(y, [&](auto element) {
     using T = std::remove_pointer_t<decltype(element)>;
     const NormBackwardApplyArguments<T> arguments{
-        read<T>(dz), read<T>(y), read<float>(mean), read<float>(invstd), read<float>(gamma), read<float>(s1), read<float>(s2),
-        write<T>(dy), rows_of(y), channels,
+        read<T>(dz),     read<T>(y),      read<float>(mean), read<float>(invstd), read<float>(gamma),
+        read<float>(s1), read<float>(s2), write<T>(dy),      rows_of(y),          channels,
     };
     with_width<T>(channels, aligned(arguments.dz, arguments.y, arguments.dy), [&](auto width) {
-      launch(check, norm_backward_apply_kernel<T, width()>,
-             elementwise_blocks(rows_of(y), channels, multiprocessors_of(check, y), 3), y, arguments);
+      launch(check, norm_backward_apply_kernel<T, width()>, elementwise_blocks(rows_of(y), channels, multiprocessors_of(check, y), 3), y,
+             arguments);
     });
   });
   return dy;

@@ -87,8 +87,8 @@ struct ReductionThread {
 // The sums of a block over its rows of threads: sum[k][i] of each thread -> `emit(k, channel, total)`, once for each sum and
 // channel of the slab. Every thread of the block must call it. Warps first, then across warps.
 template <int kSums, typename Emit>
-__device__ __forceinline__ void block_sums(float (&sum)[kSums][kGroup], const ReductionThread& at, const ReductionTile& tile,
-                                           int channels, Emit&& emit) {
+__device__ __forceinline__ void block_sums(float (&sum)[kSums][kGroup], const ReductionThread& at, const ReductionTile& tile, int channels,
+                                           Emit&& emit) {
   __shared__ float shared[kSums][kWarps][kSlab];
 #pragma unroll
   for (int k = 0; k < kSums; ++k) {

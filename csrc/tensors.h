@@ -36,8 +36,8 @@ inline Tensor empty_mask(const Tensor& x) {
 
 // [images of x, channels of x, height, width] in channels_last.
 inline Tensor empty_image(const Tensor& x, int64_t height, int64_t width, ScalarType dtype) {
-  return torch::stable::empty({x.size(0), x.size(1), height, width}, dtype, std::nullopt, x.device(), std::nullopt,
-                              torch::headeronly::MemoryFormat::ChannelsLast);
+  return torch::stable::empty(
+      {x.size(0), x.size(1), height, width}, dtype, std::nullopt, x.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 }  // namespace fused_resnet

@@ -61,7 +61,8 @@ struct AveragedGradient {
   Floats pixels;
 
   FUSED_RESNET_INLINE AveragedGradient(const BackwardReduce& given, int64_t first)
-      : d(static_cast<const T*>(given.d) + first / given.pixels * given.extent.channels), pixels(broadcast(static_cast<float>(given.pixels))) {}
+      : d(static_cast<const T*>(given.d) + first / given.pixels * given.extent.channels),
+        pixels(broadcast(static_cast<float>(given.pixels))) {}
 
   static FUSED_RESNET_INLINE int64_t together(const BackwardReduce& given, int64_t first) { return given.pixels - first % given.pixels; }
 

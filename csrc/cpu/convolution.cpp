@@ -48,7 +48,8 @@ Parts parts_of_images(const Images& images) {
 // How many sums of dweight there are; 0 where it is better made of the whole dy. `units` of work share them.
 int64_t groups_of(int64_t units, int64_t rows, int64_t inputs, int64_t outputs, int64_t taps) {
   const int64_t moved = rows * (2 * outputs + 3 * inputs) * 2;
-  const int64_t fewest = std::min(kFewestGroups, units), groups = std::min({kMostGroups, units, moved / kShare / (inputs * outputs * taps * 4)});
+  const int64_t fewest = std::min(kFewestGroups, units),
+                groups = std::min({kMostGroups, units, moved / kShare / (inputs * outputs * taps * 4)});
   if (outputs == kNarrowChannels) return std::max(fewest, groups);  // WeightGradient takes blocks of 32
   return groups < fewest ? 0 : groups;
 }
@@ -73,7 +74,8 @@ void* scratch(int64_t bytes) {
 
 // As `share`, with memory to work in.
 template <typename Arguments>
-void share_with_scratch(void (*kernel)(const Arguments&, int64_t, int64_t, void*), const Arguments& arguments, int64_t count, int64_t bytes) {
+void share_with_scratch(void (*kernel)(const Arguments&, int64_t, int64_t, void*), const Arguments& arguments, int64_t count,
+                        int64_t bytes) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) { kernel(arguments, first, last, scratch(bytes)); });
 }
 
@@ -99,7 +101,8 @@ struct Weight {
     const bool dense = known && weight.stride(1) == 1 && weight.stride(0) == inputs * window * window &&
                        (window == 1 || (weight.stride(2) == inputs * window && weight.stride(3) == inputs));
     if (!dense || !weight.is_cpu() || weight.scalar_type() != x.scalar_type()) {
-      check.fail("weight: expected a tensor of x's dtype, [K, ", inputs, ", 1, 1] or [K, ", inputs, ", 3, 3] in channels_last on the CPU, got ", shape_of(weight));
+      check.fail("weight: expected a tensor of x's dtype, [K, ", inputs, ", 1, 1] or [K, ", inputs,
+                 ", 3, 3] in channels_last on the CPU, got ", shape_of(weight));
     }
     outputs = weight.size(0);
     taps = window * window;
@@ -123,8 +126,8 @@ struct Weight {
 // where they are made, and y's statistics where they are asked for.
 std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>
 conv_forward(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& bias, const OptionalTensor& residual,
-                  const OptionalTensor& residual_scale, const OptionalTensor& residual_bias, const Tensor& weight, bool statistics,
-                  const OptionalTensor& gamma, const OptionalTensor& beta, double eps) {
+             const OptionalTensor& residual_scale, const OptionalTensor& residual_bias, const Tensor& weight, bool statistics,
+             const OptionalTensor& gamma, const OptionalTensor& beta, double eps) {
   const Arguments check("conv_forward");
   check.activation("x", x);
   check.together("scale", scale.has_value(), "bias", bias.has_value());
@@ -183,8 +186,8 @@ conv_forward(const Tensor& x, const OptionalTensor& scale, const OptionalTensor&
 // asked for. With x_scale, x is raw, and dx is dz of its norm, of dx + dact; else it is dx + dact itself.
 // -> (dx, s1, s2, residual_s2, dw).
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> conv_backward(
-    const Tensor& dz, const Tensor& y, const Tensor& mean, const Tensor& invstd, const OptionalTensor& gamma, const Tensor& s1, const Tensor& s2,
-    const Tensor& weight, const Tensor& act, const OptionalTensor& dact, const Tensor& x, const OptionalTensor& x_mean,
+    const Tensor& dz, const Tensor& y, const Tensor& mean, const Tensor& invstd, const OptionalTensor& gamma, const Tensor& s1,
+    const Tensor& s2, const Tensor& weight, const Tensor& act, const OptionalTensor& dact, const Tensor& x, const OptionalTensor& x_mean,
     const OptionalTensor& x_invstd, const OptionalTensor& x_scale, const OptionalTensor& x_bias, const OptionalTensor& residual,
     const OptionalTensor& residual_mean, const OptionalTensor& residual_invstd, const OptionalTensor& mask, bool need_dx, bool need_dw) {
   const Arguments check("conv_backward");
@@ -274,9 +277,13 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     share(shape.with.merge_weight, merged, shape.outputs / kTileSide, kTileSide * shape.taps * channels * merged.groups);
   }
   if (sums) {
-    const MergeSums merged{reduce.sums, reduce.parts.count, static_cast<int>(channels), static_cast<int>(count),
-                           {nullptr, read<float>(x_invstd), read<float>(residual_invstd)},
-                           {write<float>(dx_s1), write<float>(dx_s2), write<float>(residual_s2)}};
+    const MergeSums merged{
+        reduce.sums,
+        reduce.parts.count,
+        static_cast<int>(channels),
+        static_cast<int>(count),
+        {nullptr, read<float>(x_invstd), read<float>(residual_invstd)},
+        {write<float>(dx_s1), write<float>(dx_s2), write<float>(residual_s2)}};
     share(kernels().merge_sums, merged, channels, 4 * reduce.parts.count);
   }
   return {dx, dx_s1, dx_s2, residual_s2, dw};

@@ -46,8 +46,7 @@ bool runs_amx() {
 const InstructionSet kInstructionSets[] = {
     {&portable::kKernels, [] { return true; }},
 #if defined(__x86_64__)
-    {&avx2::kKernels,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+    {&avx2::kKernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
     {&avx512::kKernels, runs_avx512},
     {&avx512_bf16::kKernels, runs_avx512_bf16},
     {&amx::kKernels, runs_amx},

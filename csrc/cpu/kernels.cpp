@@ -102,9 +102,17 @@ void avg_pool_of(const AvgPool& given, int64_t first, int64_t last) {
 template <typename T>
 constexpr Convolutions convolutions = {
     pack_weight<T>,
-    pointwise_forward<T>, pointwise_backward<T>, pointwise_forward_scratch<T>, pointwise_backward_scratch<T>,
-    window_forward<T>, window_backward<T>, window_forward_scratch<T>, window_backward_scratch<T>,
-    weight_gradient<T>, weight_gradient_scratch<T>, merge_weight<T>,
+    pointwise_forward<T>,
+    pointwise_backward<T>,
+    pointwise_forward_scratch<T>,
+    pointwise_backward_scratch<T>,
+    window_forward<T>,
+    window_backward<T>,
+    window_forward_scratch<T>,
+    window_backward_scratch<T>,
+    weight_gradient<T>,
+    weight_gradient_scratch<T>,
+    merge_weight<T>,
 };
 
 }  // namespace
@@ -131,8 +139,8 @@ constexpr const Convolutions *kOfFloat = &avx512::kFloatConvolutions, *kOfBFloat
 #endif
 
 const Kernels kKernels = {
-    norm_add_act_of, moments_of,    merge_moments, backward_reduce_of, merge_sums,
-    prepare_apply,   backward_apply_of, max_pool_of,   avg_pool_of,    kOfFloat, kOfBFloat16,
+    norm_add_act_of,   moments_of,  merge_moments, backward_reduce_of, merge_sums,  prepare_apply,
+    backward_apply_of, max_pool_of, avg_pool_of,   kOfFloat,           kOfBFloat16,
 };
 
 }  // namespace FUSED_RESNET_ISA

@@ -135,8 +135,8 @@ struct AvgPool {
   void* out;         // [images, channels]
 };
 
-// Sizes of products by matrix instructions (tiles.h): the rows of a tile, those of a block, of which channels are multiples; and channels of
-// a 3x3 convolution that has a block of its own, half a tile deep.
+// Sizes of products by matrix instructions (tiles.h): the rows of a tile, those of a block, of which channels are multiples; and channels
+// of a 3x3 convolution that has a block of its own, half a tile deep.
 constexpr int kTileSide = 16, kBlockSide = 2 * kTileSide, kNarrowChannels = 16;
 
 // Convolutions of bfloat16 or fp32 with the passes around them: 1x1 (pointwise.h), and 3x3 with a padding of 1 (window.h).
@@ -223,8 +223,8 @@ struct Kernels {
 };
 
 // The tables. The numbers of fused_resnet.native.INSTRUCTION_SETS. Weak: a build for tests leaves some out.
-#define FUSED_RESNET_TABLE(isa) \
-  namespace isa {               \
+#define FUSED_RESNET_TABLE(isa)                        \
+  namespace isa {                                      \
   extern const Kernels kKernels __attribute__((weak)); \
   }
 FUSED_RESNET_TABLE(portable)

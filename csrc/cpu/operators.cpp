@@ -17,8 +17,8 @@ bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
 namespace {
 
 PoolWindow window_of(const Pool& pool) {
-  return {static_cast<int>(pool.size),   static_cast<int>(pool.stride),          static_cast<int>(pool.padding),
-          static_cast<int>(pool.height), static_cast<int>(pool.width),           static_cast<int>(pool.pooled_height()),
+  return {static_cast<int>(pool.size),          static_cast<int>(pool.stride), static_cast<int>(pool.padding),
+          static_cast<int>(pool.height),        static_cast<int>(pool.width),  static_cast<int>(pool.pooled_height()),
           static_cast<int>(pool.pooled_width())};
 }
 
@@ -51,9 +51,13 @@ std::tuple<Tensor, Tensor, Tensor, OptionalTensor> reduce(BackwardReduce argumen
   const Tensor sums = torch::stable::new_empty(x, {count, arguments.parts.count, channels}, ScalarType::Float);
   arguments.sums = write<float>(sums);
   share(kernels().backward_reduce, arguments, arguments.parts.count, arguments.parts.rows_per_part * channels);
-  const MergeSums merged{arguments.sums, arguments.parts.count, channels, static_cast<int>(count),
-                         {nullptr, read<float>(inputs.invstd), read<float>(inputs.residual_invstd)},
-                         {write<float>(s1), write<float>(s2), write<float>(residual_s2)}};
+  const MergeSums merged{
+      arguments.sums,
+      arguments.parts.count,
+      channels,
+      static_cast<int>(count),
+      {nullptr, read<float>(inputs.invstd), read<float>(inputs.residual_invstd)},
+      {write<float>(s1), write<float>(s2), write<float>(residual_s2)}};
   share(kernels().merge_sums, merged, channels, 4 * arguments.parts.count);
   return {dz, s1, s2, residual_s2};
 }
@@ -110,9 +114,9 @@ Coefficients5 merge_moments(const Tensor& counts, const Tensor& means, const Ten
   return results;
 }
 
-std::tuple<Tensor, OptionalTensor> norm_add_act(
-    const Tensor& x, const Tensor& scale, const Tensor& bias, const OptionalTensor& residual, const OptionalTensor& residual_scale,
-    const OptionalTensor& residual_bias, bool relu, bool save_mask) {
+std::tuple<Tensor, OptionalTensor> norm_add_act(const Tensor& x, const Tensor& scale, const Tensor& bias, const OptionalTensor& residual,
+                                                const OptionalTensor& residual_scale, const OptionalTensor& residual_bias, bool relu,
+                                                bool save_mask) {
   const Arguments check("norm_add_act");
   check.activation("x", x);
   check.vector("scale", scale, x);
@@ -162,8 +166,8 @@ Tensor norm_backward_apply(const Tensor& dz, const Tensor& y, const Tensor& mean
   return dy;
 }
 
-std::tuple<Tensor, Tensor> norm_act_max_pool(const Tensor& x, const Tensor& scale, const Tensor& bias, int64_t kernel_size,
-                                             int64_t stride, int64_t padding) {
+std::tuple<Tensor, Tensor> norm_act_max_pool(const Tensor& x, const Tensor& scale, const Tensor& bias, int64_t kernel_size, int64_t stride,
+                                             int64_t padding) {
   const Arguments check("norm_act_max_pool");
   check.activation("x", x);
   check.vector("scale", scale, x);
@@ -171,8 +175,8 @@ std::tuple<Tensor, Tensor> norm_act_max_pool(const Tensor& x, const Tensor& scal
   const Pool pool(check, x, kernel_size, stride, padding);
 
   const Tensor out = pool.empty(x, x.scalar_type()), index = pool.empty(x, ScalarType::Byte);
-  const MaxPool arguments{extent_of(x), x.const_data_ptr(), read<float>(scale), read<float>(bias), window_of(pool),
-                          out.mutable_data_ptr(), write<uint8_t>(index)};
+  const MaxPool arguments{extent_of(x),    x.const_data_ptr(),     read<float>(scale),   read<float>(bias),
+                          window_of(pool), out.mutable_data_ptr(), write<uint8_t>(index)};
   share(kernels().max_pool, arguments, x.size(0) * pool.pooled_height(),
         pool.pooled_width() * kernel_size * kernel_size * arguments.extent.channels);
   return {out, index};
@@ -198,9 +202,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_max_pool_backward(
   return {dz, s1, s2};
 }
 
-std::tuple<Tensor, OptionalTensor> norm_add_act_avg_pool(
-    const Tensor& x, const Tensor& scale, const Tensor& bias, const OptionalTensor& residual, const OptionalTensor& residual_scale,
-    const OptionalTensor& residual_bias) {
+std::tuple<Tensor, OptionalTensor> norm_add_act_avg_pool(const Tensor& x, const Tensor& scale, const Tensor& bias,
+                                                         const OptionalTensor& residual, const OptionalTensor& residual_scale,
+                                                         const OptionalTensor& residual_bias) {
   const Arguments check("norm_add_act_avg_pool");
   check.activation("x", x);
   check.vector("scale", scale, x);

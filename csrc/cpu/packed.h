@@ -84,9 +84,10 @@ struct Pairs {
   __m512i first, second;
 
   FUSED_RESNET_INLINE Pairs(const BFloat16* even, const BFloat16* odd) {
-    const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2,
-                                           33, 1, 32, 0);
-    const __m512i upper = even ? _mm512_loadu_si512(even) : _mm512_setzero_si512(), lower = odd ? _mm512_loadu_si512(odd) : _mm512_setzero_si512();
+    const __m512i order = _mm512_set_epi16(
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i upper = even ? _mm512_loadu_si512(even) : _mm512_setzero_si512(),
+                  lower = odd ? _mm512_loadu_si512(odd) : _mm512_setzero_si512();
     first = _mm512_permutex2var_epi16(upper, order, lower);
     second = _mm512_permutex2var_epi16(upper, _mm512_add_epi16(order, _mm512_set1_epi16(kTileSide)), lower);
   }
@@ -117,8 +118,10 @@ FUSED_RESNET_INLINE void transpose(__m512i (&rows)[kTileSide]) {
   // doubles[4 g + j]: of rows 4 g to 4 g + 3, the columns j, 4 + j, 8 + j, 12 + j, 128 bits each.
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const __m512i low = _mm512_shuffle_i32x4(doubles[j], doubles[4 + j], 0x88), high = _mm512_shuffle_i32x4(doubles[8 + j], doubles[12 + j], 0x88);
-    const __m512i odd_low = _mm512_shuffle_i32x4(doubles[j], doubles[4 + j], 0xdd), odd_high = _mm512_shuffle_i32x4(doubles[8 + j], doubles[12 + j], 0xdd);
+    const __m512i low = _mm512_shuffle_i32x4(doubles[j], doubles[4 + j], 0x88),
+                  high = _mm512_shuffle_i32x4(doubles[8 + j], doubles[12 + j], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(doubles[j], doubles[4 + j], 0xdd),
+                  odd_high = _mm512_shuffle_i32x4(doubles[8 + j], doubles[12 + j], 0xdd);
     rows[j] = _mm512_shuffle_i32x4(low, high, 0x88);
     rows[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
     rows[8 + j] = _mm512_shuffle_i32x4(low, high, 0xdd);
@@ -157,7 +160,8 @@ FUSED_RESNET_INLINE void write_two_words(BFloat16* to, BFloat16* other, const Ro
 // A matrix of 16 by 16 words, transposed; its rows lie `stride` bytes apart.
 FUSED_RESNET_INLINE void transpose_tile(const void* from, int64_t stride, void* to) {
   for (int i = 0; i < kTileSide; ++i) {
-    for (int j = 0; j < kTileSide; ++j) __builtin_memcpy(static_cast<char*>(to) + j * 64 + i * 4, static_cast<const char*>(from) + i * stride + j * 4, 4);
+    for (int j = 0; j < kTileSide; ++j)
+      __builtin_memcpy(static_cast<char*>(to) + j * 64 + i * 4, static_cast<const char*>(from) + i * stride + j * 4, 4);
   }
 }
 
@@ -181,14 +185,16 @@ FUSED_RESNET_INLINE void pack_rows(RowOf&& row_of, int64_t depth, int64_t count,
     }
     if (block == last) continue;
     T* to = packed + (block * count * steps + step) * kTileValues<T>;
-    for (int64_t line = 0; line < kTileSide; ++line) write_words(to + line * kDepth<T>, Rows<T>(row_of, step * kDepth<T> + line * kWord<T>, block * kTileSide));
+    for (int64_t line = 0; line < kTileSide; ++line)
+      write_words(to + line * kDepth<T>, Rows<T>(row_of, step * kDepth<T> + line * kWord<T>, block * kTileSide));
   }
 }
 
 // The same of rows that lie `stride` values apart.
 template <typename T>
 FUSED_RESNET_INLINE void pack(const T* from, int64_t depth, int64_t stride, int64_t count, int64_t first, int64_t last, T* packed) {
-  pack_rows([=](int64_t row) FUSED_RESNET_LAMBDA { return row < depth ? from + row * stride : nullptr; }, depth, count, first, last, packed);
+  const auto row_of = [=](int64_t row) FUSED_RESNET_LAMBDA { return row < depth ? from + row * stride : nullptr; };
+  pack_rows(row_of, depth, count, first, last, packed);
 }
 
 // [columns, depth] -> packed, of the column blocks [first, last). Depth is a multiple of kDepth.
@@ -196,7 +202,8 @@ template <typename T>
 FUSED_RESNET_INLINE void pack_transposed(const T* from, int64_t depth, int64_t first, int64_t last, T* packed) {
   for (int64_t block = first; block < last; ++block) {
     for (int64_t step = 0; step < depth; step += kDepth<T>) {
-      transpose_tile(from + block * kTileSide * depth + step, depth * static_cast<int64_t>(sizeof(T)), packed + (block * depth + step) * kTileSide);
+      transpose_tile(
+          from + block * kTileSide * depth + step, depth * static_cast<int64_t>(sizeof(T)), packed + (block * depth + step) * kTileSide);
     }
   }
 }

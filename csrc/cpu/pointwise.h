@@ -122,7 +122,8 @@ void pointwise_backward(const ConvBackward& given, int64_t first_group, int64_t 
         pack_left(dy, count, outputs, outputs, space.left);
         pack(act + rows.first * inputs, count, inputs, 1, 0, inputs / kTileSide, space.right);
         const int64_t steps = (count + kDepth<T> - 1) / kDepth<T>;
-        add_outer(space.left, outputs, space.right, inputs, steps * kTileValues<T>, steps, given.sums + group * outputs * inputs, part == first_part);
+        add_outer(space.left, outputs, space.right, inputs, steps * kTileValues<T>, steps, given.sums + group * outputs * inputs,
+                  part == first_part);
       }
     }
   }

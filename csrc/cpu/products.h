@@ -127,7 +127,8 @@ struct Sums {
   FUSED_RESNET_INLINE void add_word(const T* left, int64_t row_step, const Columns& right, int word) {
     Words<T> columns[kTiles * kVectors];
 #pragma GCC unroll 4
-    for (int i = 0; i < kTiles * kVectors; ++i) columns[i] = load_words(right.tiles[i / kVectors] + word * kDepth<T> + i % kVectors * kLanes * kWord<T>);
+    for (int i = 0; i < kTiles * kVectors; ++i)
+      columns[i] = load_words(right.tiles[i / kVectors] + word * kDepth<T> + i % kVectors * kLanes * kWord<T>);
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
       const Words<T> one = spread_word(left + row * row_step);
@@ -180,8 +181,8 @@ FUSED_RESNET_INLINE void multiply(const T* left, int64_t rows, int64_t depth, co
   }
 }
 
-// out [kRows, kTiles * 16] = the windows' rows · packed right, of windows one pixel apart; rows of out lie `stride` values apart. A window is
-// kWindow lines of kWindow pixels, `line` values apart; `right` holds a line after the other.
+// out [kRows, kTiles * 16] = the windows' rows · packed right, of windows one pixel apart; rows of out lie `stride` values apart. A window
+// is kWindow lines of kWindow pixels, `line` values apart; `right` holds a line after the other.
 template <int kRows, int kTiles, typename T>
 FUSED_RESNET_INLINE void window_rows(const T* window, int64_t channels, int64_t line, const T* right, T* out, int64_t stride) {
   const int64_t depth = kWindow * channels;
@@ -195,7 +196,8 @@ FUSED_RESNET_INLINE void window_rows(const T* window, int64_t channels, int64_t 
 // block [32, 32], of 32 windows.
 template <typename T>
 FUSED_RESNET_INLINE void window_block(const T* window, int64_t channels, int64_t line, const T* right, T* block) {
-  for (int column = 0; column < kBlockSide; column += kSumTiles * kTileSide, right += kSumTiles * kTileSide * kWindow * kWindow * channels) {
+  for (int column = 0; column < kBlockSide;
+       column += kSumTiles * kTileSide, right += kSumTiles * kTileSide * kWindow * kWindow * channels) {
     for (int row = 0; row < kBlockSide; row += kSumRows) {
       window_rows<kSumRows, kSumTiles>(window + row * channels, channels, line, right, block + row * kBlockSide + column, kBlockSide);
     }
@@ -210,12 +212,12 @@ FUSED_RESNET_INLINE void narrow_window_block(const T* window, int64_t line, cons
   }
 }
 
-// Two by two tiles of sums (+)= left · right, both packed, `steps` tiles of depth; right's second column block lies `between` values after the
-// first, the second row of sums `below` sums after the first. `first`: sums are not read. Depth goes in `runs` of so many words, of which
-// right_of(run) is the right factor's; the left factor's follow one another.
+// Two by two tiles of sums (+)= left · right, both packed, `steps` tiles of depth; right's second column block lies `between` values after
+// the first, the second row of sums `below` sums after the first. `first`: sums are not read. Depth goes in `runs` of so many words, of
+// which right_of(run) is the right factor's; the left factor's follow one another.
 template <typename T, typename RightOf>
-FUSED_RESNET_INLINE void add_block(const T* left, RightOf&& right_of, int64_t between, int64_t steps, int64_t runs, int64_t words, float* sums,
-                                   int64_t below, bool first) {
+FUSED_RESNET_INLINE void add_block(const T* left, RightOf&& right_of, int64_t between, int64_t steps, int64_t runs, int64_t words,
+                                   float* sums, int64_t below, bool first) {
   for (int tile = 0; tile < 2; ++tile, left += steps * kTileValues<T>, sums += below) {
     for (int column = 0; column < 2; column += kSumTiles) {
       for (int row = 0; row < kTileSide; row += kSumRows) {
@@ -248,8 +250,8 @@ FUSED_RESNET_INLINE void add_narrow_outer(const T* left, RightOf&& right_of, int
 
 // sums [rows, columns] in tiles (+)= left · right, block by block.
 template <typename T>
-FUSED_RESNET_INLINE void add_outer(const T* left, int64_t rows, const T* right, int64_t columns, int64_t between, int64_t steps, float* sums,
-                                   bool first) {
+FUSED_RESNET_INLINE void add_outer(const T* left, int64_t rows, const T* right, int64_t columns, int64_t between, int64_t steps,
+                                   float* sums, bool first) {
   const int64_t across = columns / kTileSide;
   for (int64_t row = 0; row < rows / kTileSide; row += 2) {
     for (int64_t column = 0; column < across; column += 2) {

@@ -132,7 +132,8 @@ FUSED_RESNET_INLINE void window_block(const BFloat16* window, int64_t channels, 
   store_sums(block, kBlockSide, kBlockSide);
 }
 
-// The same for kNarrowChannels channels on both sides: block [64, 16], by `Tiles(true)`. A line of a window is one and a half steps of depth.
+// The same for kNarrowChannels channels on both sides: block [64, 16], by `Tiles(true)`. A line of a window is one and a half steps of
+// depth.
 FUSED_RESNET_INLINE void narrow_window_block(const BFloat16* window, int64_t line, const BFloat16* right, BFloat16* block) {
   constexpr int64_t kRow = kNarrowChannels * sizeof(BFloat16), kNext = kTileSide * kNarrowChannels;
   _tile_zero(0);

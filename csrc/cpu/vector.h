@@ -38,9 +38,7 @@ FUSED_RESNET_INLINE Floats load(const BFloat16* from) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-FUSED_RESNET_INLINE Floats load(const Half* from) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
+FUSED_RESNET_INLINE Floats load(const Half* from) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
 FUSED_RESNET_INLINE Floats load(const uint8_t* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
@@ -94,9 +92,7 @@ FUSED_RESNET_INLINE Floats load(const BFloat16* from) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
-FUSED_RESNET_INLINE Floats load(const Half* from) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
+FUSED_RESNET_INLINE Floats load(const Half* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
 FUSED_RESNET_INLINE Floats load(const uint8_t* from) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
@@ -249,9 +245,7 @@ FUSED_RESNET_INLINE Floats select(Flags which, Floats yes, Floats no) {
   return reinterpret_cast<Floats>((reinterpret_cast<Flags>(yes) & which) | (reinterpret_cast<Flags>(no) & ~which));
 }
 FUSED_RESNET_INLINE Floats keep(Flags which, Floats values) { return reinterpret_cast<Floats>(reinterpret_cast<Flags>(values) & which); }
-FUSED_RESNET_INLINE unsigned bits_of(Flags flags) {
-  return (flags[0] & 1u) | (flags[1] & 2u) | (flags[2] & 4u) | (flags[3] & 8u);
-}
+FUSED_RESNET_INLINE unsigned bits_of(Flags flags) { return (flags[0] & 1u) | (flags[1] & 2u) | (flags[2] & 4u) | (flags[3] & 8u); }
 FUSED_RESNET_INLINE Flags flags_of(unsigned bits) {
   const Flags lane{1, 2, 4, 8};
   return ((Flags{} + static_cast<int32_t>(bits)) & lane) == lane;

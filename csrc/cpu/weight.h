@@ -18,7 +18,8 @@ FUSED_RESNET_INLINE void pack_narrow(const T* from, bool forward, T* to) {
     const int64_t tap = k / kNarrowChannels, channel = k % kNarrowChannels;
     for (int64_t column = 0; column < kNarrowChannels; ++column) {
       to[k / kWord<T> * kDepth<T> + column * kWord<T> + k % kWord<T>] =
-          forward ? from[(column * kTaps + tap) * kNarrowChannels + channel] : from[(channel * kTaps + kTaps - 1 - tap) * kNarrowChannels + column];
+          forward ? from[(column * kTaps + tap) * kNarrowChannels + channel]
+                  : from[(channel * kTaps + kTaps - 1 - tap) * kNarrowChannels + column];
     }
   }
 }
@@ -46,7 +47,8 @@ void merge_weight(const MergeWeight& given, int64_t first_block, int64_t last_bl
       for (int64_t row = 0; row < kTileSide; ++row) {
         T* line = to + ((block * kTileSide + row) * given.taps + tap) * given.inputs;
         for (int64_t column = 0; column < given.inputs; column += kLanes) {
-          const float* from = given.sums + tap * size + (block * across + column / kTileSide) * kTileSums + row * kTileSide + column % kTileSide;
+          const float* from =
+              given.sums + tap * size + (block * across + column / kTileSide) * kTileSums + row * kTileSide + column % kTileSide;
           Floats sum = load(from);
           for (int64_t group = 1; group < given.groups; ++group) sum = sum + load(from + group * given.taps * size);
           store(line + column, rounded(T{}, sum));

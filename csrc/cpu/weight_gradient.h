@@ -12,8 +12,8 @@
 namespace fused_resnet {
 namespace FUSED_RESNET_ISA {
 
-// Positions of a band: packed, 32 outputs of it stay in the first cache, and a share in the second. A 3x3 convolution packs its borders, too,
-// and so takes longer ones.
+// Positions of a band: packed, 32 outputs of it stay in the first cache, and a share in the second. A 3x3 convolution packs its borders,
+// too, and so takes longer ones.
 template <typename T>
 FUSED_RESNET_INLINE int64_t band_of(const WeightGradient& given) {
   return (given.taps > 1 ? 1024 : 512) / static_cast<int64_t>(sizeof(T));
@@ -118,7 +118,8 @@ void weight_gradient(const WeightGradient& given, int64_t first_unit, int64_t la
     copy_lines(shape, act + pixel * inputs, count * images.height, space.act);
     bool first = image == 0;
     over_bands<T>(shape, count, most, [&](const Band<T>& band, int64_t position, int64_t positions) FUSED_RESNET_LAMBDA {
-      add_band(given, share, space, shape, band, space.dy + (shape.border() + position) * outputs, space.act + position * inputs, positions, first);
+      add_band(given, share, space, shape, band, space.dy + (shape.border() + position) * outputs, space.act + position * inputs, positions,
+               first);
       first = false;
     });
   }

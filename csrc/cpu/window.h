@@ -38,7 +38,9 @@ struct Padded {
   // The borders at both ends, and what a last block of rows reads beyond.
   FUSED_RESNET_INLINE int64_t values(int64_t images) const { return (positions(images) + 2 * border() + kNarrowRows) * channels; }
   template <typename T>
-  FUSED_RESNET_INLINE T* line(T* padded, int64_t line) const { return padded + (border() + position(line)) * channels; }
+  FUSED_RESNET_INLINE T* line(T* padded, int64_t line) const {
+    return padded + (border() + position(line)) * channels;
+  }
 };
 
 template <typename T>
@@ -82,7 +84,8 @@ FUSED_RESNET_INLINE void window_product(const Padded& shape, const T* padded, in
 
 // The same by vectors, of lines that are whole groups of kRows pixels: no border has a part in it.
 template <int kRows, int kTiles, typename T>
-FUSED_RESNET_INLINE void line_product(const Padded& shape, const T* padded, int64_t pixel, int64_t count, const T* packed, int64_t columns, T* out) {
+FUSED_RESNET_INLINE void line_product(const Padded& shape, const T* padded, int64_t pixel, int64_t count, const T* packed, int64_t columns,
+                                      T* out) {
   const int64_t channels = shape.channels, first = pixel / shape.width, lines = count / shape.width;
   for (int64_t column = 0; column < columns; column += kTiles * kTileSide) {
     T* to = out + column;
@@ -96,13 +99,15 @@ FUSED_RESNET_INLINE void line_product(const Padded& shape, const T* padded, int6
 }
 
 template <typename T>
-FUSED_RESNET_INLINE void window_product(const Padded& shape, const T* padded, int64_t pixel, int64_t count, const T* packed, int64_t columns, T* out) {
+FUSED_RESNET_INLINE void window_product(const Padded& shape, const T* padded, int64_t pixel, int64_t count, const T* packed,
+                                        int64_t columns, T* out) {
   const bool narrow = columns == kNarrowChannels;
   if constexpr (kByVectors<T>) {
     if (narrow && shape.width % kTallRows == 0) return line_product<kTallRows, 1>(shape, padded, pixel, count, packed, columns, out);
     if (!narrow && shape.width % kSumRows == 0) return line_product<kSumRows, kSumTiles>(shape, padded, pixel, count, packed, columns, out);
     if constexpr (kSumRows > kOddRows) {  // 7, 14, 28: of images of 224 pixels
-      if (!narrow && shape.width % kOddRows == 0) return line_product<kOddRows, kSumTiles>(shape, padded, pixel, count, packed, columns, out);
+      if (!narrow && shape.width % kOddRows == 0)
+        return line_product<kOddRows, kSumTiles>(shape, padded, pixel, count, packed, columns, out);
     }
   }
   if (narrow) return window_product<kNarrowRows, kNarrowChannels>(shape, padded, pixel, count, packed, columns, out);
@@ -184,15 +189,15 @@ struct WindowScratch {
   }
 };
 
-// Where the right factor of dweight begins for a tap, `distance` positions along depth. Depth goes by words, which for bfloat16 are pairs: the
-// factor is packed twice then, in pairs that begin at even positions, and at odd ones.
+// Where the right factor of dweight begins for a tap, `distance` positions along depth. Depth goes by words, which for bfloat16 are pairs:
+// the factor is packed twice then, in pairs that begin at even positions, and at odd ones.
 template <typename T>
 FUSED_RESNET_INLINE const T* at_distance(const T* even, const T* odd, int64_t distance) {
   return (distance % kWord<T> ? odd : even) + distance / kWord<T> * kDepth<T>;
 }
 
-// The pixels of which dweight is summed at once, as runs along depth: by tiles one run of positions, borders among them; by vectors the lines
-// without their borders, so that products have none.
+// The pixels of which dweight is summed at once, as runs along depth: by tiles one run of positions, borders among them; by vectors the
+// lines without their borders, so that products have none.
 template <typename T>
 struct Band {
   static constexpr int64_t kMostRuns = 64;
@@ -239,7 +244,8 @@ FUSED_RESNET_INLINE void over_bands(const Padded& shape, int64_t images, int64_t
 
 // The left factor of a band: `rows` of dy's outputs, of which `dy` has the first at the band's first position.
 template <typename T>
-FUSED_RESNET_INLINE void pack_band(const Padded& shape, const Band<T>& band, const T* dy, int64_t count, int64_t rows, int64_t outputs, T* packed) {
+FUSED_RESNET_INLINE void pack_band(const Padded& shape, const Band<T>& band, const T* dy, int64_t count, int64_t rows, int64_t outputs,
+                                   T* packed) {
   if constexpr (kByVectors<T>) {
     const int64_t depth = band.words * kWord<T>;
     const auto row_of = [&](int64_t row) FUSED_RESNET_LAMBDA {
@@ -257,8 +263,8 @@ template <typename T>
 FUSED_RESNET_INLINE void add_band_block(const Band<T>& band, const T* left, const T* even, const T* odd, int64_t distance, int64_t between,
                                         float* sums, int64_t below, bool first) {
   if constexpr (kByVectors<T>) {
-    add_block(left, [&](int64_t run) FUSED_RESNET_LAMBDA { return band.right(even, odd, run, distance); }, between, band.steps(), band.runs,
-              band.words, sums, below, first);
+    const auto right_of = [&](int64_t run) FUSED_RESNET_LAMBDA { return band.right(even, odd, run, distance); };
+    add_block(left, right_of, between, band.steps(), band.runs, band.words, sums, below, first);
   } else {
     add_block(left, at_distance(even, odd, distance), between, band.steps(), sums, below, first);
   }
@@ -334,8 +340,8 @@ void window_backward(const ConvBackward& given, int64_t first_group, int64_t las
         for (int64_t part = unit.first_part; part < unit.last_part; ++part) {
           const PartRows rows(given.reduce.parts, part, given.reduce.extent.rows);
           T* dx = given.pending ? space.dx : static_cast<T*>(given.reduce.dz) + rows.first * inputs;
-          window_product(shape_of_dy, space.dy, rows.first - unit.first_row, rows.last - rows.first,
-                         static_cast<const T*>(given.packed), inputs, dx);
+          window_product(
+              shape_of_dy, space.dy, rows.first - unit.first_row, rows.last - rows.first, static_cast<const T*>(given.packed), inputs, dx);
           finish_gradient(given, part, rows, dx);
         }
       }

@@ -29,19 +29,21 @@ inline Parts parts_of(const Tensor& x) {
 
 inline Extent extent_of(const Tensor& x) {
   const ScalarType dtype = x.scalar_type();
-  const Element element =
-      dtype == ScalarType::Half ? Element::kHalf : dtype == ScalarType::BFloat16 ? Element::kBFloat16 : Element::kFloat;
+  const Element element = dtype == ScalarType::Half ? Element::kHalf : dtype == ScalarType::BFloat16 ? Element::kBFloat16 : Element::kFloat;
   return {rows_of(x), channels_of(x), element};
 }
 
 // Calls kernel(arguments, first, last) on ranges of [0, count), `size` elements each, by PyTorch's threads.
 template <typename Arguments>
 void share(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& arguments, int64_t count, int64_t size) {
-  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)),
-                              [&](int64_t first, int64_t last) { kernel(arguments, first, last); });
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)), [&](int64_t first, int64_t last) {
+    kernel(arguments, first, last);
+  });
 }
 
-inline void merge(const MergeMoments& arguments) { share(kernels().merge_moments, arguments, arguments.channels, 8 * arguments.parts.count); }
+inline void merge(const MergeMoments& arguments) {
+  share(kernels().merge_moments, arguments, arguments.channels, 8 * arguments.parts.count);
+}
 
 // The results of a norm's statistics.
 inline Coefficients5 empty_coefficients(const Tensor& like, int64_t channels) {
@@ -59,10 +61,19 @@ inline void write_to(MergeMoments& arguments, const Coefficients5& results) {
 }
 
 inline NormAddAct norm_add_act_arguments(const Tensor& x, const Tensor& scale, const Tensor& bias, const OptionalTensor& residual,
-                                  const OptionalTensor& residual_scale, const OptionalTensor& residual_bias) {
+                                         const OptionalTensor& residual_scale, const OptionalTensor& residual_bias) {
   const Residual kind = residual_scale ? Residual::kRaw : residual ? Residual::kMaterialised : Residual::kNone;
-  return {extent_of(x), x.const_data_ptr(), read<float>(scale), read<float>(bias), kind, read<void>(residual),
-          read<float>(residual_scale), read<float>(residual_bias), true, nullptr, nullptr};
+  return {extent_of(x),
+          x.const_data_ptr(),
+          read<float>(scale),
+          read<float>(bias),
+          kind,
+          read<void>(residual),
+          read<float>(residual_scale),
+          read<float>(residual_bias),
+          true,
+          nullptr,
+          nullptr};
 }
 
 // Batch norm's backward, ready but for dy. `coefficients` holds what is made of the sums.
@@ -70,8 +81,16 @@ inline BackwardApply backward_apply_arguments(const ApplyInputs& inputs, Optiona
   const Extent extent = extent_of(inputs.y);
   coefficients = torch::stable::new_empty(inputs.y, {3, extent.channels}, ScalarType::Float);
   const BackwardApply arguments{
-      extent,          inputs.dz.const_data_ptr(), inputs.y.const_data_ptr(),   read<float>(inputs.mean), read<float>(inputs.invstd),
-      read<float>(inputs.gamma), read<float>(inputs.s1), read<float>(inputs.s2), write<float>(coefficients), nullptr,
+      extent,
+      inputs.dz.const_data_ptr(),
+      inputs.y.const_data_ptr(),
+      read<float>(inputs.mean),
+      read<float>(inputs.invstd),
+      read<float>(inputs.gamma),
+      read<float>(inputs.s1),
+      read<float>(inputs.s2),
+      write<float>(coefficients),
+      nullptr,
   };
   kernels().prepare_apply(arguments, 0, extent.channels);
   return arguments;

@@ -107,7 +107,7 @@ def test_wheel_without_compilers_says_what_is_missing(source):
     extras = {line.partition(";")[0] for line in metadata.get_all("Requires-Dist") if "extra ==" in line}
     assert extras == {
         "numpy<2.4", "nvidia-cudnn-frontend<1.29,>=1.27", "nvidia-cudnn-frontend>=1.27", "pytest", "pytest-benchmark", "pytest-timeout",
-        "pytest-xdist", "hypothesis", "ruff", "mypy==2.4.1", "huggingface_hub", "safetensors", "pyyaml", "onnx", "onnxruntime", "onnxscript",
+        "pytest-xdist", "hypothesis", "ruff", "mypy==2.4.1", "clang-format==23.1.*", "huggingface_hub", "safetensors", "pyyaml", "onnx", "onnxruntime", "onnxscript",
         "pytorch-lightning", "tensorboard", "timm", "torchvision", "fused_resnet[test]", "accelerate", "captum", "peft", "pytorch-ignite",
         "pytorch-metric-learning", "skorch", "torch-pruning", "tqdm", "opencv-python-headless", "scikit-learn",
     }  # fmt: skip

@@ -1,5 +1,5 @@
-// Every kernel of csrc/cpu/, portable, on pseudo-random tensors; prints a hash of the bits of each result. tests/csrc/test_aarch64.py compares
-// machines: the same sources give the same bits on all of them.
+// Every kernel of csrc/cpu/, portable, on pseudo-random tensors; prints a hash of the bits of each result. tests/csrc/test_aarch64.py
+// compares machines: the same sources give the same bits on all of them.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -67,9 +67,10 @@ void run(Element element, int channels) {
   Bytes mask(rows * groups_of(channels)), act(bytes), dz(bytes), dy(bytes);
 
   for (int kind = 0; kind < 3; ++kind) {
-    kernels.norm_add_act({extent, x.data(), scale.data(), bias.data(), static_cast<Residual>(kind), kind ? residual.data() : nullptr,
-                          kind == 2 ? other_scale.data() : nullptr, kind == 2 ? other_bias.data() : nullptr, true, act.data(),
-                          kind ? mask.data() : nullptr}, 0, rows);
+    kernels.norm_add_act(
+        {extent, x.data(), scale.data(), bias.data(), static_cast<Residual>(kind), kind ? residual.data() : nullptr,
+         kind == 2 ? other_scale.data() : nullptr, kind == 2 ? other_bias.data() : nullptr, true, act.data(), kind ? mask.data() : nullptr},
+        0, rows);
     print("norm_add_act", "act", element, channels, act);
   }
   print("norm_add_act", "mask", element, channels, mask);
@@ -80,23 +81,26 @@ void run(Element element, int channels) {
   print("moments", "means", element, channels, means);
   print("moments", "m2", element, channels, m2s);
   for (auto& one : found) one.resize(channels);
-  kernels.merge_moments({means.data(), m2s.data(), nullptr, parts, rows, channels, gamma.data(), bias.data(), 1e-5, found[0].data(), nullptr,
-                         found[1].data(), found[2].data(), found[3].data(), found[4].data()}, 0, channels);
+  kernels.merge_moments({means.data(), m2s.data(), nullptr, parts, rows, channels, gamma.data(), bias.data(), 1e-5, found[0].data(),
+                         nullptr, found[1].data(), found[2].data(), found[3].data(), found[4].data()},
+                        0, channels);
   for (int i = 0; i < 5; ++i) print("merge_moments", "of five", element, channels, found[i]);
 
   std::vector<float> sums(3 * parts.count * channels), totals[3];
   for (auto& one : totals) one.resize(channels);
-  const BackwardReduce plain{extent, Gradient::kSummed, d.data(), dact.data(), pixels, nullptr, {}, Mask::kBits, mask.data(), x.data(),
-                             mean.data(), scale.data(), bias.data(), residual.data(), other_mean.data(), dz.data(), parts, sums.data()};
+  const BackwardReduce plain{
+      extent,   Gradient::kSummed, d.data(),     dact.data(), pixels,          nullptr,           {},        Mask::kBits, mask.data(),
+      x.data(), mean.data(),       scale.data(), bias.data(), residual.data(), other_mean.data(), dz.data(), parts,       sums.data()};
   kernels.backward_reduce(plain, 0, parts.count);
   print("backward_reduce", "dz", element, channels, dz);
   print("backward_reduce", "sums", element, channels, sums);
-  kernels.merge_sums({sums.data(), parts.count, channels, 3, {nullptr, invstd.data(), nullptr},
-                      {totals[0].data(), totals[1].data(), totals[2].data()}}, 0, channels);
+  kernels.merge_sums(
+      {sums.data(), parts.count, channels, 3, {nullptr, invstd.data(), nullptr}, {totals[0].data(), totals[1].data(), totals[2].data()}}, 0,
+      channels);
   for (const auto& one : totals) print("merge_sums", "of three", element, channels, one);
   std::vector<float> coefficients(3 * channels);
-  const BackwardApply apply{extent, dz.data(), x.data(), mean.data(), invstd.data(), gamma.data(), totals[0].data(), totals[1].data(),
-                            coefficients.data(), dy.data()};
+  const BackwardApply apply{extent,       dz.data(),        x.data(),         mean.data(),         invstd.data(),
+                            gamma.data(), totals[0].data(), totals[1].data(), coefficients.data(), dy.data()};
   kernels.prepare_apply(apply, 0, channels);
   kernels.backward_apply(apply, 0, rows);
   print("backward_apply", "dy", element, channels, dy);
@@ -110,14 +114,20 @@ void run(Element element, int channels) {
   const Bytes dout = tensor(element, pooled);
   std::vector<float> two(2 * parts.count * channels);
   kernels.backward_reduce({extent, Gradient::kMaxPooled, dout.data(), nullptr, pixels, index.data(), window, Mask::kRecomputed, nullptr,
-                           x.data(), mean.data(), scale.data(), bias.data(), nullptr, nullptr, dz.data(), parts, two.data()}, 0, parts.count);
+                           x.data(), mean.data(), scale.data(), bias.data(), nullptr, nullptr, dz.data(), parts, two.data()},
+                          0, parts.count);
   print("max_pool backward", "dz", element, channels, dz);
   print("max_pool backward", "sums", element, channels, two);
 
   std::vector<float> of_images(images * channels);
   Bytes averages(images * channels * size_of(element));
-  kernels.avg_pool({{extent, x.data(), scale.data(), bias.data(), Residual::kMaterialised, residual.data(), nullptr, nullptr, true, nullptr,
-                     mask.data()}, pixels, of_images.data(), averages.data()}, 0, images);
+  kernels.avg_pool(
+      {{extent, x.data(), scale.data(), bias.data(), Residual::kMaterialised, residual.data(), nullptr, nullptr, true, nullptr,
+        mask.data()},
+       pixels,
+       of_images.data(),
+       averages.data()},
+      0, images);
   print("avg_pool", "out", element, channels, averages);
   print("avg_pool", "mask", element, channels, mask);
 }

@@ -68,19 +68,13 @@ extern const int warpSize;
 __forceinline__ void __syncthreads() { simt::meet_block(simt::Kind::kSyncthreads, false); }
 __forceinline__ int __syncthreads_count(int predicate) { return simt::meet_block(simt::Kind::kSyncthreadsCount, predicate != 0); }
 __forceinline__ int __syncthreads_or(int predicate) { return simt::meet_block(simt::Kind::kSyncthreadsOr, predicate != 0) != 0; }
-__forceinline__ int __syncthreads_and(int predicate) {
-  return simt::meet_block(simt::Kind::kSyncthreadsAnd, predicate == 0) == 0;
-}
+__forceinline__ int __syncthreads_and(int predicate) { return simt::meet_block(simt::Kind::kSyncthreadsAnd, predicate == 0) == 0; }
 __forceinline__ void __syncwarp(unsigned mask = 0xffffffffu) { simt::meet_warp(simt::Kind::kSyncwarp, mask, 0, 0, 32); }
 __forceinline__ unsigned __ballot_sync(unsigned mask, int predicate) {
   return static_cast<unsigned>(simt::meet_warp(simt::Kind::kBallot, mask, predicate != 0, 0, 32));
 }
-__forceinline__ int __any_sync(unsigned mask, int predicate) {
-  return simt::meet_warp(simt::Kind::kAny, mask, predicate != 0, 0, 32) != 0;
-}
-__forceinline__ int __all_sync(unsigned mask, int predicate) {
-  return simt::meet_warp(simt::Kind::kAll, mask, predicate == 0, 0, 32) == 0;
-}
+__forceinline__ int __any_sync(unsigned mask, int predicate) { return simt::meet_warp(simt::Kind::kAny, mask, predicate != 0, 0, 32) != 0; }
+__forceinline__ int __all_sync(unsigned mask, int predicate) { return simt::meet_warp(simt::Kind::kAll, mask, predicate == 0, 0, 32) == 0; }
 
 namespace simt {
 template <typename T>
@@ -167,18 +161,18 @@ __forceinline__ T atomic_change(T* address, Change change) {
 }
 }  // namespace simt
 
-#define SIMT_ATOMICS(T)                                                                                                       \
-  __forceinline__ T atomicAdd(T* address, T value) { return __atomic_fetch_add(address, value, __ATOMIC_RELAXED); }           \
-  __forceinline__ T atomicExch(T* address, T value) { return __atomic_exchange_n(address, value, __ATOMIC_RELAXED); }         \
-  __forceinline__ T atomicMax(T* address, T value) {                                                                          \
-    return simt::atomic_change(address, [=](T old) { return old < value ? value : old; });                                    \
-  }                                                                                                                           \
-  __forceinline__ T atomicMin(T* address, T value) {                                                                          \
-    return simt::atomic_change(address, [=](T old) { return value < old ? value : old; });                                    \
-  }                                                                                                                           \
-  __forceinline__ T atomicCAS(T* address, T expected, T value) {                                                              \
-    __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);                        \
-    return expected;                                                                                                          \
+#define SIMT_ATOMICS(T)                                                                                               \
+  __forceinline__ T atomicAdd(T* address, T value) { return __atomic_fetch_add(address, value, __ATOMIC_RELAXED); }   \
+  __forceinline__ T atomicExch(T* address, T value) { return __atomic_exchange_n(address, value, __ATOMIC_RELAXED); } \
+  __forceinline__ T atomicMax(T* address, T value) {                                                                  \
+    return simt::atomic_change(address, [=](T old) { return old < value ? value : old; });                            \
+  }                                                                                                                   \
+  __forceinline__ T atomicMin(T* address, T value) {                                                                  \
+    return simt::atomic_change(address, [=](T old) { return value < old ? value : old; });                            \
+  }                                                                                                                   \
+  __forceinline__ T atomicCAS(T* address, T expected, T value) {                                                      \
+    __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);                \
+    return expected;                                                                                                  \
   }
 SIMT_ATOMICS(int)
 SIMT_ATOMICS(unsigned)
@@ -226,7 +220,7 @@ inline float __uint_as_float(unsigned bits) {
 inline int __float_as_int(float a) { return static_cast<int>(__float_as_uint(a)); }
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
 
-#define SIMT_MIN_MAX(T)                              \
+#define SIMT_MIN_MAX(T)                            \
   inline T min(T a, T b) { return b < a ? b : a; } \
   inline T max(T a, T b) { return a < b ? b : a; }
 SIMT_MIN_MAX(int)
@@ -323,14 +317,15 @@ cudaError_t launch_kernel(const cudaLaunchConfig_t& config, void (*kernel)(Param
   if (config.numAttrs != 0) return static_cast<cudaError_t>(fail(cudaErrorInvalidValue));
   auto body = [&]() __attribute__((no_sanitize("thread"))) { kernel(values...); };
   const Argument arguments[] = {{&values, sizeof values}..., {}};
-  return static_cast<cudaError_t>(launch({reinterpret_cast<const void*>(kernel),
-                                          {config.gridDim.x, config.gridDim.y, config.gridDim.z},
-                                          {config.blockDim.x, config.blockDim.y, config.blockDim.z},
-                                          config.dynamicSmemBytes,
-                                          &run_thread<decltype(body)>,
-                                          &body,
-                                          arguments,
-                                          sizeof...(Parameters)}));
+  return static_cast<cudaError_t>(launch(
+      {reinterpret_cast<const void*>(kernel),
+       {config.gridDim.x, config.gridDim.y, config.gridDim.z},
+       {config.blockDim.x, config.blockDim.y, config.blockDim.z},
+       config.dynamicSmemBytes,
+       &run_thread<decltype(body)>,
+       &body,
+       arguments,
+       sizeof...(Parameters)}));
 }
 }  // namespace simt
 

@@ -125,8 +125,8 @@ void switch_to(Fiber* next, void** save, bool ended) {
   if (next) simt_thread_index = next->index;
 #ifdef SIMT_ASAN
   void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(ended ? nullptr : &fake_stack, next ? stack_of(next - fibers) : host_stack,
-                                 next ? kStackBytes : host_stack_bytes);
+  __sanitizer_start_switch_fiber(
+      ended ? nullptr : &fake_stack, next ? stack_of(next - fibers) : host_stack, next ? kStackBytes : host_stack_bytes);
 #else
   (void)ended;
 #endif
@@ -168,8 +168,8 @@ void prepare(unsigned thread) {
 
 bool guard_stacks() {
   if (!stacks) {
-    void* memory = mmap(nullptr, kMaxThreads * (kGuardBytes + kStackBytes), PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory = mmap(
+        nullptr, kMaxThreads * (kGuardBytes + kStackBytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) return false;
     stacks = static_cast<char*>(memory);
   }
@@ -193,7 +193,7 @@ int find_module(dl_phdr_info* module, size_t, void* result) {
   const ElfW(Phdr)* tls = nullptr;
   bool found = false;
   for (int i = 0; i < module->dlpi_phnum; ++i) {
-    const ElfW(Phdr)& part = module->dlpi_phdr[i];
+    const ElfW(Phdr) & part = module->dlpi_phdr[i];
     const ElfW(Addr) begin = module->dlpi_addr + part.p_vaddr;
     if (part.p_type == PT_LOAD && inside >= begin && inside < begin + part.p_memsz) found = true;
     if (part.p_type == PT_TLS) tls = &part;
@@ -437,8 +437,7 @@ int launch(const Launch& launch) {
 #endif
   if (!failure) return cudaSuccess;
   if (fault.signal) failure_text = fault_text();
-  const std::string where =
-      failed_thread < 0 ? "block " + index_text(simt_block_index, launch.grid) : thread_text(block, failed_thread);
+  const std::string where = failed_thread < 0 ? "block " + index_text(simt_block_index, launch.grid) : thread_text(block, failed_thread);
   message = kernel_text() + ": " + where + ": " + failure_text;
   if (failure_site) message += "\n  at " + site_text(failure_site);
   fprintf(stderr, "simt: %s\n", message.c_str());

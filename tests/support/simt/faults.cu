@@ -83,9 +83,13 @@ __device__ void add_by_ticket(Data data) {
   if (threadIdx.x == 0) *data.counter = 0;
 }
 template <bool kMended>
-__global__ void ticket_without_release(Data data) { add_by_ticket<kMended ? 0 : 1>(data); }
+__global__ void ticket_without_release(Data data) {
+  add_by_ticket<kMended ? 0 : 1>(data);
+}
 template <bool kMended>
-__global__ void ticket_without_acquire(Data data) { add_by_ticket<kMended ? 0 : 2>(data); }
+__global__ void ticket_without_acquire(Data data) {
+  add_by_ticket<kMended ? 0 : 2>(data);
+}
 
 template <bool kMended>
 __global__ void plain_and_atomic(Data data) {

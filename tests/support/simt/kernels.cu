@@ -143,9 +143,9 @@ __global__ void bits_kernel(const unsigned* x, unsigned* y) {
 
 __global__ void arithmetic_kernel(const float* x, float* y) {
   const float a = x[3 * threadIdx.x], b = x[3 * threadIdx.x + 1], c = x[3 * threadIdx.x + 2];
-  const float results[] = {rsqrtf(a),       __frsqrt_rn(a),  __frcp_rn(a), __fsqrt_rn(a), __fdiv_rn(a, b),
-                           __fmul_rn(a, b), __fadd_rn(a, b), a * b + c,    fmaf(a, b, c), __fmaf_rn(a, b, c),
-                           min(a, b),       max(a, __int_as_float(0x7fc00000))};
+  const float results[] = {
+      rsqrtf(a),       __frsqrt_rn(a), __frcp_rn(a),  __fsqrt_rn(a),      __fdiv_rn(a, b), __fmul_rn(a, b),
+      __fadd_rn(a, b), a * b + c,      fmaf(a, b, c), __fmaf_rn(a, b, c), min(a, b),       max(a, __int_as_float(0x7fc00000))};
   for (int i = 0; i < 12; ++i) y[12 * threadIdx.x + i] = results[i];
 }
 

@@ -233,8 +233,8 @@ void on_access(const volatile void* pointer, size_t bytes, bool is_write, bool i
   for (uintptr_t address = begin & ~(kWordBytes - 1); address < end; address += kWordBytes) {
     const uintptr_t skipped = begin > address ? begin - address : 0, left = std::min(end - address, kWordBytes);
     const auto mask = static_cast<uint8_t>((0xffu << skipped) & (0xffu >> (kWordBytes - left)));
-    const Access access = {current_block(), site, epoch, threads[self].times[self % kLanes], static_cast<uint16_t>(self),
-                           mask, is_write, is_atomic};
+    const Access access = {
+        current_block(), site, epoch, threads[self].times[self % kLanes], static_cast<uint16_t>(self), mask, is_write, is_atomic};
     Word& word = memory_at(address).shadow.word_at(address);
     check(word.writes, access, address);
     if (is_write) {
@@ -359,11 +359,11 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
-#define SIMT_ACCESSES(bytes)                                                                                           \
-  void __tsan_read##bytes(void* p) { on_access(p, bytes, false, false, __builtin_return_address(0)); }                 \
+#define SIMT_ACCESSES(bytes)                                                                           \
+  void __tsan_read##bytes(void* p) { on_access(p, bytes, false, false, __builtin_return_address(0)); } \
   void __tsan_write##bytes(void* p) { on_access(p, bytes, true, false, __builtin_return_address(0)); }
-#define SIMT_UNALIGNED_ACCESSES(bytes)                                                                                 \
-  void __tsan_unaligned_read##bytes(void* p) { on_access(p, bytes, false, false, __builtin_return_address(0)); }       \
+#define SIMT_UNALIGNED_ACCESSES(bytes)                                                                           \
+  void __tsan_unaligned_read##bytes(void* p) { on_access(p, bytes, false, false, __builtin_return_address(0)); } \
   void __tsan_unaligned_write##bytes(void* p) { on_access(p, bytes, true, false, __builtin_return_address(0)); }
 SIMT_ACCESSES(1)
 SIMT_ACCESSES(2)
@@ -380,36 +380,36 @@ void __tsan_vptr_read(void** p) { on_access(p, sizeof *p, false, false, __builti
 void __tsan_vptr_update(void** p, void*) { on_access(p, sizeof *p, true, false, __builtin_return_address(0)); }
 
 // Orders stronger than relaxed are those of the host's own code: kernels have none.
-#define SIMT_CHANGE(T, bits, name)                                                    \
-  T __tsan_atomic##bits##_fetch_##name(volatile T* p, T value, int) {                 \
-    on_atomic(p, sizeof *p, true, true, __builtin_return_address(0));                 \
-    return __atomic_fetch_##name(p, value, __ATOMIC_SEQ_CST);                         \
+#define SIMT_CHANGE(T, bits, name)                                    \
+  T __tsan_atomic##bits##_fetch_##name(volatile T* p, T value, int) { \
+    on_atomic(p, sizeof *p, true, true, __builtin_return_address(0)); \
+    return __atomic_fetch_##name(p, value, __ATOMIC_SEQ_CST);         \
   }
-#define SIMT_EXCHANGE(T, bits, strength, weak)                                                                      \
-  int __tsan_atomic##bits##_compare_exchange_##strength(volatile T* p, T* expected, T value, int, int) {            \
-    const bool done = __atomic_compare_exchange_n(p, expected, value, weak, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);    \
-    on_atomic(p, sizeof *p, true, done, __builtin_return_address(0));                                               \
-    return done;                                                                                                    \
+#define SIMT_EXCHANGE(T, bits, strength, weak)                                                                   \
+  int __tsan_atomic##bits##_compare_exchange_##strength(volatile T* p, T* expected, T value, int, int) {         \
+    const bool done = __atomic_compare_exchange_n(p, expected, value, weak, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+    on_atomic(p, sizeof *p, true, done, __builtin_return_address(0));                                            \
+    return done;                                                                                                 \
   }
-#define SIMT_ATOMICS(T, bits)                                                    \
-  T __tsan_atomic##bits##_load(const volatile T* p, int) {                       \
-    on_atomic(p, sizeof *p, true, false, __builtin_return_address(0));           \
-    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                 \
-  }                                                                              \
-  void __tsan_atomic##bits##_store(volatile T* p, T value, int) {                \
-    on_atomic(p, sizeof *p, false, true, __builtin_return_address(0));           \
-    __atomic_store_n(p, value, __ATOMIC_SEQ_CST);                                \
-  }                                                                              \
-  T __tsan_atomic##bits##_exchange(volatile T* p, T value, int) {                \
-    on_atomic(p, sizeof *p, true, true, __builtin_return_address(0));            \
-    return __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST);                      \
-  }                                                                              \
-  SIMT_CHANGE(T, bits, add)                                                      \
-  SIMT_CHANGE(T, bits, sub)                                                      \
-  SIMT_CHANGE(T, bits, and)                                                      \
-  SIMT_CHANGE(T, bits, or)                                                       \
-  SIMT_CHANGE(T, bits, xor)                                                      \
-  SIMT_EXCHANGE(T, bits, strong, false)                                          \
+#define SIMT_ATOMICS(T, bits)                                          \
+  T __tsan_atomic##bits##_load(const volatile T* p, int) {             \
+    on_atomic(p, sizeof *p, true, false, __builtin_return_address(0)); \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                       \
+  }                                                                    \
+  void __tsan_atomic##bits##_store(volatile T* p, T value, int) {      \
+    on_atomic(p, sizeof *p, false, true, __builtin_return_address(0)); \
+    __atomic_store_n(p, value, __ATOMIC_SEQ_CST);                      \
+  }                                                                    \
+  T __tsan_atomic##bits##_exchange(volatile T* p, T value, int) {      \
+    on_atomic(p, sizeof *p, true, true, __builtin_return_address(0));  \
+    return __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST);            \
+  }                                                                    \
+  SIMT_CHANGE(T, bits, add)                                            \
+  SIMT_CHANGE(T, bits, sub)                                            \
+  SIMT_CHANGE(T, bits, and)                                            \
+  SIMT_CHANGE(T, bits, or)                                             \
+  SIMT_CHANGE(T, bits, xor)                                            \
+  SIMT_EXCHANGE(T, bits, strong, false)                                \
   SIMT_EXCHANGE(T, bits, weak, true)
 SIMT_ATOMICS(uint8_t, 8)
 SIMT_ATOMICS(uint16_t, 16)

@@ -33,10 +33,8 @@ struct Mismatch {
 
 }  // namespace
 
-#define SIMT_UNDEFINED(name, why, ...)                                                  \
-  extern "C" void __ubsan_handle_##name(const void* data, ##__VA_ARGS__) { \
-    report(data, __builtin_return_address(0), why);                                     \
-  }
+#define SIMT_UNDEFINED(name, why, ...) \
+  extern "C" void __ubsan_handle_##name(const void* data, ##__VA_ARGS__) { report(data, __builtin_return_address(0), why); }
 SIMT_UNDEFINED(add_overflow, "signed integer overflow of +", uintptr_t, uintptr_t)
 SIMT_UNDEFINED(sub_overflow, "signed integer overflow of -", uintptr_t, uintptr_t)
 SIMT_UNDEFINED(mul_overflow, "signed integer overflow of *", uintptr_t, uintptr_t)
@@ -61,7 +59,7 @@ extern "C" void __ubsan_handle_type_mismatch_v1(const Mismatch* data, uintptr_t 
   const uintptr_t alignment = uintptr_t{1} << data->log_alignment;
   std::string why = "access through a null pointer";
   if (address != 0) why = address % alignment ? "misaligned address" : "address without room";
-  why += simt::text(": 0x%llx, for an object of type %s, %llu-byte aligned", static_cast<unsigned long long>(address),
-                    data->type->name, static_cast<unsigned long long>(alignment));
+  why += simt::text(": 0x%llx, for an object of type %s, %llu-byte aligned", static_cast<unsigned long long>(address), data->type->name,
+                    static_cast<unsigned long long>(alignment));
   report(data, __builtin_return_address(0), why);
 }
