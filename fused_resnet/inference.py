@@ -18,7 +18,7 @@ from .convert.known import LayerGetter, TimmPreActBlock, TimmResNet, Torchvision
 from .convert.structure import Structured, plans_of
 from .convert.trace import is_norm_and_act
 from .nn import Block, ResidualNetwork
-from .nn.modules import is_row, observed
+from .nn.modules import changed, is_row, observed
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -55,8 +55,14 @@ def _fused(model: nn.Module) -> nn.Module:
 
 
 def foldable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
-    """Whether `fold_norm` can take these two, and neither has a hook."""
-    return keeps(conv, nn.Conv2d, "_conv_forward") and is_norm_like(norm) and norm.running_mean is not None and not observed(conv)
+    """Whether `fold_norm` can take these two, neither has a hook, and nobody has changed what PyTorch's classes do."""
+    return (
+        not changed()
+        and keeps(conv, nn.Conv2d, "_conv_forward")
+        and is_norm_like(norm)
+        and norm.running_mean is not None
+        and not observed(conv)
+    )
 
 
 @torch.no_grad()

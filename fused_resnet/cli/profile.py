@@ -74,8 +74,7 @@ def profile(args: argparse.Namespace) -> int:
     batch, size = ON_GPU if where.type == "cuda" else ON_CPU
     size = args.size or size
     dtype = DTYPES[args.dtype or ("bf16" if where.type == "cuda" else "fp32")]
-    folder = args.out or Path("runs") / f"profile-{args.model}-{impl}".replace(":", "-")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _made(args.out or Path("runs") / f"profile-{args.model}-{impl}".replace(":", "-"))
     torch.backends.cudnn.benchmark = where.type == "cuda"  # as `fused-resnet bench` does
     subject = Subject(args.model, make, (3, size, size))
     try:
@@ -88,6 +87,14 @@ def profile(args: argparse.Namespace) -> int:
     write_profile(found, folder / DATA)
     _show([found], folder, args.form, FILES)
     return 0
+
+
+def _made(folder: Path) -> Path:
+    """The folder, made where it is not there. One that holds a run's profile is refused: it would be written over."""
+    if (folder / DATA).exists():
+        raise UsageError("--out", f"expected a folder without a profile; {folder} has a {DATA}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextmanager
@@ -111,8 +118,7 @@ def _compare(args: argparse.Namespace) -> int:
     for path in args.compare:
         with blaming("--compare", ProfileError, OSError):
             profiles.append(read_profile(path / DATA if path.is_dir() else path))
-    folder = args.out or Path("runs") / "profile-compared"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _made(args.out or Path("runs") / "profile-compared")
     _show(profiles, folder, args.form, (REPORT, PICTURE))
     return 0
 

@@ -201,7 +201,12 @@ def run_conv(step: Step, run: Run) -> Any:
     value, conv = run.values[step.args[0].index], step.call
     if not (type(value) is Lazy and value.relu and value.residual is None and takes(value, conv)):
         return run_call(step, run)
-    return ops.norm_act_conv(value.x, layer(Pair(conv, None), value.x.y.dtype)).y
+    return raw(conv, ops.norm_act_conv(value.x, layer(Pair(conv, None), value.x.y.dtype)))
+
+
+def raw(conv: nn.Conv2d, out: Pending) -> Tensor:
+    """conv(x) of a convolution without a norm. It had no bias when the plan was made, and may have been given one since."""
+    return out.y if conv.bias is None else out.y + conv.bias.to(out.y.dtype)[:, None, None]
 
 
 def run_affine(step: Step, run: Run) -> Any:
@@ -240,7 +245,7 @@ def run_pair(step: Step, run: Run) -> Any:
         made = ops.conv_stats_pair(x, *layers) if both else [ops.conv_stats(x, layers[0])]
     for pair, out in zip(pairs, made, strict=True):
         run.statistics += told(pair, out)
-    first, *second = (out.y if pair.norm is None else Lazy(out) for pair, out in zip(pairs, made, strict=True))
+    first, *second = (raw(pair.conv, out) if pair.norm is None else Lazy(out) for pair, out in zip(pairs, made, strict=True))
     if both:
         run.values[step.partner[0]] = second[0]
     return first
@@ -262,7 +267,11 @@ def layer(pair: Pair, dtype: torch.dtype) -> Conv:
         norm = Norm(None, None, weight.new_zeros(conv.out_channels), weight.new_ones(conv.out_channels), False, 0.0)
     else:
         norm = taken(norm)
-    return Conv(weight if weight.dtype == dtype else weight.to(dtype), norm if bias is None else with_bias(norm, bias), geometry(conv))
+    return Conv(
+        weight if weight.dtype == dtype else weight.to(dtype),
+        norm if bias is None or pair.norm is None else with_bias(norm, bias),
+        geometry(conv),
+    )
 
 
 def with_bias(norm: Norm, bias: Tensor) -> Norm:

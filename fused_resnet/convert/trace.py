@@ -251,6 +251,9 @@ class Tracer(TracerBase):
 
     def _module_node(self, target: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         self.called[target] = module
+        if isinstance(module, nn.Conv2d):  # by which it is decided whether the operators can run it
+            for name in ("padding", "padding_mode"):
+                self.read(module, name, getattr(module, name))
         return self.create_proxy("call_module", target, args, kwargs)
 
     @contextmanager

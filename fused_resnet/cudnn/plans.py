@@ -154,7 +154,7 @@ class Plans:
     def _read_refusal(path: Path) -> str | None:
         try:
             reason = json.loads(path.read_bytes())["reason"]
-        except (OSError, ValueError, KeyError, TypeError):  # cut off, or no file of ours: asking again mends it
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # cut off, or no file of ours: asking again mends it
             return None
         return reason if isinstance(reason, str) else None
 

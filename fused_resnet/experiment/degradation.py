@@ -113,7 +113,7 @@ def read_outcome(plan: Plan, folder: Path, run: Run) -> Outcome:
                 probes[epoch] = Probe(**json.loads(path.read_bytes()))
         if (path := here / DIVERGED).exists():
             diverged = json.loads(path.read_bytes())["reason"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise FolderError(f"{here}: a file of the run is damaged ({error}); remove the folder to run it again") from error
     return Outcome(run, records, probes, diverged)
 
@@ -157,7 +157,7 @@ def read_machines(folder: Path) -> list[dict[str, Any]]:
     path = folder / MACHINES
     try:
         return json.loads(path.read_bytes()) if path.exists() else []
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FolderError(f"{path}: the file is damaged ({error}); without it the page does not say where the experiment ran") from error
 
 

@@ -116,7 +116,7 @@ def read_plan(folder: Path) -> Plan:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise PlanError(f"{path}: no such file; expected the folder of an experiment") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path}: it can't be read: {one_line(error)}") from error
     if not isinstance(content, dict) or (content.pop("format", None), content.pop("version", None)) != (FORMAT, VERSION):
         raise PlanError(f"{path}: expected version {VERSION} of the plan of an experiment")

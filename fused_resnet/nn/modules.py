@@ -33,6 +33,7 @@ def observed(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or module._compiled_call_impl is not None
         or "forward" in module.__dict__
+        or "_conv_forward" in module.__dict__
         or _global_forward_hooks
         or _global_forward_pre_hooks
         or _global_backward_hooks
@@ -240,9 +241,9 @@ def _own(cls: type[nn.Module], name: str) -> Callable:
 
 
 #: The methods of PyTorch's modules that the operators stand for.
-_STOOD_FOR = [(nn.Module, "__call__", _own(nn.Module, "__call__"))]
+_STOOD_FOR = [(nn.Module, "__call__", _own(nn.Module, "__call__")), (nn.Conv2d, "_conv_forward", _own(nn.Conv2d, "_conv_forward"))]
 for _cls in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Sequential, nn.MaxPool2d, nn.AdaptiveAvgPool2d):
-    _STOOD_FOR.append((_cls, "forward", _own(_cls, "forward")))
+    _STOOD_FOR += (_cls, "forward", _own(_cls, "forward")), (_cls, "__call__", _STOOD_FOR[0][2])
 
 
 def _looks_for_aten(mode: TorchDispatchMode) -> bool:
@@ -261,6 +262,11 @@ def replaced() -> bool:
         modes = torch.overrides._get_current_function_mode_stack()
         if any(type(mode) is not torch.utils._device.DeviceContext for mode in modes):
             return True
+    return changed()
+
+
+def changed() -> bool:
+    """Whether somebody has changed the methods of PyTorch's classes that the operators stand for."""
     for cls, name, method in _STOOD_FOR:  # noqa: SIM110  (a generator costs the host as much as what it asks)
         if getattr(cls, name) is not method:
             return True
@@ -270,10 +276,16 @@ def replaced() -> bool:
 def runs_modules(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether PyTorch's own modules run on x, in `dtype`.
 
-    By choice; since what is exported has to run without this package; or within a transform of torch.func and under forward-mode AD, for
-    which the operators have no rules.
+    By choice; since what is exported has to run without this package; since torch.fx traces, whose users, quantization for one, are about
+    PyTorch's modules; or within a transform of torch.func and under forward-mode AD, for which the operators have no rules.
     """
-    if _is_exporting() or torch.jit.is_tracing() or ops.is_transformed() or resolve(x.device, dtype) == "off":
+    if (
+        isinstance(x, torch.fx.Proxy)
+        or _is_exporting()
+        or torch.jit.is_tracing()
+        or ops.is_transformed()
+        or resolve(x.device, dtype) == "off"
+    ):
         return True
     return not torch.compiler.is_compiling() and replaced()
 

@@ -87,6 +87,9 @@ class Net(nn.Module):
 existing = Net().eval()
 def net():
     return existing
+def fused():
+    conv = nn.Conv2d(3, 8, 3, bias=False)
+    return fused_resnet.fuse(nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)))
 """
 
 
@@ -207,6 +210,16 @@ def test_a_network_of_another_package_runs_fused_by_ours(name, tmp_path, torchvi
     assert (found.impl, found.design) == ("ours", "passes")
     # A projection is a part of the operator of its block's first convolution.
     assert not any("downsample" in part.layer for part in found.parts)
+
+
+@pytest.mark.parametrize("given", [[], ["--impl", "ours"]])
+def test_a_network_that_is_fused_runs_fused_by_ours(given, mine, monkeypatch, tmp_path):
+    from fused_resnet.bench import steps
+
+    monkeypatch.setitem(steps.IMPLEMENTATIONS, "ours", steps.Implementation("eager", True))
+    assert main(["profile", "--model", "mine:fused", *given, "--size", "8", "--batch", "4", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    found = read_profile(tmp_path / "profile.json")
+    assert (found.impl, found.design) == ("ours", "passes") and any("fused_resnet::" in kernel for kernel, *_ in found.kernels)
 
 
 def test_what_can_not_be_fused_says_so(tmp_path, monkeypatch, capsys):

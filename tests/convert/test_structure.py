@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_resnet
+from fused_resnet import models
 
 #: name -> (network, the convolutions of it that no norm follows)
 NETWORKS = {
@@ -121,13 +122,23 @@ def change(module: Switched, what: str) -> None:
         torch.nn.init.ones_(module.body.weight)
     elif what == "another norm":
         module.norm = nn.GroupNorm(2, 4).double()
+    elif what == "padding by name":
+        module.body.padding = "same"
+    elif what == "padding with what lies opposite":
+        module.body.padding_mode = "circular"
+        module.body._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    elif what == "a convolution's own arithmetic":
+        module.body._conv_forward = lambda x, weight, bias: F.conv2d(x, 2 * weight, bias, padding=1)
     elif what == "a parametrization":
         nn.utils.parametrizations.weight_norm(module.body)
     elif what == "a hook":
         module.norm.register_forward_hook(lambda m, args, out: out + 1)
 
 
-CHANGES = ["an attribute", "a list", "eval mode", "another convolution", "another norm", "a parametrization", "a hook"]
+CHANGES = [
+    "an attribute", "a list", "eval mode", "another convolution", "another norm", "padding by name", "padding with what lies opposite",
+    "a convolution's own arithmetic", "a parametrization", "a hook",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("what", CHANGES)
@@ -137,6 +148,18 @@ def test_what_changes_after_fuse_is_seen(what, images):
     assert_same_step(plain, fused, images)
     plain.zero_grad(), fused.zero_grad()
     change(plain, what), change(fused, what)
+    assert_same_step(plain, fused, images)
+
+
+@pytest.mark.parametrize("build, bare", [(lambda: PreUnit(3, 4, 2), ("conv2", "identity_conv")), (lambda: Dense(3, 4), ("conv2",))])
+def test_a_bias_that_a_convolution_without_a_norm_is_given_is_added(build, bare, images):
+    plain = shake(build()).double()
+    fused = fused_copy(plain)
+    assert_same_step(plain, fused, images)
+    plain.zero_grad(), fused.zero_grad()
+    for model in (plain, fused):
+        for name in bare:
+            model.get_submodule(name).bias = nn.Parameter(torch.linspace(-1, 1, 4, dtype=torch.float64))
     assert_same_step(plain, fused, images)
 
 
@@ -164,7 +187,9 @@ def test_arguments_by_keyword_and_others_than_the_defaults(images):
 
 
 @pytest.mark.parametrize("when", ["before fuse", "after fuse"])
-@pytest.mark.parametrize("what", ["a block's forward", "nn.ReLU's forward", "a call of one's own"])
+@pytest.mark.parametrize(
+    "what", ["a block's forward", "nn.ReLU's forward", "nn.BatchNorm2d's call", "nn.Conv2d's arithmetic", "a call of one's own"]
+)
 def test_changes_on_a_class_are_noticed(what, when, images, monkeypatch, torchvision_models):
     from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -182,11 +207,17 @@ def test_changes_on_a_class_are_noticed(what, when, images, monkeypatch, torchvi
         )
     elif what == "nn.ReLU's forward":
         monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: F.leaky_relu(x, 0.3))
+    elif what == "nn.BatchNorm2d's call":
+        monkeypatch.setattr(nn.BatchNorm2d, "__call__", lambda self, x: 2 * nn.Module.__call__(self, x))
+    elif what == "nn.Conv2d's arithmetic":
+        monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, w, b: F.conv2d(x, w, b, self.stride, self.padding) + 1)
     fused = fused or fused_copy(plain)
     with fused_resnet.backend("off"):
         expected = plain(images)
     with fused_resnet.backend("eager"):
         torch.testing.assert_close(fused(images), expected, rtol=1e-9, atol=1e-9)
+        with torch.no_grad():
+            torch.testing.assert_close(fused_resnet.fold(plain.eval())(images), plain(images), rtol=1e-9, atol=1e-9)
 
 
 def test_a_torch_function_mode_sees_pytorchs_calls(images):
@@ -406,14 +437,21 @@ def test_a_report_counts_convolutions(images):
     assert text.count("\n") == 0 and text.startswith("0 of 9 convolutions fused: the backend in force leaves tensors")
 
 
-def test_quantization_sees_every_convolution():
+@pytest.mark.parametrize("whose", ["structure", "torchvision", "this package"])
+def test_quantization_sees_every_convolution(whose, torchvision_models):
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import prepare_fx
 
-    plain = Whole(Unit(8, 8), channels=8).eval()
+    resnet = torchvision_models.resnet
+    theirs = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    plain, fused = theirs, models.ResNet(models.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    if whose == "structure":
+        plain = Whole(Unit(8, 8), channels=8)
+    if whose != "this package":
+        fused = fused_copy(plain)
     x = torch.randn(1, 3, 16, 16)
     counts = []
-    for model in (plain, fused_copy(plain)):
+    for model in (plain.eval(), fused.eval()):
         prepared = prepare_fx(model, get_default_qconfig_mapping(), x)
         counts.append(sum("Observer" in type(m).__name__ for m in prepared.modules()))
     assert counts[0] == counts[1] > 5

@@ -47,7 +47,7 @@ def test_a_refusal_is_remembered_with_its_reason(on_no_gpu, tmp_path, monkeypatc
 @NO_CUDA
 def test_a_broken_file_of_a_refusal_is_no_refusal(on_no_gpu, tmp_path, monkeypatch):
     asked = problem("conv_genstats", "act")
-    for content in ("", "{}", "[1]", '{"reason": 3}'):
+    for content in ("", "{}", "[1]", '{"reason": 3}', "[" * 100_000):
         on_no_gpu.path(asked, plans.REFUSAL).write_text(content)
         monkeypatch.setattr(plans, "compiled", lambda *args, **options: (_ for _ in ()).throw(plans.Refused("asked")))
         assert plans.Plans(on_no_gpu.device, on_no_gpu.versions, tmp_path).get(asked) == "asked"

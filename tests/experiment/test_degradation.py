@@ -108,9 +108,13 @@ def test_a_run_of_other_settings_is_refused(straight):
         all_runs(straight, replace(PLAN_OF_TWO, settings=replace(SETTINGS, epochs=4)))
 
 
-def test_a_damaged_file_is_named(tmp_path):
+@pytest.mark.parametrize("content", ['{"layers": []', "[" * 100_000], ids=["cut off", "too deep"])
+def test_a_damaged_file_is_named(tmp_path, content):
     run = PLAN_OF_TWO.runs[0]
     (tmp_path / run.folder).mkdir()
-    (tmp_path / run.folder / "probe-0.json").write_text('{"layers": []')
+    (tmp_path / run.folder / "probe-0.json").write_text(content)
     with pytest.raises(FolderError, match=f"{tmp_path / run.folder}: a file of the run is damaged"):
         read_outcome(PLAN_OF_TWO, tmp_path, run)
+    (tmp_path / degradation.MACHINES).write_text(content)
+    with pytest.raises(FolderError, match=f"{tmp_path / degradation.MACHINES}: the file is damaged"):
+        degradation.read_machines(tmp_path)

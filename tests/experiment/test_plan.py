@@ -58,6 +58,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
     [
         (None, "no such file; expected the folder of an experiment"),
         (b'{"format": ', "it can't be read"),
+        (b"[" * 100_000, "it can't be read"),
         (b"[]", "expected version 1 of the plan"),
         (b'{"format": "fused_resnet.degradation", "version": 2}', "expected version 1 of the plan"),
         (b'{"format": "fused_resnet.degradation", "version": 1}', "its settings can't be used"),

@@ -270,6 +270,16 @@ def test_the_command_refuses_by_name(arguments, words, tmp_path, capsys):
     assert status == 2 and words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", [["--batch", "2", "--size", "8"], ["--compare", "{run}", "{run}"]])
+def test_a_profile_is_not_written_over(what, tmp_path, capsys):
+    write_profile(profile(), tmp_path / "profile.json")
+    before = (tmp_path / "profile.json").read_bytes()
+    command = ["profile", *(a.replace("{run}", str(tmp_path)) for a in what), "--device", "cpu", "--commit", "x", "--out", str(tmp_path)]
+    assert main(command) == 2
+    assert f"argument --out: expected a folder without a profile; {tmp_path} has a profile.json" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"] and (tmp_path / "profile.json").read_bytes() == before
+
+
 def test_a_users_network_from_the_folder_at_hand(tmp_path, monkeypatch):
     (tmp_path / "tiny_net.py").write_text(
         "from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))\n"
