@@ -1,6 +1,7 @@
 """How the command line reads its arguments, and how it refuses them: one line, exit code 2."""
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -154,7 +155,7 @@ def build_model(name: str, data: DataSet | FolderDataSet | Description) -> torch
             raise UsageError("--model", f"{expected}: {', '.join(able)}; got {name!r}, which takes {COLOUR} channels")
     with blaming("--model", LoadError):
         model = builder(name, len(data.classes), data.channels if data.channels != COLOUR else None)()
-    return _checked(fuse(model), name, data) if ":" in name else model
+    return _checked(fuse(copy.deepcopy(model)), name, data) if ":" in name else model  # one that exists stays as it is
 
 
 def _checked(model: torch.nn.Module, name: str, data: DataSet | FolderDataSet | Description) -> torch.nn.Module:

@@ -23,6 +23,7 @@ from .trace import original_of, trace
 #: What is said of everything where the backend in force is PyTorch.
 OFF = "the backend in force leaves tensors of this device and dtype to PyTorch's own modules"
 NOT_CALLED = "fuse(model) was not called on it"
+BYPASSED = "another forward was put in place of its class's"
 _CONVS = nn.modules.conv._ConvNd
 _NETWORKS = (ResidualNetwork, TorchvisionResNet, TimmResNet, LayerGetter)
 
@@ -89,7 +90,9 @@ def report(model: nn.Module) -> Report:
         reason = None if module in spoken_for else _verdict(module)
         if reason is None:
             continue
-        if is_block(module) or knows(module):
+        if reason == BYPASSED:
+            pass  # its members may be fused all the same
+        elif is_block(module) or knows(module):
             spoken_for.update(module.modules())
         elif isinstance(module, Structured):
             traced, plan = plans_of(module).current()
@@ -121,6 +124,9 @@ def _judged(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """(convolution, why it is not fused, or "") for each convolution in a module."""
     if isinstance(module, _CONVS):
         yield module, NOT_CALLED
+    elif _is_bypassed(module):
+        for child in module.children():
+            yield from ((m, BYPASSED if m is child else reason) for m, reason in _judged(child))
     elif is_block(module):
         yield from _of_block(module)
     elif isinstance(module, Structured):
@@ -172,6 +178,8 @@ def _of_row(queue: list[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
 def _verdict(module: nn.Module) -> str | None:
     """Why a module is not fused; "" where it is fused. None leaves the module out of the report."""
     fused = isinstance(module, Fused)
+    if _is_bypassed(module) and (fused or is_block(module) or isinstance(module, _NETWORKS)):
+        return BYPASSED
     if is_block(module):
         return module.why_not() or ""
     if isinstance(module, _NETWORKS):
@@ -195,6 +203,18 @@ def _verdict(module: nn.Module) -> str | None:
     if any(isinstance(m, nn.Conv2d) for m in children) and any(is_norm_layer(m) for m in children):
         return _why_not_known(module)
     return None
+
+
+def _is_bypassed(module: nn.Module) -> bool:
+    """Whether this one module has another forward, which is no wrapper that calls its class's."""
+    forward = vars(module).get("forward")
+    found = forward is not None
+    while forward is not None:
+        forward = getattr(forward, "__func__", forward)
+        if forward is type(module).forward:
+            return False
+        forward = getattr(forward, "__wrapped__", None)
+    return found
 
 
 def _why_not_known(module: nn.Module) -> str:

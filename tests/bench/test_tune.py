@@ -8,6 +8,7 @@ import torch
 from support.chains import CHAINS, DEVICE, Ours, Shape, run
 from support.rule import inputs, loss_weight, refused
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import fused_resnet
 from fused_resnet import backends, models
@@ -93,6 +94,29 @@ def test_a_kernel_agrees_with_the_passes_and_a_wrong_one_is_refused(name, device
     outcome = tune.tune(task, Table(), device, most=1, repeats=1, limit_s=300)
     (status,) = outcome.failed.values()
     assert status.startswith("wrong") and outcome.entry.configuration is None
+
+
+@pytest.mark.parametrize("fault", ["zeros", "the first answer again", "zeros in the end"])
+@pytest.mark.parametrize("name", ["fprop of a norm", "dgrad across blocks", "wgrad of a norm"])
+def test_what_is_right_when_it_is_checked_first_is_refused(name, fault, device, monkeypatch):
+    """A candidate is checked once more behind its timing, on other operands."""
+    task, first, calls = TASKS[name], [], []
+    module = __import__(f"fused_resnet.kernels.{task.kind}", fromlist=[task.kind])
+    right = getattr(module, task.kind)
+
+    def wrong(*args, **options):
+        result = right(*args, **options)
+        calls.append(1)
+        if fault == "zeros" or (fault == "zeros in the end" and len(calls) > 1):
+            return tree_map(lambda t: t if t is None else torch.zeros_like(t), result)
+        first.append(result)
+        return first[0] if fault == "the first answer again" else result
+
+    monkeypatch.setattr(module, task.kind, wrong)
+    outcome = tune.tune(task, Table(), device, most=1, repeats=1, limit_s=300)
+    (status,) = outcome.failed.values()
+    assert status.startswith("wrong") and status.endswith("(after it was timed)") == (fault != "zeros")
+    assert outcome.entry.configuration is None
 
 
 FLOAT16 = [

@@ -1,5 +1,6 @@
 """Networks by their names: this package's, those of libraries, a user's function; and training them."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ def colour():
 
 def many():
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 11))
+
+existing = grey(10, 1)
+
+def held():
+    return existing
 
 def a_list():
     return [1]
@@ -52,6 +58,14 @@ def test_a_network_of_ones_own_is_trained_fused(capsys, monkeypatch, networks):
     line = refused(capsys, "train", "--resume", folder)
     assert f"argument --model: expected {networks}:grey beside --resume: a checkpoint alone does not say which code is run" in line
     assert main(["train", "--resume", str(folder), "--model", f"{networks}:grey", "--device", "cpu"]) == 0
+
+
+def test_a_network_that_exists_is_trained_as_a_copy(networks):
+    existing = importlib.import_module(networks).existing
+    before, classes = {name: t.clone() for name, t in existing.state_dict().items()}, [type(m) for m in existing.modules()]
+    assert main(["train", *TINY, "--model", f"{networks}:held", "--backend", "eager", "--stop-after", "1"]) == 0
+    assert [type(m) for m in existing.modules()] == classes and existing.training
+    assert all(torch.equal(t, before[name]) for name, t in existing.state_dict().items())
 
 
 @pytest.mark.parametrize(

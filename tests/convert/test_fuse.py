@@ -1,6 +1,7 @@
 """`fuse`, `unfuse`, `report`: what they promise of any network."""
 
 import copy
+import functools
 import io
 import pickle
 
@@ -199,6 +200,20 @@ def test_on_a_cpu_the_network_runs_its_own_forward(resnet, images):
     assert torch.equal(fused(images), resnet(images))
     rows = fused_resnet.report(fused).rows
     assert all(not row.fused and row.implementation == "off" for row in rows)
+
+
+def test_a_report_knows_of_a_forward_that_was_put_in_a_network(resnet, images):
+    """By a script that leaves the stem's norm out, say. A wrapper that calls the class's own, as accelerate's, changes nothing."""
+    fused = fused_copy(resnet)
+    with fused_resnet.backend("eager"):
+        expected = str(fused_resnet.report(fused))
+        fused.forward = functools.wraps(fused.forward)(lambda *args, _forward=fused.forward: _forward(*args))
+        assert str(fused_resnet.report(fused)) == expected
+        fused.forward = lambda x: fused.layer4(fused.layer3(fused.layer2(fused.layer1(fused.relu(fused.conv1(x))))))
+        assert fused(images).shape[1] == 512
+        lines = str(fused_resnet.report(fused)).splitlines()
+    assert why_not(fused) == {"": "another forward was put in place of its class's"}
+    assert unfused(fused) == {"conv1": "another forward was put in place of its class's"} and lines[-1] == "13 of 14 convolutions fused"
 
 
 def test_report_is_a_table(resnet):

@@ -115,6 +115,30 @@ def test_detection_backbone(trainable, cropped, images):
     assert sum(p.grad is None for p in fused.body.parameters()) > 0 or trainable == 5
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_detection_heads_without_a_proposal(training, torchvision_models):
+    """Version 2's have convolutions with norms, which then see an empty batch."""
+    from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+
+    heads = (
+        FastRCNNConvFCHead((8, 7, 7), [8, 8], [16], norm_layer=nn.BatchNorm2d),
+        MaskRCNNHeads(8, [8, 8], 1, norm_layer=nn.BatchNorm2d),
+    )
+    for head in heads:
+        plain = shake(head).double().train(training)
+        fused, outs = fused_copy(plain), []
+        assert unfused(fused) == {}
+        for model, backend in ((plain, "off"), (fused, "eager")):
+            x = torch.zeros(0, 8, 7, 7, dtype=torch.float64, requires_grad=True)
+            with fused_resnet.backend(backend):
+                outs.append(model(x))
+            outs[-1].sum().backward()
+            assert x.grad.shape == x.shape
+        assert outs[0].shape == outs[1].shape and outs[0].shape[0] == 0
+        assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), fused.buffers(), strict=True))
+
+
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet101"])
 def test_segmentation(name, cropped, images):
     """Dilated backbone and head, with the auxiliary output."""

@@ -220,16 +220,23 @@ def test_changes_on_a_class_are_noticed(what, when, images, monkeypatch, torchvi
             torch.testing.assert_close(fused_resnet.fold(plain.eval())(images), plain(images), rtol=1e-9, atol=1e-9)
 
 
-def test_a_torch_function_mode_sees_pytorchs_calls(images):
+@pytest.mark.parametrize("whose", ["structure", "torchvision", "this package"])
+def test_a_torch_function_mode_sees_pytorchs_calls(whose, images, torchvision_models):
     class Doubled(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             return 2 * out if function is F.batch_norm else out
 
-    plain = shake(Whole(Unit(8, 8), channels=8)).double().eval()
+    resnet = torchvision_models.resnet
+    plain = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1]) if whose == "torchvision" else Whole(Unit(8, 8), channels=8)
+    if whose == "this package":
+        plain = nn.Sequential(models.ConvBNAct2d(3, 8), models.BasicBlock(8, 8))
+    plain = shake(plain).double().eval()
     fused = fused_copy(plain)
+    with fused_resnet.backend("off"), Doubled():
+        expected = plain(images)
     with fused_resnet.backend("eager"), Doubled():
-        torch.testing.assert_close(fused(images), plain(images))
+        torch.testing.assert_close(fused(images), expected)
     with fused_resnet.backend("eager"), torch.device("cpu"):  # a mode as well, which leaves calls as they are
         assert_same_step(plain, fused, images)
 

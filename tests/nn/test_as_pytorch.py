@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from support.small import SIZE, assert_same, assert_same_state, network
+from support.structures import Unit, Whole
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -242,6 +243,21 @@ def test_wrong_images_are_pytorchs_error(what, kind):
     assert errors[0] == errors[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("what", ["torchvision", "structure"])
+def test_images_of_another_dtype_than_a_fused_networks_without_a_head(what, dtype, torchvision_models):
+    """Behind the last block nothing would notice."""
+    resnet = torchvision_models.resnet
+    plain = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1]) if what == "torchvision" else Whole(Unit(8, 8), channels=8)
+    setattr(plain, "fc" if what == "torchvision" else "head", nn.Identity())
+    fused, errors = fused_resnet.fuse(plain.to(dtype)), []
+    for backend in ("eager", "off"):
+        with fused_resnet.backend(backend), pytest.raises(RuntimeError) as error:
+            fused(torch.randn(2, 3, 32, 32))
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
 def test_an_operators_error_about_channels_names_x():
     conv = ops.Conv(torch.zeros(4, 3, 1, 1), ops.Norm(None, None, None, None, True, 1e-5), ops.ConvGeometry.of(1, 0, 1, 1))
     with pytest.raises(ValueError, match=r"x: expected 3 channels, as weight \[4, 3, 1, 1\] reads with groups = 1; got 5"):
@@ -324,6 +340,21 @@ def test_other_derivatives(way):
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("make", [network, lambda: fused_resnet.fuse(Whole(Unit(8, 8), channels=8).double())], ids=["ours", "structure"])
+def test_an_ensemble_in_one_call(make):
+    """Of `torch.func.stack_module_state`, whose parameters each have a dimension for the members."""
+    models, x = [make().eval() for _ in range(3)], torch.randn(SIZE, dtype=torch.float64)
+    parameters, buffers = torch.func.stack_module_state(models)
+
+    def member(parameters, buffers):
+        return torch.func.functional_call(models[0], (parameters, buffers), (x,))
+
+    with fused_resnet.backend("eager"):
+        found = torch.func.vmap(member)(parameters, buffers)
+        expected = torch.stack([model(x) for model in models])
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
 def test_transforms_in_a_compiled_graph():
     model, x = network().eval(), torch.randn(2, *SIZE[1:], dtype=torch.float64)
 
@@ -369,13 +400,15 @@ SECOND = {
 
 
 @pytest.mark.parametrize("way", SECOND)
-@pytest.mark.parametrize("what", ["network", "layer", "recompute", "preact"])
+@pytest.mark.parametrize("what", ["network", "layer", "recompute", "preact", "structure"])
 def test_second_derivatives_name_the_way_out(what, way):
     if what == "layer":
         weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
         model, x = (lambda t: conv_bn_act(t, weight, None, None, None, None)), images(2)
     elif what == "preact":
         model, x = PreActBlock(3, 3).double(), images(2)
+    elif what == "structure":
+        model, x = fused_resnet.fuse(Whole(Unit(8, 8), channels=8).double()), torch.randn(2, *SIZE[1:], dtype=torch.float64)
     else:
         model, x = network(), torch.randn(2, *SIZE[1:], dtype=torch.float64)
         if what == "recompute":

@@ -16,6 +16,7 @@ import torch
 from support.checkout import ROOT
 
 import fused_resnet
+from fused_resnet import environment
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 KINDS = {"", "schematic", "slow", "gpu"}
@@ -124,3 +125,18 @@ def test_links_lead_somewhere(page):
         if not there.exists() or (anchor and there.suffix == ".md" and anchor not in anchors(there)):
             broken.append(target)
     assert broken == []
+
+
+def test_readme_has_the_packages_variables_in_one_table():
+    """All that its code reads, and no others."""
+    listed = re.findall(r"^\| `(FUSED_RESNET_\w+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    files = [ROOT / "setup.py", *(ROOT / "fused_resnet").rglob("*.py")]
+    read = {name for path in files for name in re.findall(r"\bFUSED_RESNET_[A-Z_]*[A-Z]\b", path.read_text(encoding="utf-8"))}
+    assert sorted(listed) == sorted(environment.VARIABLES) == sorted(read)
+
+
+def test_readme_asks_for_the_setuptools_that_the_build_needs():
+    """PyTorch brings an older one, with which an install fails."""
+    (needed,) = re.findall(r'requires = \["setuptools(>=\d+)"\]', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    asked = re.findall(r'pip install "setuptools(>=\d+)[,"]', (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert asked == [needed]
