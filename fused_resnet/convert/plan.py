@@ -132,7 +132,9 @@ class Plan:
     @staticmethod
     def _only_input(node: Node) -> Node | None:
         """The one value that a node reads; None where it reads more."""
-        return node.args[0] if len(node.args) == 1 and isinstance(node.args[0], Node) and not node.kwargs else None
+        alone = len(node.args) == 1 and isinstance(node.args[0], Node)
+        # F.relu has always the keyword, which is no value.
+        return node.args[0] if alone and (not node.kwargs or (calls(node, "relu") and [*node.kwargs] == ["inplace"])) else None
 
     def _is_relu(self, node: Node) -> bool:
         module = self._module(node)

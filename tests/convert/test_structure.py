@@ -1,6 +1,7 @@
 """Networks that are known by their structure alone: the same numbers, whatever changes afterwards, and what is left over says why."""
 
 import copy
+import functools
 import pickle
 import random
 
@@ -11,6 +12,7 @@ from support.structures import DeepStem, Dense, Frozen, Layer, OfLayers, PreUnit
 from support.swapped import assert_same_step, fused_copy, shake, unfused
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fused_resnet
 from fused_resnet import models
@@ -87,6 +89,62 @@ def test_compiles_whole(images):
     assert_same_step(plain, fused, images)
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+class Spelled(nn.Module):
+    """Rows, a norm of a sum, and a sum, whose ReLUs are written in one of the ways that there are."""
+
+    def __init__(self, relu):
+        super().__init__()
+        self.one, self.two, self.three = conv(3, 4), conv(4, 4), conv(4, 4)
+        self.n1, self.n2, self.n3, self.n4 = (nn.BatchNorm2d(4) for _ in range(4))
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.n1(self.one(x)))
+        x = self.relu(self.n2(self.two(x)) + x)
+        return self.relu(self.n4(self.three(self.relu(self.n3(x)))))
+
+
+RELUS = {
+    "nn.ReLU": nn.ReLU(), "nn.ReLU in place": nn.ReLU(True), "torch.relu": torch.relu, "torch.relu_": torch.relu_, "a method": lambda x: x.relu(),
+    "F.relu": F.relu, "F.relu in place": functools.partial(F.relu, inplace=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELUS)
+def test_a_relu_is_fused_however_it_is_written(name, images):
+    """The same operators run for each."""
+
+    class Listed(TorchDispatchMode):
+        sees_fused_operators = True
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ran.append(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    found = []
+    for relu in (RELUS["nn.ReLU"], RELUS[name]):
+        plain, ran = shake(Spelled(relu)).double(), []
+        with fused_resnet.backend("eager"), Listed():
+            fused_copy(plain)(images)
+        found.append([operator for operator in ran if operator.startswith("fused_resnet::") or "relu" in operator])
+        assert_same_step(plain, fused_copy(plain), images)
+    assert found[0] == found[1] and len(found[0]) > 4 and not any("aten" in operator for operator in found[0])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_tells_statistics_once(reentrant, images):
+    """The second forward, in backward, tells the norms nothing, that of a sum among them."""
+    plain = shake(Whole(Unit(8, 8), PreUnit(8, 12, 2), channels=12)).double()
+    fused, x = fused_copy(plain), images.clone().requires_grad_()
+    with fused_resnet.backend("eager"):
+        checkpoint(fused, x, use_reentrant=reentrant).square().sum().backward()
+    plain(images).square().sum().backward()
+    for (name, a), b in zip((*fused.named_buffers(), *fused.named_parameters()), (*plain.buffers(), *plain.parameters()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
+        if a.requires_grad and "conv3.bias" not in name:  # a bias before a norm has no gradient but rounding
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-7, atol=1e-7, msg=name)
 
 
 # ---- what changes after fuse ----------------------------------------------------------------------------------------------

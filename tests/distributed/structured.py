@@ -45,7 +45,7 @@ def gradients_are_averaged_without_a_warning() -> None:
             x = torch.randn(SIZE, dtype=torch.float64)
             ours.zero_grad(set_to_none=not options.get("gradient_as_bucket_view"))
             expected = local_average(one, x)
-            step(ours, x, 11)  # behind the twelfth, the last of PreUnit, there is no norm
+            step(ours, x, 12)
             for kind in ("gradients", "buffers"):
                 assert worst(ours.module, expected, kind) < 1e-8, (options, kind)
             one.load_state_dict(expected.state_dict())
@@ -60,7 +60,7 @@ def is_sharded() -> None:
         for block in ours.blocks if what == "blocks" else []:
             fully_shard(block, mesh=mesh)
         fully_shard(ours, mesh=mesh)
-        step(ours, x, 11)
+        step(ours, x, 12)
         for (name, p), q in zip(ours.named_parameters(), expected.parameters(), strict=True):
             assert (p.grad.full_tensor() - q.grad).norm() < 1e-8 * q.grad.norm(), (what, name)
         assert worst(ours, expected, "buffers") < 1e-8, what
