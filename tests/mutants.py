@@ -59,6 +59,7 @@ def copied(folder: Path) -> Path:
 
 def build(copy: Path) -> None:
     """Make the native library for CPUs of a copy; the second time only what has changed. Raises CalledProcessError where it does not compile."""
+    native.CPU.load()
     package, into = Path(torch.__file__).parent, copy / "build" / "cpu"
     include = f"{package / 'include'};{package / 'include/torch/csrc/api/include'}"
     commands = [["cmake", "--build", str(into)]]

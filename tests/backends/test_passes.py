@@ -38,7 +38,7 @@ def passes(request, seed):
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_stats(case, affine):
-    arguments = (case.x, *((case.gamma, case.beta) if affine else (None, None)), 1e-5)
+    arguments = (case.x, *((case.gamma, case.beta) if affine else (None, None)), 2e-3)  # not the usual one, which may be written somewhere
     agree(case.passes.batch_stats(*arguments), REFERENCE.batch_stats(*arguments))
 
 
@@ -74,9 +74,9 @@ def test_moments_of_parts_merge_into_those_of_the_whole(case, parts):
         agree(moments, REFERENCE.batch_moments(piece))
     means, m2s = (torch.stack(t) for t in zip(*ours, strict=True))
     counts = torch.tensor([len(c) for c in columns if len(c)], device=DEVICE)
-    merged = case.passes.merge_moments(counts, means, m2s, case.gamma, case.beta, 1e-5)
-    agree(merged, REFERENCE.merge_moments(counts, means, m2s, case.gamma, case.beta, 1e-5))
-    agree(merged, REFERENCE.batch_stats(case.x, case.gamma, case.beta, 1e-5))
+    merged = case.passes.merge_moments(counts, means, m2s, case.gamma, case.beta, 2e-3)
+    agree(merged, REFERENCE.merge_moments(counts, means, m2s, case.gamma, case.beta, 2e-3))
+    agree(merged, REFERENCE.batch_stats(case.x, case.gamma, case.beta, 2e-3))
 
 
 @pytest.mark.parametrize("kind, relu, save_mask", [(k, *o) for k in KINDS for o in OPTIONS if k != "none" or o != (True, True)])

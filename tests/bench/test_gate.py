@@ -5,60 +5,23 @@ import dataclasses
 import pytest
 import torch
 from support import planted
-from support.small import SIZE, network
+from support.gates import BATCH, CPU, DTYPES, FAULTS, PLANTED, SUBJECTS, gate_of, verdicts, whole
 from torch import nn
 
 from fused_resnet.backends import BACKENDS
 from fused_resnet.bench import gate, networks
-from fused_resnet.bench.gate import DRAWS, LATER_DRAWS, Gate, condition, distinct_images
+from fused_resnet.bench.gate import DRAWS, Gate, condition, distinct_images
 from fused_resnet.bench.machine import Ceilings
 from fused_resnet.bench.networks import STEPS, Networks
-from fused_resnet.bench.steps import CHANGE, GRADIENT, Implementation, Subject, TrainingStep
+from fused_resnet.bench.steps import CHANGE, GRADIENT, Subject, TrainingStep
 from fused_resnet.bench.timing import Times
 from fused_resnet.reference import Reference
 
-CPU = torch.device("cpu")
-BATCH = 16
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PLANTED = Implementation("planted", True)
-
-
-def whole():
-    return network(dtype=torch.float32, width=4)
-
-
-SUBJECTS = {
-    "train": Subject("small", whole, SIZE[1:]),
-    "inference": Subject("small", whole, SIZE[1:]),
-    "blocks": Subject("small.layer2.0", lambda: whole().layer2[0], (64, 10, 8)),
-}
-GATES: dict[tuple[str, torch.dtype], Gate] = {}
-
-
-def gate_of(suite: str, dtype: torch.dtype) -> Gate:
-    if (suite, dtype) not in GATES:
-        torch.manual_seed(7)
-        made = Gate(STEPS[suite], SUBJECTS[suite], dtype, BATCH, CPU)
-        made.prepare(None)
-        GATES[suite, dtype] = made
-    return GATES[suite, dtype]
-
-
-def verdicts(made: Gate, how: Implementation | str, calls: int = 3) -> list[str | None]:
-    """Before timing, and after."""
-    step = made.step(how, made.dtype, BATCH)
-    step()
-    before = made.verdict(step, DRAWS, BATCH)[1]
-    for _ in range(calls):
-        step()
-    return [before, made.verdict(step, LATER_DRAWS, BATCH)[1]]
-
-
-FAULTS = [(suite, fault) for suite in STEPS for fault in (planted.INFERENCE if suite == "inference" else planted.TRAINING)]
+FAULT_IDS = [f"{suite}-{fault.__name__}" for suite, fault in FAULTS]
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("suite, fault", FAULTS, ids=[f"{suite}-{fault.__name__}" for suite, fault in FAULTS])
+@pytest.mark.parametrize("suite, fault", FAULTS, ids=FAULT_IDS)
 def test_a_planted_fault_is_refused(suite, fault, dtype, monkeypatch):
     made = gate_of(suite, dtype)
     monkeypatch.setitem(BACKENDS, "planted", fault())

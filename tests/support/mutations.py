@@ -29,7 +29,7 @@ CONVENTION, MODES = "tests/ops/test_gradient_convention.py", "tests/nn/test_trai
 STOPS, STEPS = "tests/train/test_stops.py", "tests/train/test_steps.py"
 AS_PYTORCH, TRAIN, RUNS = "tests/nn/test_as_pytorch.py", "tests/train/test_train.py", "tests/train/test_run_folder.py"
 LOADER, FILES, GATE = "tests/data/test_loader.py", "tests/test_files.py", "tests/bench/test_gate.py"
-INTERPRETED, CUDA = f"{PASSES} -k 'passes_triton and float32'", f"{PASSES} -k 'emulated and float32'"
+INTERPRETED, CUDA = (f"{PASSES} -k '{backend} and not float16 and not bfloat16'" for backend in ("passes_triton", "emulated"))
 CPU, WINDOWS = f"{PASSES} -k passes_cpu", "tests/backends/test_conv_with_passes.py"
 DISTRIBUTED = "tests/distributed"
 REFERENCE, CHECKPOINT = "fused_resnet/reference.py", "fused_resnet/train/checkpoint.py"
@@ -61,7 +61,7 @@ MUTANTS = [
     Mutant("a projection's gradient does not reach the input", NODE, "of_act, of_beside = dx if act_is_read and source.residual_mean is None else None, (dx, s1, residual_s2)", "of_act, of_beside = dx if act_is_read and source.residual_mean is None else None, (None, s1, residual_s2)", f"{MODES} -k batch_norms"),
     Mutant("gradients of gamma and beta are exchanged", NODE, "of_layer += dw, output.s2 if need_dgamma else None, output.s1 if need_dbeta else None", "of_layer += dw, output.s1 if need_dgamma else None, output.s2 if need_dbeta else None", f"{CONVENTION} {AUTOGRAD}"),
     Mutant("hooks on inner modules are not asked for", "fused_resnet/nn/prepared.py", "if any(self._hooks):\n            return False", "if False:\n            return False", "tests/nn/test_prepared.py -k hook"),
-    Mutant("a cast weight is kept for the next step", "fused_resnet/nn/prepared.py", 'own = all(conv._parameters["weight"].dtype is x.dtype for conv in self._modules[::2])', "own = True", "tests/nn/test_precision.py -k autocast"),
+    Mutant("a cast weight is kept for the next step", "fused_resnet/nn/prepared.py", 'own = all(conv._parameters["weight"].dtype is x.dtype for conv in self._modules[::2])', "own = True", "tests/nn/test_prepared.py -k autocast"),
     Mutant("a changed forward of a class is ignored", "fused_resnet/convert/known.py", "if getattr(original, name) is not method:", "if False:", "tests/convert/test_structure.py -k changes_on_a_class"),
     Mutant("a convolution's bias is dropped", "fused_resnet/nn/modules.py", 'return _is_plain_conv(module) and held(module, "bias") is None', "return _is_plain_conv(module)", f"{AS_PYTORCH} -k a_bias_that_is_no_parameter"),
     Mutant("folding forgets a convolution's own bias", "fused_resnet/inference.py", "bias = -norm.running_mean * scale if conv.bias is None else (conv.bias - norm.running_mean) * scale", "bias = -norm.running_mean * scale", "tests/test_inference.py"),

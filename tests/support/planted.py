@@ -107,7 +107,7 @@ class FoldedResidualIsForgotten(Reference):
         return super().conv_affine_act(x, weight, geometry, scale, bias, None, relu)
 
 
-class FoldedReLUIsForgotten(Reference):
+class FoldedReluIsForgotten(Reference):
     def conv_affine_act(self, x, weight, geometry, scale, bias, residual, relu):
         return super().conv_affine_act(x, weight, geometry, scale, bias, residual, False)
 
@@ -159,6 +159,6 @@ FORWARD = (
     VarianceIsBiasedTwice,
 )  # fmt: skip
 LATER = (FirstAnswerIsReplayed, ZerosFromTheThirdCall, LateZeros)
-FOLDED = (FoldedBiasIsForgotten, FoldedResidualIsForgotten, FoldedReLUIsForgotten)
+FOLDED = (FoldedBiasIsForgotten, FoldedResidualIsForgotten, FoldedReluIsForgotten)
 TRAINING = (*BACKWARD, *FORWARD, *LATER)
 INFERENCE = (*FOLDED, *LATER)
