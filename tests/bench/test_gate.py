@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import planted
 from support.gates import BATCH, CPU, DTYPES, FAULTS, PLANTED, SUBJECTS, gate_of, verdicts, whole
+from support.small import SIZE
 from torch import nn
 
 from fused_resnet.backends import BACKENDS
