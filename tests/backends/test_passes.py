@@ -140,7 +140,7 @@ def test_what_is_not_finite_is_not_hidden(passes):
     """NaN and infinities come out where the reference has them: GradScaler relies on it. One test: each backend meets each in `make test`, too."""
     for value in (float("nan"), float("inf"), float("-inf")):
         case = Case(passes, (2, 10, 6, 5), torch.float32)
-        case.x[1, 3, 2, 2] = value
+        case.x[1, 3] = value  # so many that they are more than `flips`
         for kind in KINDS:
             arguments = (case.source(kind), True, kind != "none")
             agree(passes.norm_add_act(*arguments), REFERENCE.norm_add_act(*arguments), flips=1e-2)
