@@ -111,23 +111,27 @@ RELUS = {
 }  # fmt: skip
 
 
+class Seen(TorchDispatchMode):
+    """Keeps the names of the operators that it sees. `told`: whether it asks for this package's own."""
+
+    def __init__(self, told: bool):
+        super().__init__()
+        self.sees_fused_operators, self.names = told, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("name", RELUS)
 def test_a_relu_is_fused_however_it_is_written(name, images):
     """The same operators run for each."""
-
-    class Listed(TorchDispatchMode):
-        sees_fused_operators = True
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            ran.append(function._schema.name)
-            return function(*args, **(kwargs or {}))
-
     found = []
     for relu in (RELUS["nn.ReLU"], RELUS[name]):
-        plain, ran = shake(Spelled(relu)).double(), []
-        with fused_resnet.backend("eager"), Listed():
+        plain, seen = shake(Spelled(relu)).double(), Seen(told=True)
+        with fused_resnet.backend("eager"), seen:
             fused_copy(plain)(images)
-        found.append([operator for operator in ran if operator.startswith("fused_resnet::") or "relu" in operator])
+        found.append([operator for operator in seen.names if operator.startswith("fused_resnet::") or "relu" in operator])
         assert_same_step(plain, fused_copy(plain), images)
     assert found[0] == found[1] and len(found[0]) > 4 and not any("aten" in operator for operator in found[0])
 
@@ -300,20 +304,13 @@ def test_a_torch_function_mode_sees_pytorchs_calls(whose, images, torchvision_mo
 
 @pytest.mark.parametrize("told", [False, True])
 def test_a_mode_that_counts_operators_of_aten_sees_them(images, told):
-    class Counted(TorchDispatchMode):
-        sees_fused_operators = told
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(function._schema.name)
-            return function(*args, **(kwargs or {}))
-
-    seen = []
+    seen = Seen(told)
     fused = fused_copy(shake(Whole(Unit(8, 8), channels=8)).double())
-    with fused_resnet.backend("eager"), Counted():
+    with fused_resnet.backend("eager"), seen:
         fused(images).sum().backward()
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
-    assert seen.count("aten::native_batch_norm") == (0 if told else norms)
-    assert any("fused_resnet::" in name for name in seen) == told
+    assert seen.names.count("aten::native_batch_norm") == (0 if told else norms)
+    assert any("fused_resnet::" in name for name in seen.names) == told
 
 
 # ---- sequences with a forward of their own --------------------------------------------------------------------------------
